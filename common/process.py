@@ -1,0 +1,238 @@
+"""What every process of a pair does the same way: take settings, tell readiness, log, stop on signals, die with its parent.
+
+    python -m primary --settings-fd N [--ready-fd M] [--parent PID]
+
+* **Settings** come as JSON in an inherited file descriptor (a memfd): nothing on the command line, nothing in the
+  environment, no second validation.
+* **Readiness** is told, not guessed: one JSON line on the ready descriptor, ``{"ready": true, …}`` once the process serves, or
+  ``{"error": sentence, "hint": …, "exit_code": n}`` just before it exits with that code. systemd is told too if it asked.
+* **Stopping**: SIGTERM, SIGINT and SIGHUP set ``Lifecycle.stop``; the process' ``main`` waits for it, winds down, returns.
+* **No orphans**: with ``--parent`` the kernel sends SIGTERM when the parent dies, however it dies (PR_SET_PDEATHSIG, prctl(2)).
+  The kernel means the parent *thread*: spawn from a thread that lives as long as the process.
+* **Failing**: a TandemDiskError ends the process with its own exit code and one sentence; anything else is our bug: a
+  traceback in the log and exit code 1.
+
+``common.child`` is the other end: what the parent does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final, NoReturn
+
+from common.control import error_to_dict
+from common.errors import TandemDiskError
+from common.settings import NodeSettings
+
+PR_SET_PDEATHSIG: Final = 1
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+log = logging.getLogger("process")
+
+
+class Lifecycle:
+    """A process' life as its ``main`` sees it: say ``ready``, wait for ``stop``."""
+
+    def __init__(self, name: str, ready_fd: int | None = None) -> None:
+        self.name = name
+        self.stop = asyncio.Event()
+        """Set when the process shall wind down: by a signal, by a control command, or by ``fail``."""
+        self.failure: BaseException | None = None
+        self.is_ready = False
+        self._ready_fd = ready_fd
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def ready(self, info: Mapping[str, object] | None = None) -> None:
+        """Tell the parent (and systemd) that the process serves; ``info`` rides along. Call it once."""
+        assert not self.is_ready, "readiness is told once"
+        self.is_ready = True
+        self._tell({"ready": True, **(info or {})})
+        notify_systemd(f"READY=1\nMAINPID={os.getpid()}")
+        log.info("ready %s", fields(info or {}))
+
+    def fail(self, error: BaseException) -> None:
+        """Stop because of ``error``: it decides the exit code. The first one counts."""
+        if self.failure is None:
+            self.failure = error
+        self.stop.set()
+
+    def critical(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run ``work`` in the background; an exception out of it fails the process (unlike a bare task's, which vanishes)."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._critical_done)
+        return task
+
+    def _critical_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    def failed(self, error: BaseException) -> int:
+        """Report ``error`` (log, and the parent if it still waits for readiness); the exit code."""
+        described = error_to_dict(error)
+        if isinstance(error, TandemDiskError):
+            log.error("failed exit_code=%d sentence=%r", error.exit_code, str(error))
+        else:
+            log.critical("failed unexpectedly", exc_info=error)
+        if not self.is_ready:
+            self._tell({"error": described["sentence"], "hint": described["hint"], "exit_code": described["exit_code"]})
+        code: int = described["exit_code"]
+        return code
+
+    def _tell(self, line: Mapping[str, object]) -> None:
+        if self._ready_fd is None:
+            return
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone or no longer cares
+            os.write(self._ready_fd, json.dumps(line).encode() + b"\n")
+        os.close(self._ready_fd)
+        self._ready_fd = None
+
+
+Main = Callable[[NodeSettings, Lifecycle], Awaitable[None]]
+
+
+def run(main: Main, name: str) -> NoReturn:
+    """Be the process ``name``: read the command line, run ``main`` until it returns, exit.
+
+    ``main`` builds the process, calls ``lifecycle.ready``, waits for ``lifecycle.stop`` and winds down before it returns.
+    """
+    arguments = _parse_arguments(name)
+    set_up_logging(name)
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
+    lifecycle = Lifecycle(name, arguments.ready_fd)
+    if arguments.ready_fd is not None:
+        os.set_inheritable(arguments.ready_fd, False)
+    try:
+        settings = NodeSettings.from_json(read_settings(arguments.settings_fd))
+        asyncio.run(_live(main, settings, lifecycle))
+        code = 0 if lifecycle.failure is None else lifecycle.failed(lifecycle.failure)
+    except Exception as error:
+        code = lifecycle.failed(error)
+    log.info("stopped exit_code=%d", code)
+    logging.shutdown()
+    sys.exit(code)
+
+
+async def _live(main: Main, settings: NodeSettings, lifecycle: Lifecycle) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_loop_exception)
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, _stop_by_signal, lifecycle, number)
+    tune_garbage_collector()
+    await main(settings, lifecycle)
+
+
+def _stop_by_signal(lifecycle: Lifecycle, number: signal.Signals) -> None:
+    if not lifecycle.stop.is_set():
+        log.info("stopping signal=%s", number.name)
+        notify_systemd("STOPPING=1")
+    lifecycle.stop.set()
+
+
+def _log_loop_exception(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("event loop: %s", context.get("message"), exc_info=error)
+
+
+def _parse_arguments(name: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=f"The {name} process of a pair. `tandemdisk` starts it; the settings come in a file descriptor.",
+    )
+    parser.add_argument("--settings-fd", type=int, required=True, help="inherited descriptor with the settings as JSON")
+    parser.add_argument("--ready-fd", type=int, help="inherited descriptor that gets one JSON line when the process serves or fails")
+    parser.add_argument("--parent", type=int, metavar="PID", help="stop when this parent process dies")
+    return parser.parse_args()
+
+
+def read_settings(fd: int) -> bytes:
+    """All of the inherited descriptor ``fd``, from its start; closes it."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel send SIGTERM when the parent dies; do so now if it is dead already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:  # it died before the request above: no signal will come
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def notify_systemd(message: str) -> None:
+    """sd_notify(3): one datagram to $NOTIFY_SOCKET, nothing if that is not set."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
+        sock.sendto(message.encode(), address)
+
+
+class _LineFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.123456Z INFO primary[4711] link: peer connected session=…``"""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return f"{whole}.{int(record.created % 1 * 1_000_000):06d}Z"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        who = f"{self._process}[{os.getpid()}]"
+        return f"{self.formatTime(record)} {record.levelname} {who} {record.name}: {record.getMessage()}"
+
+
+def set_up_logging(name: str, level: int = logging.INFO) -> None:
+    """Log to stderr, one line an event; exceptions that end a thread are logged too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter(name))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    threading.excepthook = _log_thread_exception
+
+
+def _log_thread_exception(args: threading.ExceptHookArgs) -> None:
+    thread = args.thread.name if args.thread is not None else "?"
+    log.error("thread died thread=%s", thread, exc_info=args.exc_value)
+
+
+def fields(values: Mapping[str, object]) -> str:
+    """``key=value`` pairs for a log line; values with blanks are quoted."""
+    return " ".join(f"{key}={_quoted(value)}" for key, value in values.items())
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return repr(text) if not text or any(c.isspace() or c in "\"'=" for c in text) else text
+
+
+def tune_garbage_collector() -> None:
+    """Take what the imports made out of the collector's sight and let it look less often.
+
+    The data path makes tuples and memoryviews without cycles: the default threshold of 700 would walk them hundreds of
+    times a second and free nothing.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
