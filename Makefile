@@ -1,0 +1,39 @@
+# make demo    a pair on this machine, its primary killed, the disk alive: needs Python >= 3.11, no root
+# make test    the tests; clients that are not installed (qemu-io, fio, nbdcopy …) are named and skipped
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+JOBS    ?= 2
+TESTS   ?= tests
+SOURCES := $(shell find common primary secondary deploy -name '*.py') pyproject.toml
+
+.PHONY: demo test lint types check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tandemdisk demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+check: test lint types
+
+# Two stamps in one environment: the demo runs what a user gets from `pip install`, the tests run the working tree.
+$(VENV)/.demo: $(SOURCES) | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check .
+	@rm -f $(VENV)/.test && touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@rm -f $(VENV)/.demo && touch $@
+
+$(VENV)/.made:
+	@sh deploy/venv.sh $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

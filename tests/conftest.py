@@ -1,0 +1,108 @@
+"""Fixtures for all tests: short directories, waiting with a deadline, and no process of a test that outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+
+T = TypeVar("T")
+
+TEST_MARK = "TANDEMDISK_TEST"
+"""Environment variable that every process started by a test inherits: how the leak check finds grandchildren too."""
+
+
+def wait_until(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = "the condition") -> T:
+    """The first true value of ``predicate``; AssertionError that names ``what`` when ``timeout_s`` passed before.
+
+    The pause between looks grows from one to fifty milliseconds: quick conditions stay quick on a busy machine.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    while not (value := predicate()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, 0.05)
+    return value
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory with a path short enough for Unix sockets (107 bytes), which pytest's ``tmp_path`` often is not."""
+    directory = Path(tempfile.mkdtemp(prefix="td-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def shm_dir() -> Iterator[Path]:
+    """A directory on the memory file system, for disk buffers."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="td-", dir=base))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_process_survives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a process behind, and end that process.
+
+    Processes are known by a mark in their environment, so daemons that were re-parented are found as well.
+    """
+    mark = f"{os.getpid()}:{request.node.nodeid}:{time.monotonic_ns()}"
+    before = os.environ.get(TEST_MARK)
+    os.environ[TEST_MARK] = mark
+    yield
+    if before is None:
+        del os.environ[TEST_MARK]
+    else:
+        os.environ[TEST_MARK] = before
+    leaked = _survivors(mark)
+    if not leaked:
+        return
+    names = [_describe(process) for process in leaked]
+    for process in leaked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(leaked, timeout=10)
+    pytest.fail(f"processes survived the test: {names}")
+
+
+def _survivors(mark: str) -> list[psutil.Process]:
+    """Marked processes that are still there after a grace for those on their way out."""
+    deadline = time.monotonic() + 3.0
+    while True:
+        found = [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)]
+        if not found or time.monotonic() > deadline:
+            return found
+        psutil.wait_procs(found, timeout=0.1)
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(TEST_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())[:120]}"
+    except psutil.Error:
+        return str(process.pid)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            if item.get_closest_marker("root") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs root"))
