@@ -39,7 +39,8 @@ def settings_memfd(settings: NodeSettings) -> int:
 def python_command(module: str) -> list[str]:
     """The command line that runs ``module`` in this interpreter.
 
-    ``-P`` keeps the working directory out of the module path: a user's own folder called ``common`` must not be imported.
+    ``-P`` keeps the working directory out of the module path: a user's own folder called ``common`` must not be
+    imported.
     """
     return [sys.executable, "-P", "-m", module]
 
@@ -56,7 +57,9 @@ def python_environment() -> dict[str, str]:
 
 
 class Child:
-    """One running process of the pair. It gets a session of its own, so that Ctrl-C reaches it only through its parent."""
+    """One running process of the pair. It gets a session of its own, so that Ctrl-C reaches it only through its
+    parent.
+    """
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], ready_fd: int) -> None:
         self.name = name
@@ -104,13 +107,17 @@ class Child:
         return self.process.pid
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> dict[str, Any]:
-        """What the child told when it was ready; raises the error that it reported instead (it is dead then), or TimedOut."""
+        """What the child told when it was ready; raises the error that it reported instead (it is dead then), or
+        TimedOut.
+        """
         deadline = time.monotonic() + timeout_s
         while not self._read_ready():
             poll = select.poll()
             poll.register(self._ready_fd, select.POLLIN)
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimedOut(f"The {self.name} process was not ready within {timeout_s:g} s.", hint="Its log may say why.")
+                raise TimedOut(
+                    f"The {self.name} process was not ready within {timeout_s:g} s.", hint="Its log may say why."
+                )
         return self._take_ready()
 
     async def wait_ready_async(self, timeout_s: float = READY_TIMEOUT_S) -> dict[str, Any]:
@@ -124,7 +131,9 @@ class Child:
                     readable.clear()
                     await readable.wait()
         except TimeoutError as error:
-            raise TimedOut(f"The {self.name} process was not ready within {timeout_s:g} s.", hint="Its log may say why.") from error
+            raise TimedOut(
+                f"The {self.name} process was not ready within {timeout_s:g} s.", hint="Its log may say why."
+            ) from error
         finally:
             loop.remove_reader(self._ready_fd)
         return self._take_ready()
@@ -144,7 +153,9 @@ class Child:
         self._close_ready()
         if not self._line:
             code = self.process.wait(STOP_TIMEOUT_S)
-            raise OperationFailed(f"The {self.name} process ended before it was ready: {exit_reason(code)}.", hint="Its log says why.")
+            raise OperationFailed(
+                f"The {self.name} process ended before it was ready: {exit_reason(code)}.", hint="Its log says why."
+            )
         told: dict[str, Any] = json.loads(self._line)
         if told.get("ready"):
             self.info = told

@@ -5,8 +5,9 @@
     server → {"id": 1, "ok": false, "error": {"sentence": "…", "hint": "…", "exit_code": 6}}
 
 Requests of one connection run concurrently and are answered as they finish (the id tells which), so a ``status`` never
-waits behind a ``checkpoint``. An error crosses the channel as what it is: the client raises the class of ``common.errors``
-whose exit code the server named. A line that is no request ends that connection, after an answer that says why.
+waits behind a ``checkpoint``. An error crosses the channel as what it is: the client raises the class of
+``common.errors`` whose exit code the server named. A line that is no request ends that connection, after an answer
+that says why.
 
 The file system is the access control: whoever may open the socket may give commands. The socket is bound under a umask
 that leaves it to its owner, so there is no instant at which it is open to others.
@@ -51,7 +52,11 @@ def error_to_dict(error: BaseException) -> dict[str, Any]:
     """The error as it travels: in answers on the control channel and in a process' readiness line."""
     if isinstance(error, TandemDiskError):
         return {"sentence": error.sentence, "hint": error.hint, "exit_code": error.exit_code}
-    return {"sentence": f"Unexpected {type(error).__name__}: {error}.", "hint": "Its traceback is in the log.", "exit_code": 1}
+    return {
+        "sentence": f"Unexpected {type(error).__name__}: {error}.",
+        "hint": "Its traceback is in the log.",
+        "exit_code": 1,
+    }
 
 
 def error_from_dict(raw: Mapping[str, Any]) -> TandemDiskError:
@@ -66,8 +71,8 @@ def error_from_dict(raw: Mapping[str, Any]) -> TandemDiskError:
 def bind_private_socket(path: str) -> socket.socket:
     """A Unix stream socket bound to ``path``, mode 0600, not listening yet.
 
-    A socket file that nobody listens on is what a killed process left behind: it is replaced. Raises ConfigError when the
-    path is too long for a socket address, AddressInUse when somebody answers there.
+    A socket file that nobody listens on is what a killed process left behind: it is replaced. Raises ConfigError when
+    the path is too long for a socket address, AddressInUse when somebody answers there.
     """
     check_socket_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -95,7 +100,8 @@ def check_socket_path(path: str) -> None:
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH:
         raise ConfigError(
-            f"The socket path {path} has {length} bytes; Unix allows {MAX_SOCKET_PATH}.", hint="Use a directory with a shorter path."
+            f"The socket path {path} has {length} bytes; Unix allows {MAX_SOCKET_PATH}.",
+            hint="Use a directory with a shorter path.",
         )
 
 
@@ -115,8 +121,8 @@ def _remove_stale(path: str) -> None:
 class ControlServer:
     """Answers ``handlers`` by name on the socket at ``path``.
 
-    A handler gets the request's ``args`` and returns the result. A TandemDiskError that it raises is the answer; any other
-    exception is logged with its traceback and answered as a failure, and the process goes on.
+    A handler gets the request's ``args`` and returns the result. A TandemDiskError that it raises is the answer; any
+    other exception is logged with its traceback and answered as a failure, and the process goes on.
     """
 
     def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
@@ -128,7 +134,9 @@ class ControlServer:
         self._inode: tuple[int, int] | None = None
 
     async def start(self) -> None:
-        """Listen. Raises AddressInUse when another process answers at ``path``, ConfigError when the path is too long."""
+        """Listen. Raises AddressInUse when another process answers at ``path``, ConfigError when the path is too
+        long.
+        """
         sock = bind_private_socket(self.path)
         status = os.stat(self.path)
         self._inode = (status.st_dev, status.st_ino)
@@ -165,7 +173,11 @@ class ControlServer:
             await asyncio.gather(*running)
         except (ProtocolError, ValueError) as error:  # ValueError: a line longer than MAX_LINE
             log.warning("request refused reason=%r", str(error))
-            wrong = error if isinstance(error, ProtocolError) else ProtocolError(f"A request is longer than {MAX_LINE} bytes.")
+            wrong = (
+                error
+                if isinstance(error, ProtocolError)
+                else ProtocolError(f"A request is longer than {MAX_LINE} bytes.")
+            )
             await _send(writer, {"id": None, "ok": False, "error": error_to_dict(wrong)})
         except (ConnectionError, asyncio.CancelledError):
             pass
@@ -194,7 +206,11 @@ def _parse_request(line: bytes) -> tuple[object, str, dict[str, Any]]:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"A request is not JSON: {error}.") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("command"), str) or not isinstance(raw.get("args", {}), dict):
+    if (
+        not isinstance(raw, dict)
+        or not isinstance(raw.get("command"), str)
+        or not isinstance(raw.get("args", {}), dict)
+    ):
         raise ProtocolError("A request must be an object with a command (string) and args (object).")
     return raw.get("id"), raw["command"], raw.get("args", {})
 
@@ -206,7 +222,9 @@ async def _send(writer: asyncio.StreamWriter, answer: Mapping[str, Any]) -> None
 
 
 class ControlClient:
-    """Gives commands to the process that listens at ``path``; one connection a call, so it survives that process' restarts."""
+    """Gives commands to the process that listens at ``path``; one connection a call, so it survives that process'
+    restarts.
+    """
 
     def __init__(self, path: str, timeout_s: float = 10.0) -> None:
         self.path = path
@@ -286,12 +304,16 @@ def _result(line: bytes, path: str, command: str) -> dict[str, Any]:
 
 
 def _timed_out(path: str, command: str, timeout_s: float) -> TimedOut:
-    return TimedOut(f"The process at {path} did not answer {command} within {timeout_s:g} s.", hint="Its log may say why.")
+    return TimedOut(
+        f"The process at {path} did not answer {command} within {timeout_s:g} s.", hint="Its log may say why."
+    )
 
 
 def _not_running(path: str, command: str, error: OSError) -> TandemDiskError:
     if isinstance(error, PermissionError):
-        return OperationFailed(f"{path} belongs to another user.", hint="Give the command as the user who started the pair.")
+        return OperationFailed(
+            f"{path} belongs to another user.", hint="Give the command as the user who started the pair."
+        )
     if "too long" in str(error):
         return ConfigError(f"The socket path {path} is too long.", hint="Use a directory with a shorter path.")
     return NotRunning(f"Nobody answers {command} at {path}.", hint="Start the process first, or look into its log.")

@@ -1,14 +1,17 @@
-"""What every process of a pair does the same way: take settings, tell readiness, log, stop on signals, die with its parent.
+"""What every process of a pair does the same way: take settings, tell readiness, log, stop on signals, die with its
+parent.
 
     python -m primary --settings-fd N [--ready-fd M] [--parent PID]
 
 * **Settings** come as JSON in an inherited file descriptor (a memfd): nothing on the command line, nothing in the
   environment, no second validation.
-* **Readiness** is told, not guessed: one JSON line on the ready descriptor, ``{"ready": true, …}`` once the process serves, or
-  ``{"error": sentence, "hint": …, "exit_code": n}`` just before it exits with that code. systemd is told too if it asked.
-* **Stopping**: SIGTERM, SIGINT and SIGHUP set ``Lifecycle.stop``; the process' ``main`` waits for it, winds down, returns.
-* **No orphans**: with ``--parent`` the kernel sends SIGTERM when the parent dies, however it dies (PR_SET_PDEATHSIG, prctl(2)).
-  The kernel means the parent *thread*: spawn from a thread that lives as long as the process.
+* **Readiness** is told, not guessed: one JSON line on the ready descriptor, ``{"ready": true, …}`` once the process
+  serves, or ``{"error": sentence, "hint": …, "exit_code": n}`` just before it exits with that code. systemd is told
+  too if it asked.
+* **Stopping**: SIGTERM, SIGINT and SIGHUP set ``Lifecycle.stop``; the process' ``main`` waits for it, winds down,
+  returns.
+* **No orphans**: with ``--parent`` the kernel sends SIGTERM when the parent dies, however it dies (PR_SET_PDEATHSIG,
+  prctl(2)). The kernel means the parent *thread*: spawn from a thread that lives as long as the process.
 * **Failing**: a TandemDiskError ends the process with its own exit code and one sentence; anything else is our bug: a
   traceback in the log and exit code 1.
 
@@ -70,7 +73,9 @@ class Lifecycle:
         self.stop.set()
 
     def critical(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Run ``work`` in the background; an exception out of it fails the process (unlike a bare task's, which vanishes)."""
+        """Run ``work`` in the background; an exception out of it fails the process (unlike a bare task's, which
+        vanishes).
+        """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._critical_done)
@@ -108,18 +113,29 @@ Main = Callable[[NodeSettings, Lifecycle], Awaitable[None]]
 def run(main: Main, name: str) -> NoReturn:
     """Be the process ``name``: read the command line, run ``main`` until it returns, exit.
 
-    ``main`` builds the process, calls ``lifecycle.ready``, waits for ``lifecycle.stop`` and winds down before it returns.
+    ``main`` builds the process, calls ``lifecycle.ready``, waits for ``lifecycle.stop`` and winds down before it
+    returns.
     """
     arguments = _parse_arguments(name)
+
+    async def with_settings(lifecycle: Lifecycle) -> None:
+        await main(NodeSettings.from_json(read_settings(arguments.settings_fd)), lifecycle)
+
+    live(with_settings, name, ready_fd=arguments.ready_fd, parent=arguments.parent)
+
+
+def live(
+    main: Callable[[Lifecycle], Awaitable[None]], name: str, *, ready_fd: int | None = None, parent: int | None = None
+) -> NoReturn:
+    """``run`` for a process with another command line: run ``main`` on an event loop with all duties done; exit."""
     set_up_logging(name)
-    if arguments.parent is not None:
-        die_with_parent(arguments.parent)
-    lifecycle = Lifecycle(name, arguments.ready_fd)
-    if arguments.ready_fd is not None:
-        os.set_inheritable(arguments.ready_fd, False)
+    if parent is not None:
+        die_with_parent(parent)
+    if ready_fd is not None:
+        os.set_inheritable(ready_fd, False)
+    lifecycle = Lifecycle(name, ready_fd)
     try:
-        settings = NodeSettings.from_json(read_settings(arguments.settings_fd))
-        asyncio.run(_live(main, settings, lifecycle))
+        asyncio.run(_live(main, lifecycle))
         code = 0 if lifecycle.failure is None else lifecycle.failed(lifecycle.failure)
     except Exception as error:
         code = lifecycle.failed(error)
@@ -128,13 +144,13 @@ def run(main: Main, name: str) -> NoReturn:
     sys.exit(code)
 
 
-async def _live(main: Main, settings: NodeSettings, lifecycle: Lifecycle) -> None:
+async def _live(main: Callable[[Lifecycle], Awaitable[None]], lifecycle: Lifecycle) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_loop_exception)
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, _stop_by_signal, lifecycle, number)
     tune_garbage_collector()
-    await main(settings, lifecycle)
+    await main(lifecycle)
 
 
 def _stop_by_signal(lifecycle: Lifecycle, number: signal.Signals) -> None:
@@ -155,7 +171,9 @@ def _parse_arguments(name: str) -> argparse.Namespace:
         description=f"The {name} process of a pair. `tandemdisk` starts it; the settings come in a file descriptor.",
     )
     parser.add_argument("--settings-fd", type=int, required=True, help="inherited descriptor with the settings as JSON")
-    parser.add_argument("--ready-fd", type=int, help="inherited descriptor that gets one JSON line when the process serves or fails")
+    parser.add_argument(
+        "--ready-fd", type=int, help="inherited descriptor that gets one JSON line when the process serves or fails"
+    )
     parser.add_argument("--parent", type=int, metavar="PID", help="stop when this parent process dies")
     return parser.parse_args()
 

@@ -81,7 +81,9 @@ def _survivors(mark: str) -> list[psutil.Process]:
     """Marked processes that are still there after a grace for those on their way out."""
     deadline = time.monotonic() + 3.0
     while True:
-        found = [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)]
+        found = [
+            process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)
+        ]
         if not found or time.monotonic() > deadline:
             return found
         psutil.wait_procs(found, timeout=0.1)

@@ -1,0 +1,105 @@
+"""CURVE keys of the replication stream: each side has a secret of its own and the public key of its peer.
+
+``tandemdisk keygen`` writes two files in ZeroMQ's certificate format (ZPL, which ``zmq.auth`` and other bindings read
+too): ``NAME.key`` holds the public key and goes to the peer, ``NAME.key_secret`` holds both and stays, mode 0600. A
+side accepts exactly one peer: the one whose public key its configuration names.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from common.errors import ConfigError
+
+PUBLIC_SUFFIX: Final = ".key"
+SECRET_SUFFIX: Final = ".key_secret"
+KEY_LENGTH: Final = 40
+"""Characters of a Z85-encoded CURVE key (ZeroMQ RFC 32)."""
+
+_PUBLIC_NOTE: Final = (
+    "The public key of one side of a TandemDisk pair: give it to the other side (replication.peer_key)."
+)
+_SECRET_NOTE: Final = "The secret key of one side of a TandemDisk pair: keep it there (replication.secret_key)."
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """What a socket needs: our own pair of keys and the one public key that the other end must have (Z85)."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    peer_public: bytes
+
+
+def generate_keys(directory: Path, name: str) -> tuple[Path, Path]:
+    """Write a new pair of keys; the paths of the public and of the secret file. Raises ConfigError rather than
+    overwrite one.
+    """
+    import zmq  # here, so that reading a configuration does not load ZeroMQ
+
+    public_path = directory / f"{name}{PUBLIC_SUFFIX}"
+    secret_path = directory / f"{name}{SECRET_SUFFIX}"
+    taken = tuple(f"{path} exists" for path in (public_path, secret_path) if path.exists())
+    if taken:
+        raise ConfigError("Keys are never overwritten:", problems=taken, hint="Choose another --name or --dir.")
+    public, secret = zmq.curve_keypair()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(secret_path, 0o600, _SECRET_NOTE, {"public-key": public, "secret-key": secret})
+        _write(public_path, 0o644, _PUBLIC_NOTE, {"public-key": public})
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write keys into {directory}: {error.strerror}.", hint="Choose another --dir."
+        ) from error
+    return public_path, secret_path
+
+
+def _write(path: Path, mode: int, note: str, keys: dict[str, bytes]) -> None:
+    lines = [f"# {note}", "metadata", "curve", *(f'    {name} = "{value.decode()}"' for name, value in keys.items())]
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(fd, "w", encoding="ascii") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def load_keys(secret_path: str, peer_path: str) -> CurveKeys:
+    """Our keys and our peer's public one. Raises ConfigError that names everything wrong with the two files."""
+    problems = [*secret_problems(secret_path), *peer_problems(peer_path)]
+    if problems:
+        raise ConfigError("The keys cannot be used:", problems=tuple(problems), hint="`tandemdisk keygen` makes keys.")
+    own, peer = _read(secret_path), _read(peer_path)
+    return CurveKeys(public=own["public-key"], secret=own["secret-key"], peer_public=peer["public-key"])
+
+
+def secret_problems(path: str) -> list[str]:
+    """What is wrong with the secret certificate at ``path``, as sentences without a full stop."""
+    problems = _missing(path, ("public-key", "secret-key"))
+    if not problems and stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+        problems.append(f"{path} can be read by other users (chmod 600 it)")
+    return problems
+
+
+def peer_problems(path: str) -> list[str]:
+    """What is wrong with the peer's public certificate at ``path``."""
+    return _missing(path, ("public-key",))
+
+
+def _missing(path: str, names: tuple[str, ...]) -> list[str]:
+    try:
+        keys = _read(path)
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{path} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})"]
+    return [f"{path} holds no valid {name}" for name in names if len(keys.get(name, b"")) != KEY_LENGTH]
+
+
+def _read(path: str) -> dict[str, bytes]:
+    """``name = "value"`` lines of a ZPL file (ZeroMQ RFC 4); sections do not matter for these two names."""
+    keys: dict[str, bytes] = {}
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.lstrip().startswith("#"):
+            keys[name.strip()] = value.strip().strip("\"'").encode()
+    return keys

@@ -1,0 +1,48 @@
+"""Keys: files that only their owner reads, that ZeroMQ itself reads too, and that nobody overwrites."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import zmq.auth
+
+from common.errors import ConfigError
+from common.keys import generate_keys, load_keys
+
+
+def test_two_sides_get_each_others_public_key(tmp_path: Path) -> None:
+    a_public, a_secret = generate_keys(tmp_path / "x", "a")
+    b_public, b_secret = generate_keys(tmp_path / "x", "b")
+    a, b = load_keys(str(a_secret), str(b_public)), load_keys(str(b_secret), str(a_public))
+    assert a.public == b.peer_public
+    assert b.public == a.peer_public
+    assert a.secret.decode() not in repr(a)
+    assert stat.S_IMODE(a_secret.stat().st_mode) == 0o600
+
+
+def test_zmq_reads_the_files(tmp_path: Path) -> None:
+    public, secret = generate_keys(tmp_path, "a")
+    keys = load_keys(str(secret), str(public))
+    assert zmq.auth.load_certificate(secret) == (keys.public, keys.secret)
+    assert zmq.auth.load_certificate(public) == (keys.public, None)
+
+
+def test_never_overwrites(tmp_path: Path) -> None:
+    _, secret = generate_keys(tmp_path, "a")
+    before = secret.read_bytes()
+    with pytest.raises(ConfigError, match="never overwritten"):
+        generate_keys(tmp_path, "a")
+    assert secret.read_bytes() == before
+
+
+def test_everything_wrong_is_named(tmp_path: Path) -> None:
+    public, secret = generate_keys(tmp_path, "a")
+    secret.chmod(0o644)
+    public.write_text('public-key = "short"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_keys(str(secret), str(public))
+    assert len(caught.value.problems) == 2
+    assert "other users" in caught.value.problems[0]
+    assert "no valid public-key" in caught.value.problems[1]
