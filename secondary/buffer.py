@@ -1,0 +1,416 @@
+"""The disk buffer: what the guest's view needs beyond the secondary disk, in memory that all processes share.
+
+A volume has two layers of it. The **hidden disk** holds old contents of blocks that the primary has overwritten since the
+last checkpoint; the **active disk** holds what the secondary's own guest wrote. Each is one file in the buffer's directory:
+
+    map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
+    owner   one 64-bit word a slot: the block that it holds, so that a failover walks the slots in use, not the disk
+    pool    the slots, one block each, handed out by a bump pointer in the header
+
+A block is written in the order contents, owner, map entry (one store), after the bump pointer was advanced: a process that dies in
+between leaks a slot until the next checkpoint and damages nothing. Blocks held are told by ``entry >= epoch << 32``: no entry is
+ever of a later epoch than the current one.
+
+All memory is allocated with ``posix_fallocate`` when the buffer is made, so that a memory file system that is too small is a
+sentence at start and never a SIGBUS later. The files are plain ones: a process that restarts attaches to them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import limits
+from common.errors import ConfigError, DiskError, NoSpaceError
+from common.settings import BufferSettings
+from secondary import header as h
+from secondary.header import PairHeader, Stage, VolumeGeometry
+from secondary.requests import RequestTable
+
+Blocks = NDArray[np.uint64]
+
+HEADER_FILE: Final = "header"
+_PAGE: Final = 4096
+_SPLIT: Final = 2
+"""Hidden and active disk get half of a volume's share each."""
+
+
+@dataclass(frozen=True, slots=True)
+class BufferVolume:
+    """A volume to make a buffer for; ``disk`` is the path of its secondary disk, for those who attach by directory."""
+
+    name: str
+    size: int
+    disk: str = ""
+
+
+class Layer:
+    """The hidden or the active disk of one volume.
+
+    ``entries``, ``owner`` and ``pool`` are memoryviews for scalar use; ``entries_array`` and ``owner_array`` the same memory for NumPy.
+    """
+
+    def __init__(self, path: str, geometry: _LayerGeometry, words: memoryview, bump: int, block_size: int) -> None:
+        self.path = path
+        self.slots = geometry.slots
+        self.block_size = block_size
+        self._words = words
+        self._bump = bump
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size != geometry.total:
+                raise DiskError(f"{path} has another size than the header says.", hint="Remove the buffer and resync.")
+            self._map = mmap.mmap(fd, geometry.total)
+        finally:
+            os.close(fd)
+        self.bytes = memoryview(self._map)
+        self.entries = self.bytes[: geometry.blocks * 8].cast("Q")
+        self.owner = self.bytes[geometry.owner_at : geometry.owner_at + geometry.slots * 8].cast("Q")
+        self.pool = self.bytes[geometry.pool_at :]
+        self.entries_array: Blocks = np.frombuffer(self.entries, dtype=np.uint64)
+        self.owner_array: Blocks = np.frombuffer(self.owner, dtype=np.uint64)
+
+    def used(self, epoch: int) -> int:
+        """Slots handed out in ``epoch``."""
+        word = self._words[self._bump]
+        return word & h.EPOCH_MASK if word >> 32 == epoch else 0
+
+    def store_used(self, epoch: int, count: int) -> None:
+        """Slots [0, ``count``) are handed out from now on."""
+        self._words[self._bump] = epoch << 32 | count
+
+    def held(self, epoch: int) -> tuple[Blocks, Blocks]:
+        """(blocks, slots) that the layer holds in ``epoch``, in the order of the slots. Slots that a crash leaked are not among them."""
+        slots = np.arange(self.used(epoch), dtype=np.uint64)
+        blocks = self.owner_array[: len(slots)].copy()
+        good = blocks < len(self.entries_array)
+        blocks, slots = blocks[good], slots[good]
+        good = self.entries_array[blocks] == (slots | np.uint64(epoch << 32))
+        return blocks[good], slots[good]
+
+    def clear(self) -> None:
+        """Zero the map. Only for the wrap-around of the epoch."""
+        self.entries_array[:] = 0
+
+    def close(self) -> None:
+        """Unmap; a view that somebody still holds keeps the memory mapped until it goes."""
+        empty = np.zeros(0, dtype=np.uint64)
+        self.entries_array = self.owner_array = empty
+        with contextlib.suppress(BufferError):
+            for view in (self.entries, self.owner, self.pool, self.bytes):
+                view.release()
+            self._map.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerGeometry:
+    """Where the parts of a layer's file are."""
+
+    blocks: int
+    slots: int
+    block_size: int
+
+    @property
+    def owner_at(self) -> int:
+        return _align(self.blocks * 8)
+
+    @property
+    def pool_at(self) -> int:
+        return self.owner_at + _align(self.slots * 8)
+
+    @property
+    def total(self) -> int:
+        return self.pool_at + self.slots * self.block_size
+
+
+class VolumeBuffer:
+    """The hidden and the active disk of one volume, and its table of requests."""
+
+    def __init__(self, directory: str, header: PairHeader, index: int, geometry: VolumeGeometry, timeout_s: float) -> None:
+        self.index = index
+        self.name = geometry.name
+        self.size = geometry.size
+        self.disk_path = geometry.disk
+        self.header = header
+        self.block_size = header.block_size
+        self.shift = self.block_size.bit_length() - 1
+        self.blocks = -(-self.size // self.block_size)
+        self.base = h.volume_base(index)
+        """Number of the first word of this volume's record in the header."""
+        words = header.words
+        hidden, active = _layers(geometry.size, self.block_size, geometry.hidden_slots, geometry.active_slots)
+        self.hidden = Layer(f"{directory}/hidden.{index}", hidden, words, self.base + h.V_HIDDEN_BUMP, self.block_size)
+        self.active = Layer(f"{directory}/active.{index}", active, words, self.base + h.V_ACTIVE_BUMP, self.block_size)
+        waiting = self.base + h.V_WAITING
+        self.requests = RequestTable(
+            f"{directory}/requests.{index}",
+            self.size,
+            self.block_size,
+            name=self.name,
+            timeout_s=timeout_s,
+            waiting=words[waiting : waiting + 1],
+        )
+
+    def length_of(self, block: int) -> int:
+        """Bytes of ``block``: the last one may be shorter."""
+        return min(self.block_size, self.size - (block << self.shift))
+
+    def count(self, word: int, by: int = 1) -> None:
+        """Add to one of the counters of this volume's record."""
+        self.header.words[self.base + word] += by
+
+    def counter(self, word: int) -> int:
+        """One of the counters of this volume's record."""
+        return self.header.words[self.base + word]
+
+    @property
+    def guest_has_written(self) -> bool:
+        """True if the active disk holds anything in the current epoch."""
+        return self.active.used(self.header.epoch) > 0
+
+    def close(self) -> None:
+        self.requests.close()
+        self.hidden.close()
+        self.active.close()
+
+
+class DiskBuffer:
+    """The disk buffer of a pair, mapped into this process: ``create`` once, ``attach`` from anywhere."""
+
+    def __init__(self, directory: str, *, pair_id: str | None = None, timeout_s: float = 10.0) -> None:
+        self.directory = directory
+        self.header = PairHeader(f"{directory}/{HEADER_FILE}", pair_id=pair_id)
+        self.volumes: list[VolumeBuffer] = []
+        try:
+            for index, geometry in enumerate(self.header.volumes()):
+                self.volumes.append(VolumeBuffer(directory, self.header, index, geometry, timeout_s))
+        except FileNotFoundError as error:
+            self.close()
+            raise DiskError(f"{error.filename} is missing.", hint="Remove the buffer and resync.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def attach(
+        cls,
+        directory: str,
+        *,
+        pair_id: str | None = None,
+        block_size: int | None = None,
+        volumes: Iterable[tuple[str, int]] | None = None,
+        timeout_s: float = 10.0,
+    ) -> DiskBuffer:
+        """Map a buffer that exists. DiskError if there is none, or if it is not the one that is described."""
+        buffer = cls(directory, pair_id=pair_id, timeout_s=timeout_s)
+        found = [(volume.name, volume.size) for volume in buffer.volumes]
+        problem = ""
+        if block_size is not None and buffer.header.block_size != block_size:
+            problem = f"has blocks of {buffer.header.block_size} bytes, the configuration says {block_size}"
+        elif volumes is not None and found != (wanted := list(volumes)):
+            problem = f"is for the volumes {_names(found)}, the configuration says {_names(wanted)}"
+        if problem:
+            buffer.close()
+            raise DiskError(f"The disk buffer in {directory} {problem}.", hint="Remove it, or go back to the old configuration.")
+        return buffer
+
+    @staticmethod
+    def exists(directory: str) -> bool:
+        """True if a complete buffer is there (``attach`` may still find it unfit)."""
+        try:
+            with open(f"{directory}/{HEADER_FILE}", "rb") as file:
+                return file.read(8) == h.MAGIC.to_bytes(8, "little")
+        except OSError:
+            return False
+
+    @classmethod
+    def create(
+        cls,
+        settings: BufferSettings,
+        volumes: Sequence[BufferVolume],
+        *,
+        pair_id: str,
+        timeout_s: float = 10.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> DiskBuffer:
+        """Allocate a new buffer in ``settings.directory`` and own it; an old one there goes. Its stage is NONE: see ``start``.
+
+        Raises ConfigError if the size cannot serve the volumes, NoSpaceError if the directory cannot hold it, DiskError if another
+        process runs on an old buffer there.
+        """
+        directory = settings.directory
+        block = settings.block_size
+        slots = plan_slots(settings.size_bytes, block, [volume.size for volume in volumes])
+        geometries = [
+            VolumeGeometry(volume.name, volume.size, volume.disk, hidden, active)
+            for volume, (hidden, active) in zip(volumes, slots, strict=True)
+        ]
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        cls.remove(directory)
+        files: list[tuple[str, int]] = []
+        for index, geometry in enumerate(geometries):
+            layers = _layers(geometry.size, block, geometry.hidden_slots, geometry.active_slots)
+            files += [(f"hidden.{index}", layers[0].total), (f"active.{index}", layers[1].total)]
+        try:
+            _allocate(directory, files, progress)
+            PairHeader.create(f"{directory}/{HEADER_FILE}", pair_id, block, geometries).close()
+            buffer = cls.attach(directory, pair_id=pair_id, timeout_s=timeout_s)
+            buffer.header.own()
+        except BaseException:
+            _unlink(directory)
+            raise
+        return buffer
+
+    @staticmethod
+    def remove(directory: str) -> None:
+        """Delete the buffer's files, nothing else in the directory. DiskError if a process runs on it."""
+        with contextlib.suppress(DiskError):
+            header = PairHeader(f"{directory}/{HEADER_FILE}")
+            try:
+                header.own()
+            except DiskError:
+                header.close()
+                raise DiskInUse(directory) from None
+            header.close()
+        _unlink(directory)
+
+    # State of the pair
+
+    def start(self, *, syncing: bool, number: int = 0, sequence: int = 0) -> None:
+        """Stage NONE becomes RUNNING with an empty buffer. With ``syncing`` there is no checkpoint until the first one is made."""
+        assert self.header.stage is Stage.NONE
+        self.header.record_checkpoint(1, number, sequence)
+        self.header.store_state(Stage.RUNNING, 1, syncing=syncing)
+
+    @property
+    def guest_has_written(self) -> bool:
+        """True if the active disk of any volume holds anything in the current epoch."""
+        return any(volume.guest_has_written for volume in self.volumes)
+
+    def volume(self, name: str) -> VolumeBuffer:
+        """The volume called ``name``; KeyError if there is none."""
+        for volume in self.volumes:
+            if volume.name == name:
+                return volume
+        raise KeyError(name)
+
+    def close(self) -> None:
+        for volume in self.volumes:
+            volume.close()
+        self.header.close()
+
+
+def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(hidden slots, active slots) of each volume out of ``size_bytes`` of pool.
+
+    Each pool gets the least that it needs (``limits.MIN_POOL``, or the whole volume if that is less), the rest goes to the
+    volumes in proportion to their sizes, never more than a slot a block. Raises ConfigError that says the least size.
+    """
+    if block_size & (block_size - 1) or not limits.MIN_BLOCK <= block_size <= limits.MAX_BLOCK:
+        raise ConfigError(f"A block of {block_size} bytes is not possible: a power of two, 512 to 1048576.")
+    if not volume_sizes or min(volume_sizes) <= 0:
+        raise ConfigError("A pair needs at least one volume, and none may be empty.")
+    blocks = [-(-size // block_size) for size in volume_sizes]
+    least = [min(-(-limits.MIN_POOL // block_size), count) for count in blocks]
+    needed = _SPLIT * sum(least) * block_size
+    if size_bytes < needed:
+        raise ConfigError(
+            f"A disk buffer of {size_bytes} bytes is too small for {len(blocks)} volume(s): at least {needed} bytes.",
+            hint="Raise the buffer size.",
+        )
+    spare = size_bytes // block_size // _SPLIT - sum(least)
+    slots = list(least)
+    while spare > 0 and (open_ := [index for index, count in enumerate(blocks) if slots[index] < count]):
+        total = sum(blocks[index] for index in open_)
+        before = spare
+        for index in open_:
+            grant = min(before * blocks[index] // total, blocks[index] - slots[index], spare)
+            slots[index] += grant
+            spare -= grant
+        if spare == before:
+            break  # less than a slot for each
+    return [(min(count, h.EPOCH_MASK), min(count, h.EPOCH_MASK)) for count in slots]
+
+
+class DiskInUse(DiskError):
+    """A secondary runs on the buffer."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(f"The disk buffer {directory} is in use by another process.", hint="Stop that secondary first.")
+
+
+def _layers(size: int, block_size: int, hidden: int, active: int) -> tuple[_LayerGeometry, _LayerGeometry]:
+    blocks = -(-size // block_size)
+    return _LayerGeometry(blocks, hidden, block_size), _LayerGeometry(blocks, active, block_size)
+
+
+def _allocate(directory: str, files: list[tuple[str, int]], progress: Callable[[int, int], None] | None) -> None:
+    needed = sum(size for _, size in files) + h.HEADER_BYTES
+    free = _free_bytes(directory)
+    if free < needed:
+        raise _no_space(directory, needed, free)
+    done = 0
+    for name, size in files:
+        fd = os.open(f"{directory}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+                raise _no_space(directory, needed, _free_bytes(directory) + done) from error
+            raise
+        finally:
+            os.close(fd)
+        done += size
+        if progress is not None:
+            progress(done, needed)
+
+
+def _free_bytes(directory: str) -> int:
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    # A tmpfs may promise more than there is memory, and the kernel answers that with the out-of-memory killer.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        if _is_tmpfs(directory):
+            with open("/proc/meminfo") as file:
+                line = next(line for line in file if line.startswith("MemAvailable:"))
+            free = min(free, int(line.split()[1]) * 1024)
+    return free
+
+
+def _is_tmpfs(directory: str) -> bool:
+    """True if the mount that holds ``directory`` is a tmpfs, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    device = os.stat(directory).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo") as file:
+        return any(line.split()[2] == wanted and " - tmpfs " in line for line in file)
+
+
+def _no_space(directory: str, needed: int, free: int) -> NoSpaceError:
+    return NoSpaceError(
+        f"The disk buffer needs {needed} bytes in {directory}, which has {max(free, 0)} bytes free.",
+        hint="Free memory there, ask for a smaller buffer or larger blocks, or name another directory.",
+    )
+
+
+def _unlink(directory: str) -> None:
+    for path in Path(directory).iterdir() if os.path.isdir(directory) else ():
+        stem, _, number = path.name.partition(".")
+        if path.name == HEADER_FILE or (stem in ("hidden", "active", "requests") and number.isdigit()):
+            path.unlink(missing_ok=True)
+
+
+def _align(length: int) -> int:
+    return -(-length // _PAGE) * _PAGE
+
+
+def _names(volumes: Iterable[tuple[Any, ...]]) -> str:
+    return ", ".join(f"{name} ({size} bytes)" for name, size in volumes)

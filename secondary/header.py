@@ -1,0 +1,379 @@
+"""The header of a pair's disk buffer: a small shared memory file that every process of the secondary maps.
+
+All that decides what a guest sees is in one 64-bit word, ``stage << 56 | syncing << 55 | epoch``, so that a checkpoint and
+each step of a failover is exactly one store: no process can see half of one, and a crash leaves either the old or the new.
+Everything else is arranged around that store:
+
+* A map entry is ``epoch << 32 | slot``; entries of another epoch count as absent. So is a bump pointer, ``epoch << 32 |
+  next``: with another epoch than the current one it means zero. The one store of the epoch thus empties maps and pools.
+* What a checkpoint records about itself (number, sequence, wall time) goes into one of two slots, chosen by the parity of its
+  epoch, before the store; so the record of the current epoch is whole at any instant.
+* Epoch 0 is never current: a zeroed map entry must mean "absent". The last epoch, ``LAST_EPOCH``, is never written into an entry:
+  a checkpoint that steps onto it leaves an empty buffer like any other, and whoever comes next clears the maps and goes on with
+  epoch 1. A crash in between is met by doing the clearing again.
+
+Stores are 8 bytes, aligned, through a memoryview cast to native words, which CPython performs as one move on 64-bit machines.
+Ordering between processes comes from the kernel: whoever relies on an order holds a CowRequest, whose lock and unlock are
+system calls on both sides.
+
+Words that nothing depends on (counters, the fairness hint, commit progress) live here, too, and may be torn by a crash.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from common import limits
+from common.disk import FLOCK
+from common.errors import DiskError, TandemDiskError
+
+MAGIC: Final = int.from_bytes(b"TDBUFFER", "little")
+LAYOUT_VERSION: Final = 1
+
+EPOCH_MASK: Final = 0xFFFF_FFFF
+LAST_EPOCH: Final = 0xFFFF_FFFF
+SYNCING: Final = 1 << 55
+STAGE_SHIFT: Final = 56
+
+# Words of the first page.
+W_MAGIC: Final = 0
+W_VERSION: Final = 1
+W_BYTES: Final = 2
+W_BLOCK: Final = 3
+W_VOLUMES: Final = 4
+W_STATE: Final = 5
+W_APPLIED: Final = 6
+W_STREAM: Final = 7
+W_SYNCS: Final = 8
+W_RECORDS: Final = 12
+W_ERROR_SERIAL: Final = 18
+W_ERROR_CASE: Final = 19
+W_ERROR_TIME: Final = 20
+W_ERROR_BYTES: Final = 21
+W_PAIR_BYTES: Final = 22
+W_OWNER: Final = 23
+
+PAIR_ID: Final = slice(256, 512)
+ERROR_TEXT: Final = slice(512, 2048)
+PAGE: Final = 4096
+VOLUME_BYTES: Final = 2048
+HEADER_BYTES: Final = PAGE + VOLUME_BYTES * limits.MAX_VOLUMES
+
+# Words of a volume's record.
+V_SIZE: Final = 0
+V_HIDDEN_SLOTS: Final = 1
+V_ACTIVE_SLOTS: Final = 2
+V_HIDDEN_BUMP: Final = 3
+V_ACTIVE_BUMP: Final = 4
+V_WAITING: Final = 5
+V_GUEST_WRITES: Final = 6
+V_GUEST_BYTES: Final = 7
+V_COW_BLOCKS: Final = 8
+V_COW_BATCHES: Final = 9
+V_COMMIT_DONE: Final = 10
+V_COMMIT_TOTAL: Final = 11
+V_NAME_BYTES: Final = 12
+V_DISK_BYTES: Final = 13
+VOLUME_NAME: Final = slice(256, 512)
+VOLUME_DISK: Final = slice(512, 2048)
+
+_LOCK_ERROR: Final = 1 << 40
+_LOCK_OWNER: Final = _LOCK_ERROR + 1
+
+
+class Stage(enum.IntEnum):
+    """Where a secondary stands. The names are those of QEMU's replication driver (block/replication.c)."""
+
+    NONE = 0
+    RUNNING = 1
+    FAILOVER = 2
+    FAILOVER_FAILED = 3
+    DONE = 4
+
+
+class Failure(enum.IntEnum):
+    """The seven failure cases of QEMU's docs/block-replication.txt, in its order."""
+
+    NONE = 0
+    PRIMARY_DISK = 1
+    FORWARDING = 2
+    BACKUP = 3
+    SECONDARY_DISK = 4
+    ACTIVE_DISK = 5
+    EMPTYING = 6
+    FAILOVER = 7
+
+
+FAILURE_WORDS: Final = {
+    Failure.PRIMARY_DISK: "I/O error on the primary disk",
+    Failure.FORWARDING: "forwarding a primary write failed",
+    Failure.BACKUP: "the backup job failed",
+    Failure.SECONDARY_DISK: "I/O error on the secondary disk",
+    Failure.ACTIVE_DISK: "I/O error on the active disk",
+    Failure.EMPTYING: "emptying the disk buffer failed",
+    Failure.FAILOVER: "failover failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint says about itself."""
+
+    number: int
+    sequence: int
+    wall_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRecord:
+    """The last failure that a process of this secondary met."""
+
+    case: Failure
+    sentence: str
+    wall_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeGeometry:
+    """A volume as the header describes it; ``disk`` is the path of its secondary disk."""
+
+    name: str
+    size: int
+    disk: str
+    hidden_slots: int
+    active_slots: int
+
+
+class PairHeader:
+    """The mapped header. ``words`` is what hot paths index; the properties are for everybody else."""
+
+    def __init__(self, path: str, *, pair_id: str | None = None) -> None:
+        """Map an existing header and check it. DiskError if it is not one of ours, of another pair or layout."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DiskError(f"There is no disk buffer at {os.path.dirname(path)}.", hint="Is the secondary up?") from None
+        try:
+            if os.fstat(self._fd).st_size != HEADER_BYTES:
+                raise DiskError(f"{path} is not the header of a disk buffer.")
+            self._map = mmap.mmap(self._fd, HEADER_BYTES)
+            self.bytes = memoryview(self._map)
+            self.words = self.bytes.cast("Q")
+            self._check(pair_id)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, pair_id: str | None) -> None:
+        if self.words[W_MAGIC] != MAGIC:
+            raise DiskError(f"{self.path} is not the header of a disk buffer, or its creation was interrupted.")
+        if self.words[W_VERSION] != LAYOUT_VERSION:
+            raise DiskError(
+                f"{self.path} has layout version {self.words[W_VERSION]}, this program knows {LAYOUT_VERSION}.",
+                hint="Finish the failover with the version that made it.",
+            )
+        if pair_id is not None and self.pair_id != pair_id:
+            raise DiskError(f"{self.path} belongs to pair {self.pair_id}, not to {pair_id}.")
+
+    @classmethod
+    def create(cls, path: str, pair_id: str, block_size: int, volumes: list[VolumeGeometry]) -> PairHeader:
+        """Write a new header, stage NONE. The magic comes with ``seal``: until then nobody can attach."""
+        image = bytearray(HEADER_BYTES)
+        words = memoryview(image).cast("Q")
+        words[W_VERSION] = LAYOUT_VERSION
+        words[W_BYTES] = HEADER_BYTES
+        words[W_BLOCK] = block_size
+        words[W_VOLUMES] = len(volumes)
+        words[W_PAIR_BYTES] = _put(image, PAIR_ID, pair_id)
+        for index, volume in enumerate(volumes):
+            base = volume_base(index)
+            words[base + V_SIZE] = volume.size
+            words[base + V_HIDDEN_SLOTS] = volume.hidden_slots
+            words[base + V_ACTIVE_SLOTS] = volume.active_slots
+            start = base * 8
+            words[base + V_NAME_BYTES] = _put(image, _shift(VOLUME_NAME, start), volume.name)
+            words[base + V_DISK_BYTES] = _put(image, _shift(VOLUME_DISK, start), volume.disk)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, HEADER_BYTES)
+            os.pwrite(fd, image, 0)
+            os.pwrite(fd, MAGIC.to_bytes(8, "little"), W_MAGIC * 8)
+        finally:
+            os.close(fd)
+        return cls(path, pair_id=pair_id)
+
+    # Geometry
+
+    @property
+    def pair_id(self) -> str:
+        return bytes(self.bytes[PAIR_ID][: self.words[W_PAIR_BYTES]]).decode()
+
+    @property
+    def block_size(self) -> int:
+        return self.words[W_BLOCK]
+
+    def volumes(self) -> list[VolumeGeometry]:
+        """The volumes in the order of their numbers."""
+        return [self._geometry(volume_base(index)) for index in range(self.words[W_VOLUMES])]
+
+    def _geometry(self, base: int) -> VolumeGeometry:
+        def text(where: slice, length: int) -> str:
+            return bytes(self.bytes[_shift(where, base * 8)][:length]).decode(errors="surrogateescape")
+
+        return VolumeGeometry(
+            name=text(VOLUME_NAME, self.words[base + V_NAME_BYTES]),
+            size=self.words[base + V_SIZE],
+            disk=text(VOLUME_DISK, self.words[base + V_DISK_BYTES]),
+            hidden_slots=self.words[base + V_HIDDEN_SLOTS],
+            active_slots=self.words[base + V_ACTIVE_SLOTS],
+        )
+
+    # State
+
+    @property
+    def state(self) -> int:
+        """The one word. Read it once and decode that value; two reads may see two states."""
+        return self.words[W_STATE]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self.words[W_STATE] >> STAGE_SHIFT)
+
+    @property
+    def epoch(self) -> int:
+        return self.words[W_STATE] & EPOCH_MASK
+
+    @property
+    def syncing(self) -> bool:
+        """True while there is no valid checkpoint: a full synchronisation or a resync is writing the secondary disk."""
+        return bool(self.words[W_STATE] & SYNCING)
+
+    def store_state(self, stage: Stage, epoch: int, *, syncing: bool) -> None:
+        """The one store. The caller holds what the step requires."""
+        assert 0 <= epoch <= LAST_EPOCH
+        self.words[W_STATE] = stage << STAGE_SHIFT | (SYNCING if syncing else 0) | epoch
+
+    def record_checkpoint(self, epoch: int, number: int, sequence: int) -> None:
+        """Say which checkpoint ``epoch`` will be; goes before the store that makes it current."""
+        at = W_RECORDS + 3 * (epoch & 1)
+        self.words[at] = number
+        self.words[at + 1] = sequence
+        self.words[at + 2] = time.time_ns()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that the guest sees now."""
+        while True:
+            epoch = self.epoch
+            at = W_RECORDS + 3 * (epoch & 1)
+            record = Checkpoint(self.words[at], self.words[at + 1], self.words[at + 2])
+            if self.epoch == epoch:
+                return record
+
+    @property
+    def applied_sequence(self) -> int:
+        """Sequence number of the last message of the stream that the secondary disk has in full."""
+        return self.words[W_APPLIED]
+
+    @applied_sequence.setter
+    def applied_sequence(self, value: int) -> None:
+        self.words[W_APPLIED] = value
+
+    @property
+    def stream_id(self) -> int:
+        return self.words[W_STREAM]
+
+    @stream_id.setter
+    def stream_id(self, value: int) -> None:
+        self.words[W_STREAM] = value
+
+    @property
+    def syncs(self) -> int:
+        """How often a synchronisation began: a long reader notices one that came and went."""
+        return self.words[W_SYNCS]
+
+    # Errors
+
+    def set_error(self, case: Failure, sentence: str) -> None:
+        """Keep the failure for ``status``; the last one wins. Never raises: it is called while another error is on its way."""
+        text = sentence.encode()[: ERROR_TEXT.stop - ERROR_TEXT.start]
+        try:
+            self._lock(_LOCK_ERROR, fcntl.F_WRLCK)
+        except OSError:
+            return  # somebody else is writing one down at this instant: one of the two is as good as the other
+        try:
+            self.words[W_ERROR_SERIAL] += 1
+            self.bytes[ERROR_TEXT.start : ERROR_TEXT.start + len(text)] = text
+            self.words[W_ERROR_BYTES] = len(text)
+            self.words[W_ERROR_CASE] = case
+            self.words[W_ERROR_TIME] = time.time_ns()
+            self.words[W_ERROR_SERIAL] += 1
+        finally:
+            self._lock(_LOCK_ERROR, fcntl.F_UNLCK)
+
+    def get_error(self) -> ErrorRecord | None:
+        """The last failure, or None. The name is that of QEMU's interface (replication_get_error)."""
+        for _ in range(1000):
+            serial = self.words[W_ERROR_SERIAL]
+            case = self.words[W_ERROR_CASE]
+            text = bytes(self.bytes[ERROR_TEXT][: self.words[W_ERROR_BYTES]])
+            record = ErrorRecord(Failure(min(case, 7)), text.decode(errors="replace"), self.words[W_ERROR_TIME])
+            if serial % 2 == 0 and serial == self.words[W_ERROR_SERIAL]:
+                return record if case else None
+        return ErrorRecord(Failure(min(case, 7)), "a process died while it wrote the error down", 0)
+
+    def clear_error(self) -> None:
+        """Forget the failure: what caused it was put right."""
+        self.words[W_ERROR_CASE] = Failure.NONE
+
+    # Ownership
+
+    def own(self) -> None:
+        """Become the one process that runs the backup job of this buffer, until it ends. DiskError if there is one."""
+        try:
+            self._lock(_LOCK_OWNER, fcntl.F_WRLCK)
+        except BlockingIOError:
+            raise DiskError(
+                f"The disk buffer {os.path.dirname(self.path)} is in use by process {self.words[W_OWNER]}.",
+                hint="Stop that secondary first.",
+            ) from None
+        self.words[W_OWNER] = os.getpid()
+
+    def _lock(self, byte: int, kind: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+    def close(self) -> None:
+        """Unmap, as far as nobody holds a view; give the ownership back."""
+        for name in ("words", "bytes"):
+            view = self.__dict__.pop(name, None)
+            if view is not None:
+                view.release()
+        if "_map" in self.__dict__:
+            self._map.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def volume_base(index: int) -> int:
+    """Number of the first word of a volume's record."""
+    return (PAGE + VOLUME_BYTES * index) // 8
+
+
+def _shift(where: slice, by: int) -> slice:
+    return slice(where.start + by, where.stop + by)
+
+
+def _put(image: bytearray, where: slice, text: str) -> int:
+    raw = text.encode(errors="surrogateescape")
+    if len(raw) > where.stop - where.start:
+        raise TandemDiskError(f"{text[:40]}… is too long: at most {where.stop - where.start} bytes.")
+    image[where.start : where.start + len(raw)] = raw
+    return len(raw)

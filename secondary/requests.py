@@ -1,0 +1,543 @@
+"""CowRequest: who has a byte range of a volume in flight, across threads and processes.
+
+The interface is QEMU's (``backup_wait_for_overlapping_requests``, ``backup_cow_request_begin``, ``backup_cow_request_end``),
+made for real concurrency. The table of requests is the kernel's: open-file-description (OFD) locks on byte ranges of a
+small file that all processes of a secondary open. Nothing of it is in shared memory, so nothing can be left behind: a
+process that is killed releases what it held at that moment.
+
+How it works
+------------
+A request owns a file description of its own, taken from a free list. That meets two properties of OFD locks: requests of
+one description do not exclude each other, and unlocking a range frees it whoever locked it. With a description a request,
+two threads exclude each other like two processes do, and one unlock of everything ends a request, however many ranges
+it has. Requests are exclusive (COW, guest writes, checkpoints) or shared (guest reads).
+
+``try_begin`` never waits. A ``begin`` that cannot be granted at once tries again a few times within half a millisecond
+(the usual request is held for less), then waits in the kernel: a helper thread makes the blocking call, because such a
+call cannot be given a timeout; the caller waits for the thread. A wait that is abandoned (timeout, cancelled task) leaves the
+helper behind until the kernel grants it the lock, which it gives back at once.
+
+Fairness
+--------
+The kernel grants whatever does not conflict *now*, so a steady stream of readers would starve a checkpoint that waits for
+[0, size). Hence a waiter announces itself: it locks its ranges in a second space, ``INTENT``, far behind the disk, and
+publishes a deadline in the shared word ``waiting``. While that lies in the future, each begin asks the kernel whether an intent
+overlaps it, and if so queues up behind it; the kernel's queue is first come, first served. The word is only a hint: a
+waiter that dies leaves a stale one, which expires by itself within 100 ms. A waiter gives its intent up for a while when it was not
+granted within ``PATIENCE_S``: then the obstacle is not a stream but one stuck holder (a stopped process, a hung device), and
+everybody outside that holder's range should go on.
+
+A request of several ranges is taken all or nothing: first all intents in ascending order, then all ranges in ascending order, and
+nobody holds a range while waiting for an intent. So there is no cycle of waiters. A thread that begins a second request
+while it holds one must do it at higher offsets, or in a volume of a higher number.
+
+Presence
+--------
+Readers and guest writers hold a shared lock on the ``PRESENCE`` byte from their first request until ``leave``. The backup job tries an
+exclusive one for the length of a batch (``try_alone``): if it gets that, there is nobody to exclude and it needs no request per range.
+
+Fork: a child shares the descriptions of its parent, so it closes all of them at once and starts with none; requests in
+flight remain the parent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Final
+
+from common.disk import FLOCK
+from common.errors import TimedOut
+
+INTENT: Final = 1 << 61
+"""Offset of the space in which waiters announce themselves."""
+PRESENCE: Final = 1 << 62
+ALLOCATION: Final = PRESENCE + 1
+"""Held by whoever moves the bump pointer of the active disk."""
+HOLD: Final = PRESENCE + 2
+"""Held shared by a snapshot that cannot finish while checkpoints go on; a checkpoint takes it exclusively."""
+
+PATIENCE_S: Final = 0.5
+"""How long a waiter keeps newcomers from overtaking it, before it lets them by for as long."""
+ANNOUNCE_S: Final = 0.05
+"""How often a waiter renews its hint; a hint is valid for twice as long."""
+SPINS_S: Final = (0.00002, 0.00005, 0.0001, 0.0003)
+"""Pauses before a contended begin goes to the kernel's queue: most requests are held for less than this."""
+
+_SETLK: Final = fcntl.F_OFD_SETLK
+_RDLCK: Final = fcntl.F_RDLCK
+_WRLCK: Final = fcntl.F_WRLCK
+_pack = FLOCK.pack
+_fcntl = fcntl.fcntl
+UNLOCK_ALL: Final = FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+
+Ranges = Sequence[tuple[int, int]]
+"""Disjoint [start, end) byte ranges in ascending order, rounded out to blocks."""
+
+
+class Description:
+    """One open file description: what one request at a time locks with. ``fd`` is -1 once a fork made it the parent's."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def unlock(self) -> None:
+        """Give back everything locked with it."""
+        if self.fd >= 0:
+            _fcntl(self.fd, _SETLK, UNLOCK_ALL)
+
+
+class CowRequest:
+    """A range in flight. A context manager; ``end`` may be called more than once."""
+
+    __slots__ = ("_description", "_table", "end_offset", "shared", "start")
+
+    def __init__(self, table: RequestTable, description: Description, start: int, end: int, shared: bool) -> None:
+        self._table = table
+        self._description: Description | None = description
+        self.start = start
+        self.end_offset = end
+        self.shared = shared
+
+    def end(self) -> None:
+        """The range is free again; waiters go on."""
+        description, self._description = self._description, None
+        if description is not None:
+            self._table.release(description)
+
+    def __enter__(self) -> CowRequest:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+
+class RequestTable:
+    """The requests in flight on one volume; every thread and process that opens the same file sees the same table.
+
+    ``waiting`` is a cell of shared memory for the fairness hint (one 64-bit word); without one, fairness holds within
+    this table object only. Ranges are rounded out to blocks. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        block_size: int,
+        *,
+        name: str = "",
+        timeout_s: float = 10.0,
+        waiting: memoryview | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.size = size
+        self.timeout_s = timeout_s
+        self._mask = block_size - 1
+        self._end = (size + block_size - 1) & ~self._mask
+        self._waiting = waiting if waiting is not None else memoryview(bytearray(8)).cast("Q")
+        self._free: list[Description] = []
+        self._all: list[Description] = []
+        self._present: Description | None = None
+        self._presence_lock = threading.Lock()
+        self._closed = False
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        _tables.add(self)
+
+    # The exported interface
+
+    def wait_for_overlapping_requests(self, start: int, end: int, *, timeout_s: float | None = None) -> None:
+        """Return when no request in flight overlaps [start, end). Another may begin right after: ``begin`` is atomic.
+
+        Raises TimedOut, which names the process that holds one.
+        """
+        ranges = self._round(start, end)
+        if not self._conflict(_WRLCK, ranges):
+            return
+        self.release(self.wait_ranges(ranges, shared=False, timeout_s=timeout_s))
+
+    def cow_request_begin(
+        self, start: int, end: int, *, shared: bool = False, timeout_s: float | None = None
+    ) -> CowRequest:
+        """Register [start, end) as in flight, once no overlapping request is (shared ones do not exclude each other).
+
+        End it with ``cow_request_end`` or by leaving its ``with`` block. Raises TimedOut, which names the holder.
+        """
+        ranges = self._round(start, end)
+        description = self.try_ranges(ranges, shared=shared)
+        if description is None:
+            description = self.wait_ranges(ranges, shared=shared, timeout_s=timeout_s)
+        return CowRequest(self, description, *ranges[0], shared)
+
+    def try_begin(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
+        """Like ``cow_request_begin`` where that need not wait; else BlockingIOError."""
+        ranges = self._round(start, end)
+        description = self.try_ranges(ranges, shared=shared)
+        if description is None:
+            raise BlockingIOError(errno.EAGAIN, f"a request in flight overlaps [{start}, {end})")
+        return CowRequest(self, description, *ranges[0], shared)
+
+    def cow_request_end(self, request: CowRequest) -> None:
+        """The range of ``request`` is free again."""
+        request.end()
+
+    async def wait_for_overlapping_requests_async(self, start: int, end: int) -> None:
+        """``wait_for_overlapping_requests`` for an event loop; the wait is in a thread."""
+        if self._conflict(_WRLCK, self._round(start, end)):
+            (await self.cow_request_begin_async(start, end)).end()
+
+    async def cow_request_begin_async(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
+        """``cow_request_begin`` for an event loop: granted at once if possible, else a thread waits.
+
+        A task that is cancelled meanwhile gets nothing and leaves nothing locked.
+        """
+        try:
+            return self.try_begin(start, end, shared=shared)
+        except BlockingIOError:
+            pass
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[CowRequest] = loop.create_future()
+
+        def settle(request: CowRequest | None, error: BaseException | None) -> None:
+            if future.done():
+                if request is not None:
+                    request.end()
+            elif request is not None:
+                future.set_result(request)
+            elif error is not None:
+                future.set_exception(error)
+
+        def wait() -> None:
+            request: CowRequest | None = None
+            problem: BaseException | None = None
+            try:
+                request = self.cow_request_begin(start, end, shared=shared)
+            except Exception as error:
+                problem = error
+            try:
+                loop.call_soon_threadsafe(settle, request, problem)
+            except RuntimeError:  # the loop closed meanwhile
+                if request is not None:
+                    request.end()
+
+        threading.Thread(target=wait, name=f"cow request {self.name}", daemon=True).start()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().end()
+            raise
+
+    # What the layers of the secondary use: several ranges at once, no object a request
+
+    def try_ranges(self, ranges: Ranges, *, shared: bool) -> Description | None:
+        """Lock all ``ranges`` at once, or nothing and return None. End with ``release``."""
+        if self._present is None and not self._enter(wait=False):
+            return None
+        kind = _RDLCK if shared else _WRLCK
+        if self._waiting[0] and self._must_queue(kind, ranges):
+            return None
+        try:
+            description = self._free.pop()
+        except IndexError:
+            description = self._open()
+        fd = description.fd
+        try:
+            for start, end in ranges:
+                _fcntl(fd, _SETLK, _pack(kind, 0, start, end - start, 0))
+        except (BlockingIOError, PermissionError):
+            self.release(description)
+            return None
+        return description
+
+    def wait_ranges(self, ranges: Ranges, *, shared: bool, timeout_s: float | None = None) -> Description:
+        """Lock all ``ranges``, waiting as long as it takes up to ``timeout_s``. Raises TimedOut naming the holder."""
+        for pause in SPINS_S:
+            description = self.try_ranges(ranges, shared=shared)
+            if description is not None:
+                return description
+            time.sleep(pause)
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        if self._present is None:
+            self._enter(wait=True)
+        return _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
+
+    def release(self, description: Description) -> None:
+        """End a request made by ``try_ranges`` or ``wait_ranges``."""
+        fd = description.fd
+        if fd >= 0:
+            _fcntl(fd, _SETLK, UNLOCK_ALL)
+            self._free.append(description)
+
+    def leave(self) -> None:
+        """No requests from this process until further notice: the backup job need not mind us. Begin re-enters."""
+        with self._presence_lock:
+            present, self._present = self._present, None
+            if present is not None:
+                self.release(present)
+
+    def try_alone(self) -> Description | None:
+        """If no reader or writer is present in any process, keep them out until ``release``; else None."""
+        if self._waiting[0] > time.monotonic_ns():
+            return None  # somebody waits to come in: give way
+        return self.try_byte(PRESENCE)
+
+    def try_byte(self, byte: int, *, shared: bool = False) -> Description | None:
+        """Lock one of the bytes behind the disk, or return None. End with ``release``."""
+        description = self.take()
+        try:
+            _fcntl(description.fd, _SETLK, _pack(_RDLCK if shared else _WRLCK, 0, byte, 1, 0))
+        except (BlockingIOError, PermissionError):
+            self._free.append(description)
+            return None
+        return description
+
+    def wait_byte(self, byte: int, *, shared: bool = False, timeout_s: float | None = None) -> Description:
+        """Like ``try_byte``, waiting. Raises TimedOut naming the holder."""
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        pause = 0.00002
+        while (description := self.try_byte(byte, shared=shared)) is None:
+            if time.monotonic() > deadline:
+                raise self.timed_out([(byte, byte + 1)], "an internal lock")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.005)
+        return description
+
+    def whole(self) -> Ranges:
+        """The range of all blocks, what a checkpoint locks."""
+        return ((0, self._end),)
+
+    def close(self) -> None:
+        """Close all descriptions, which ends all requests of this table."""
+        self._closed = True
+        _tables.discard(self)
+        self._drop()
+
+    def timed_out(self, ranges: Ranges, what: str = "a CowRequest") -> TimedOut:
+        """The error for a wait that took too long; names who holds the range."""
+        holders = find_holders(self.path, ranges)
+        named = ", ".join(f"process {pid} ({command})" for pid, command in holders) or "a process that cannot be seen"
+        volume = f" of volume {self.name}" if self.name else ""
+        return TimedOut(
+            f"Waited too long for {what} on bytes {ranges[0][0]} to {ranges[-1][1]}{volume}, held by {named}.",
+            hint="If that process is stopped, let it go on (kill -CONT) or end it (kill -KILL).",
+        )
+
+    # Inside
+
+    def _round(self, start: int, end: int) -> tuple[tuple[int, int]]:
+        mask = self._mask
+        if not 0 <= start < end <= self._end:
+            raise ValueError(f"[{start}, {end}) is no range of a volume of {self.size} bytes")
+        return ((start & ~mask, (end + mask) & ~mask),)
+
+    def take(self) -> Description:
+        """A description that nothing is locked with."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._open()
+
+    def _open(self) -> Description:
+        with _fork_lock:  # a child of a fork in between would keep a description that it does not know of
+            assert not self._closed
+            description = Description(os.open(self.path, os.O_RDWR | os.O_CLOEXEC))
+            self._all.append(description)
+        return description
+
+    def _conflict(self, kind: int, ranges: Ranges, space: int = 0) -> bool:
+        description = self.take()
+        try:
+            for start, end in ranges:
+                answer = _fcntl(
+                    description.fd, fcntl.F_OFD_GETLK, _pack(kind, 0, space + start, end - start, 0)
+                )
+                assert isinstance(answer, bytes)
+                if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                    return True
+            return False
+        finally:
+            self._free.append(description)
+
+    def _must_queue(self, kind: int, ranges: Ranges) -> bool:
+        return self._waiting[0] > time.monotonic_ns() and self._conflict(kind, ranges, INTENT)
+
+    def announce(self) -> None:
+        """Publish that somebody waits; valid for two ``ANNOUNCE_S``."""
+        self._waiting[0] = time.monotonic_ns() + int(2e9 * ANNOUNCE_S)
+
+    def _enter(self, *, wait: bool) -> bool:
+        with self._presence_lock:
+            if self._present is None:
+                if wait:
+                    self.announce()
+                    self._present = self.wait_byte(PRESENCE, shared=True)
+                else:
+                    self._present = self.try_byte(PRESENCE, shared=True)
+            return self._present is not None
+
+    def _drop(self) -> None:
+        """Close every description. In a child of fork that leaves the parent's locks alone: they go with the last close."""
+        self._present = None
+        self._free = []
+        everything, self._all = self._all, []
+        for description in everything:
+            fd, description.fd = description.fd, -1
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _after_fork(self) -> None:
+        self._presence_lock = threading.Lock()
+        self._drop()
+
+
+class _Wait:
+    """One contended begin: a helper thread in the kernel's queue, and the caller that keeps the time."""
+
+    def __init__(self, table: RequestTable, ranges: Ranges, kind: int) -> None:
+        self._table = table
+        self._ranges = ranges
+        self._kind = kind
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._abandoned = False
+        self._granted: Description | None = None
+        self._error: OSError | None = None
+        self._queued = False
+        """The helper holds its intents and waits for the ranges."""
+        self._intent = table.take()
+        self._range = table.take()
+
+    def result(self, limit_s: float) -> Description:
+        self._table.announce()
+        threading.Thread(target=self._run, name=f"cow wait {self._table.name}", daemon=True).start()
+        start = time.monotonic()
+        queued_at = 0.0
+        intents_held = True
+        while not self._done.wait(min(ANNOUNCE_S, max(0.0, start + limit_s - time.monotonic()))):
+            now = time.monotonic()
+            if now - start >= limit_s:
+                self._abandon()
+                break
+            if not self._queued:
+                queued_at = now
+            elif now - queued_at >= PATIENCE_S:
+                intents_held = self._toggle_intents(intents_held)
+                queued_at = now
+            if intents_held:
+                self._table.announce()
+        if self._error is not None:
+            raise self._error
+        if self._granted is None:
+            raise self._table.timed_out(self._ranges)
+        return self._granted
+
+    def _run(self) -> None:
+        granted = False
+        try:
+            for start, end in self._ranges:
+                _lock_waiting(self._intent.fd, _WRLCK, INTENT + start, end - start)
+            with self._lock:
+                self._queued = not self._abandoned
+            if self._queued:
+                for start, end in self._ranges:
+                    _lock_waiting(self._range.fd, self._kind, start, end - start)
+                granted = True
+        except OSError as error:
+            self._error = error
+        with self._lock:
+            self._queued = False
+            self._table.release(self._intent)
+            if granted and not self._abandoned:
+                self._granted = self._range
+            else:
+                self._table.release(self._range)
+            self._done.set()
+
+    def _abandon(self) -> None:
+        with self._lock:
+            self._abandoned = self._granted is None
+            if self._abandoned and self._queued:
+                self._intent.unlock()
+
+    def _toggle_intents(self, held: bool) -> bool:
+        """Let newcomers by, or keep them back again; True if they are kept back now."""
+        with self._lock:
+            if not self._queued:
+                return held
+            if held:
+                self._intent.unlock()
+                return False
+            try:
+                for start, end in self._ranges:
+                    _fcntl(self._intent.fd, _SETLK, _pack(_WRLCK, 0, INTENT + start, end - start, 0))
+            except (BlockingIOError, PermissionError):
+                self._intent.unlock()
+                return False
+            return True
+
+
+def _lock_waiting(fd: int, kind: int, start: int, length: int) -> None:
+    _fcntl(fd, fcntl.F_OFD_SETLKW, _pack(kind, 0, start, length, 0))
+
+
+def find_holders(path: str, ranges: Ranges) -> list[tuple[int, str]]:
+    """(pid, command) of the processes that hold an OFD lock overlapping ``ranges`` of the file, from /proc/PID/fdinfo.
+
+    The kernel does not tell the pid of an OFD lock's holder (l_pid is -1), but shows the locks of each descriptor
+    of the processes that we may look at (proc_pid_fdinfo(5)). This process itself may be among them.
+    """
+    status = os.stat(path)
+    found: dict[int, str] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            if any(_overlaps(line, status.st_ino, ranges) for line in _lock_lines(f"/proc/{entry}", status)):
+                with open(f"/proc/{entry}/comm") as file:
+                    found[int(entry)] = file.read().strip()
+    return sorted(found.items())
+
+
+def _lock_lines(process: str, status: os.stat_result) -> Iterator[str]:
+    for fd in os.listdir(f"{process}/fd"):
+        with contextlib.suppress(OSError):
+            target = os.stat(f"{process}/fd/{fd}")
+            if (target.st_dev, target.st_ino) != (status.st_dev, status.st_ino):
+                continue
+            with open(f"{process}/fdinfo/{fd}") as file:
+                yield from (line for line in file if line.startswith("lock:"))
+
+
+def _overlaps(line: str, inode: int, ranges: Ranges) -> bool:
+    """``lock:  1: OFDLCK ADVISORY WRITE -1 00:19:1234 0 4095``: the last two are first and last byte, or EOF."""
+    fields = line.split()
+    if len(fields) < 9 or fields[2] != "OFDLCK" or not fields[6].endswith(f":{inode}"):
+        return False
+    first = int(fields[7])
+    last = 1 << 63 if fields[8] == "EOF" else int(fields[8])
+    return any(first < end and last >= start for start, end in ranges)
+
+
+# What a fork must find: register_at_fork has no way to take a hook back, so there is one for all tables.
+_tables: weakref.WeakSet[RequestTable] = weakref.WeakSet()
+_fork_lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    _fork_lock.release()
+    for table in list(_tables):
+        table._after_fork()
+
+
+os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_after_fork_in_child)
