@@ -1,0 +1,112 @@
+"""Receive buffers that are handed on instead of copied.
+
+An export receives into a large buffer; the payloads of a batch stay where ``recv`` put them, in the primary's pwrite and in the
+message to the secondary. So a buffer lives until its last user is done: each user holds a pin, and the last ``unpin`` brings
+the buffer back. Allocating (and zeroing, and faulting in) megabytes per batch instead cost a factor of three in a sketch.
+
+The pool is bounded: ``count`` buffers plus one for each connection that was ``admit``-ted. An idle connection keeps at most
+one buffer, so ``count`` buffers are always left for work in flight, and whoever finds none free can wait for a batch to
+finish: nobody can wait for a buffer that only an idle client could give back. Requests that no pooled buffer can hold
+get one of a few ``large`` ones. All of it belongs to one event loop; nothing here is safe to call from another thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from common import limits
+
+SLACK: Final = 64 * limits.KIB
+"""A buffer holds this much more than its nominal size, so that a request of exactly that size fits with its header."""
+LARGE_SIZE: Final = limits.MAX_PAYLOAD + SLACK
+LARGE_COUNT: Final = 8
+LARGE_KEPT: Final = 2
+"""Free large buffers that are kept; the others go back to the system."""
+
+
+class PooledBuffer:
+    """Memory with a count of its users. ``view`` is all of it, writable."""
+
+    __slots__ = ("_pool", "pins", "view")
+
+    def __init__(self, pool: BufferPool, size: int) -> None:
+        self._pool = pool
+        self.pins = 0
+        self.view = memoryview(bytearray(size))
+
+    def pin(self) -> None:
+        """Keep the contents as they are until the matching ``unpin``."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """Let go; the last one gives the buffer back to the pool."""
+        self.pins -= 1
+        if not self.pins:
+            self._pool.release(self)
+        assert self.pins >= 0, "unpinned more often than pinned"
+
+
+class BufferPool:
+    """Buffers of ``size`` (plus ``SLACK``) bytes, at most ``count`` and one for each admitted connection, and large ones."""
+
+    def __init__(self, size: int = limits.RECEIVE_BUFFER, count: int = limits.RECEIVE_BUFFERS) -> None:
+        self.size = size + SLACK
+        self._limit = count
+        self._used = 0
+        self._large_used = 0
+        self._free: list[PooledBuffer] = []
+        self._free_large: list[PooledBuffer] = []
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    @property
+    def used(self) -> int:
+        """Buffers of both kinds that somebody has pinned."""
+        return self._used + self._large_used
+
+    def admit(self) -> None:
+        """A connection opens: it may keep one buffer."""
+        self._limit += 1
+
+    def dismiss(self) -> None:
+        """A connection that was admitted is gone."""
+        self._limit -= 1
+
+    def acquire(self, needed: int = 0) -> PooledBuffer | None:
+        """A buffer of at least ``needed`` bytes, pinned once for the caller; None if all are in use (see ``wait``).
+
+        Its contents are whatever the last user left. ``needed`` is at most ``LARGE_SIZE``.
+        """
+        assert needed <= LARGE_SIZE
+        if needed <= self.size:
+            if self._used >= self._limit:
+                return None
+            self._used += 1
+            buffer = self._free.pop() if self._free else PooledBuffer(self, self.size)
+        else:
+            if self._large_used >= LARGE_COUNT:
+                return None
+            self._large_used += 1
+            buffer = self._free_large.pop() if self._free_large else PooledBuffer(self, LARGE_SIZE)
+        buffer.pins = 1
+        return buffer
+
+    def wait(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once when a buffer came back. It runs inside somebody's ``unpin``: it should only schedule."""
+        self._waiting.append(callback)
+
+    def release(self, buffer: PooledBuffer) -> None:
+        """What the last ``unpin`` does."""
+        if len(buffer.view) == self.size:
+            self._used -= 1
+            if len(self._free) < self._limit:
+                self._free.append(buffer)
+        else:
+            self._large_used -= 1
+            if len(self._free_large) < LARGE_KEPT:
+                self._free_large.append(buffer)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, deque()
+            for callback in waiting:
+                callback()
