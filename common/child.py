@@ -71,25 +71,41 @@ class Child:
 
     @classmethod
     def start(cls, module: str, settings: NodeSettings, *, stderr: int | IO[bytes] | None = None) -> Child:
-        """Start ``python -m module``. Call it on a thread that lives as long as this process (see ``common.process``).
+        """Start ``python -m module`` with ``settings``; it dies with this process.
 
-        ``stderr`` takes the child's log; None: this process' own.
+        Call it on a thread that lives as long as this process (see ``common.process``). ``stderr`` takes the child's
+        log; None: this process' own.
         """
-        settings_fd = settings_memfd(settings)
+        fd = settings_memfd(settings)
+        try:
+            return cls.launch(module, ["--settings-fd", str(fd)], pass_fds=(fd,), stderr=stderr)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def launch(
+        cls,
+        module: str,
+        arguments: list[str],
+        *,
+        pass_fds: tuple[int, ...] = (),
+        stderr: int | IO[bytes] | None = None,
+        outlives_us: bool = False,
+    ) -> Child:
+        """Start ``python -m module`` with ``arguments`` and a ready descriptor; unless it ``outlives_us``, it dies
+        with us.
+        """
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-        command = [
-            *python_command(module),
-            "--settings-fd", str(settings_fd),
-            "--ready-fd", str(write_fd),
-            "--parent", str(os.getpid()),
-        ]  # fmt: skip
+        command = [*python_command(module), *arguments, "--ready-fd", str(write_fd)]
+        if not outlives_us:
+            command += ["--parent", str(os.getpid())]
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                pass_fds=(settings_fd, write_fd),
+                pass_fds=(*pass_fds, write_fd),
                 env=python_environment(),
                 start_new_session=True,
             )
@@ -97,7 +113,6 @@ class Child:
             os.close(read_fd)
             raise
         finally:
-            os.close(settings_fd)
             os.close(write_fd)
         os.set_blocking(read_fd, False)
         return cls(module, process, read_fd)
@@ -176,16 +191,26 @@ class Child:
         """The exit code (negative: the signal), None while it runs."""
         return self.process.poll()
 
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """SIGTERM, wait, SIGKILL if it takes longer than ``timeout_s``; the exit code."""
+    def wait(self, timeout_s: float) -> int:
+        """The exit code of a child that is on its way out; killed if that takes longer than ``timeout_s``."""
         self._close_ready()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """SIGTERM, wait, SIGKILL if it takes longer than ``timeout_s``; the exit code."""
+        self._close_ready()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.wait(timeout_s)
+
+    def release(self) -> None:
+        """Let go of a child that outlives us, for good: no exit code, and no warning that it still runs."""
+        self._close_ready()
+        self.process.returncode = 0
 
     async def wait_async(self) -> int:
         """The exit code, once the process ended. Woken by its pidfd: no polling, no thread."""

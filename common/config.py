@@ -173,7 +173,7 @@ class _Replication(_Table):
 
 class _Buffer(_Table):
     directory: PathText | None = None
-    size_bytes: Annotated[Size, Field(ge=2 * limits.MIN_POOL)] = DEFAULT_BUFFER
+    size_bytes: Annotated[Size, Field(gt=0)] = DEFAULT_BUFFER
     block_size: BlockSize = limits.DEFAULT_BLOCK
 
 

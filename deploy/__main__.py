@@ -1,0 +1,5 @@
+"""``python -m deploy`` is the command ``tandemdisk``."""
+
+from deploy.cli import main
+
+main()

@@ -1,0 +1,344 @@
+"""``tandemdisk``: the commands of an operator.
+
+Exit codes: 0 ok, 1 the operation failed, 2 bad usage or configuration, and those of ``common.errors`` where a script
+would branch. Every error is one sentence and a hint on stderr; with ``--json``, an object ``{"error": {…}}`` on
+stdout too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from common.child import python_command, python_environment, settings_memfd
+from common.config import check_block_size, format_size, load_config, parse_size
+from common.control import error_to_dict
+from common.errors import ConfigError, TandemDiskError
+from common.keys import generate_keys
+from common.settings import Role
+from deploy.display import status_view, watch_resync, where_to_connect
+from deploy.layout import PairOptions
+from deploy.pair import Pair
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+console = Console()
+stderr = Console(stderr=True)
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click
+    """``4096``, ``4K``, ``256MiB``, ``1G``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return self.check(parse_size(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def check(self, size: int) -> int:
+        if size <= 0:
+            raise ValueError("a size is more than nothing")
+        return size
+
+
+class BlockSizeType(SizeType):
+    """A size that a block can have."""
+
+    def check(self, size: int) -> int:
+        return check_block_size(size)
+
+
+class ListenType(click.ParamType):  # type: ignore[type-arg]  # as above
+    """``HOST:PORT``, ``[::1]:PORT``."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        host, colon, port = str(value).rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+            self.fail(f"{value!r} is no address; write HOST:PORT", param, ctx)
+        return host.strip("[]"), int(port)
+
+
+def reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn a TandemDiskError into its sentence and its exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except TandemDiskError as error:
+            if kwargs.get("as_json"):
+                click.echo(json.dumps({"error": error_to_dict(error)}))
+            stderr.print(f"Error: {error.sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+            if error.hint:
+                stderr.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+            sys.exit(error.exit_code)
+
+    return wrapped
+
+
+directory_option = click.option(
+    "--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path), help="The pair's directory."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+SIZE = SizeType()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("tandemdisk"), prog_name="tandemdisk")
+def main() -> None:
+    """Two hosts, one disk: a replicated block device with checkpoints, for any NBD client."""
+
+
+@main.command()
+@directory_option
+@click.option("--size", type=SIZE, help="Make equal sparse images of this size, one a side.")
+@click.option(
+    "--primary-disk",
+    "primary_disks",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Raw file or block device; once a volume.",
+)
+@click.option(
+    "--secondary-disk",
+    "secondary_disks",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The same on the other side.",
+)
+@click.option("--assume-synced", is_flag=True, help="The disks are equal already: no initial synchronisation.")
+@click.option("--volumes", type=click.IntRange(1, 64), help="Number of volumes: one consistency group.  [default: 1]")
+@click.option("--mode", type=click.Choice(["sync", "async"]), help="When a write is acknowledged.  [default: sync]")
+@click.option(
+    "--checkpoint-interval",
+    type=click.FloatRange(min=0),
+    help="Seconds between checkpoints, 0: on command only.  [default: 0]",
+)
+@click.option("--block-size", type=BlockSizeType(), help="Granularity of copy-before-write.  [default: 4K]")
+@click.option("--buffer-size", type=SIZE, help="Memory of the disk buffer.  [default: by disk size]")
+@click.option("--listen", type=ListenType(), help="TCP address of the primary's export, beside its Unix socket.")
+@click.option("--detach", is_flag=True, help="Leave the pair running in the background.")
+@reporting
+def up(
+    directory: Path,
+    size: int | None,
+    primary_disks: tuple[Path, ...],
+    secondary_disks: tuple[Path, ...],
+    assume_synced: bool,
+    volumes: int | None,
+    mode: Any,
+    checkpoint_interval: float | None,
+    block_size: int | None,
+    buffer_size: int | None,
+    listen: tuple[str, int] | None,
+    detach: bool,
+) -> None:
+    """Bring a pair up on this machine, or start again what is dead in it."""
+    options = PairOptions(
+        size=size,
+        primary_disks=primary_disks,
+        secondary_disks=secondary_disks,
+        assume_synced=assume_synced,
+        volumes=volumes,
+        mode=mode,
+        checkpoint_interval_s=checkpoint_interval,
+        block_size=block_size,
+        buffer_bytes=buffer_size,
+        listen=listen,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    pair = Pair(directory)
+    try:
+        told = pair.create_or_resume(options, detach=detach)
+        if "primary" in told["children"] and told["children"]["primary"]["alive"]:
+            watch_resync(pair, console)
+        console.print(where_to_connect(pair.status(), str(directory)))
+        if detach or not pair.is_supervising():
+            return
+        console.print("\nCtrl-C stops the pair.", style="dim")
+        code = pair.wait_supervisor()
+        console.print("The pair was stopped.")
+        sys.exit(0 if code == 0 else 1)
+    except KeyboardInterrupt:
+        stderr.print("Stopping …")
+        if pair.is_supervising():
+            _tell_down(pair.down(), directory)
+        sys.exit(130 if detach else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@main.command()
+@directory_option
+@json_option
+@click.option("--watch", is_flag=True, help="Go on showing it, once a second, until Ctrl-C.")
+@reporting
+def status(directory: Path, as_json: bool, watch: bool) -> None:
+    """Show what is going on; processes that died with their reason."""
+    pair = Pair(directory)
+    if not watch:
+        now = pair.status()
+        if as_json:
+            click.echo(json.dumps(now, indent=2))
+        else:
+            console.print(status_view(now))
+        return
+    tick = threading.Event()
+    try:
+        if as_json:
+            while True:
+                click.echo(json.dumps(pair.status()))
+                tick.wait(1.0)
+        with Live(status_view(pair.status()), console=console, auto_refresh=False) as live:
+            while not tick.wait(1.0):
+                live.update(status_view(pair.status()), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+@main.command()
+@directory_option
+@json_option
+@reporting
+def checkpoint(directory: Path, as_json: bool) -> None:
+    """Take a checkpoint; returns when the secondary has it."""
+    taken = Pair(directory).checkpoint()
+    if as_json:
+        click.echo(json.dumps({"checkpoint": taken.number, "seconds": taken.seconds}))
+    else:
+        console.print(f"Checkpoint {taken.number} in {taken.seconds * 1000:.2f} ms.")
+
+
+@main.command()
+@directory_option
+@json_option
+@click.option(
+    "--to",
+    type=click.Choice(["latest", "checkpoint"]),
+    default="latest",
+    show_default=True,
+    help="Keep every write that arrived, or go back to the last checkpoint.",
+)
+@click.option("--force", is_flag=True, help="Even though the primary is alive, or guest writes get lost.")
+@reporting
+def failover(directory: Path, as_json: bool, to: str, force: bool) -> None:
+    """Make the secondary the primary: its export is writable at once."""
+    done = Pair(directory).failover(to, force=force)
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    now = Pair(directory).status()
+    console.print(f"Failed over to {to}; the secondary leads, generation {now['generation']}.")
+    for volume in now["volumes"]:
+        console.print(f"  {volume['name']}  {volume['secondary_uri']}", soft_wrap=True)
+
+
+@main.command()
+@directory_option
+@json_option
+@click.option("--purge", is_flag=True, help="Free the disk buffer even if it holds the only copy of a checkpoint.")
+@reporting
+def down(directory: Path, as_json: bool, purge: bool) -> None:
+    """Stop the pair in order: a final checkpoint, the primary, the secondary."""
+    report = Pair(directory).down(purge=purge)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _tell_down(report, directory)
+
+
+def _tell_down(report: dict[str, Any], directory: Path) -> None:
+    if not report["stopped"] and not report["killed"]:
+        console.print("Nothing was running.")
+    else:
+        console.print(f"Stopped {' and '.join(report['stopped']) or 'nothing by itself'}.")
+    if report["killed"]:
+        console.print(
+            f"Did not end by itself, or not well: {', '.join(report['killed'])}; its log says why.", style="red"
+        )
+    for buffer in report["buffers"]:
+        if buffer["kept"]:
+            console.print(f"Kept the disk buffer {buffer['directory']}: {buffer['why']}.", soft_wrap=True)
+            console.print(
+                f"`tandemdisk up --dir {directory}` goes on from it; `down --purge` frees it.", soft_wrap=True
+            )
+
+
+def _process_command(role: Role) -> click.Command:
+    @click.command(name=role, help=f"Run a {role} by itself, in the foreground, as its configuration file says.")
+    @click.option("--config", required=True, type=click.Path(path_type=Path), help="The side's TOML file.")
+    @reporting
+    def command(config: Path) -> None:
+        settings = load_config(config, role)
+        Path(settings.directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = settings_memfd(settings)
+        os.set_inheritable(fd, True)
+        arguments = [*python_command(role), "--settings-fd", str(fd)]
+        sys.stdout.flush()
+        os.execve(arguments[0], arguments, python_environment())
+
+    return command
+
+
+main.add_command(_process_command("primary"))
+main.add_command(_process_command("secondary"))
+
+
+@main.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Where to write them.  [default: here]",
+)
+@click.option(
+    "--name", default=lambda: os.uname().nodename.split(".")[0], help="Name of the files.  [default: this host's]"
+)
+@reporting
+def keygen(directory: Path, name: str) -> None:
+    """Make the keys of one side, for replication between hosts."""
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"--name {name!r} cannot be a file's name.")
+    public, secret = generate_keys(directory, name)
+    console.print(f"secret  {secret}   stays here: replication.secret_key of this side", soft_wrap=True)
+    console.print(f"public  {public}   goes to the peer: replication.peer_key of the other side", soft_wrap=True)
+
+
+@main.command()
+@click.option("--size", type=SIZE, default="256M", show_default=True, help="Size of the disk.")
+@reporting
+def demo(size: int) -> None:
+    """Watch a disk survive its primary: about ten seconds, no root."""
+    from deploy.demo import run  # not needed by any other command
+
+    if size < 64 << 20:
+        raise ConfigError(f"The demo writes to a disk of at least 64 MiB, not {format_size(size)}.")
+    sys.exit(run(console, size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""How the command line shows things: the status table, progress, where to connect."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from common.config import format_size
+from deploy.pair import Pair
+
+GOOD: Final = frozenset({"protected", "running", "done"})
+BAD: Final = frozenset({"dead", "unresponsive", "failover_failed", "primary_lost", "secondary_lost", "error"})
+
+
+def status_view(status: dict[str, Any]) -> RenderableType:
+    """The whole status of a pair, for people."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("state", _state(status["state"]), "mode", str(status["mode"]))
+    facts.add_row("checkpoint", _or_dash(status["checkpoint"]), "generation", _or_dash(status["generation"]))
+    facts.add_row("lag", _lag(status["lag"]), "buffer", _buffer(status["buffer"]))
+    for name in ("resync", "commit"):
+        if status[name].get("active"):
+            facts.add_row(name, _ratio(status[name]))
+    parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status["volumes"])]
+    for side in ("primary", "secondary"):
+        error = status[side].get("error")
+        if error:
+            sentence = error.get("sentence", error) if isinstance(error, dict) else error
+            parts += [Text(), Text(f"{side}: {sentence}", style="red")]
+    return Group(*parts)
+
+
+def _sides(status: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("started as", "role", "pid", "export pid", "state"):
+        table.add_column(column)
+    for side in ("primary", "secondary"):
+        now = status[side]
+        state = _state(now.get("state"))
+        if now.get("reason"):
+            state.append(f"  {now['reason']}", style="red")
+        table.add_row(side, _or_dash(now.get("role")), _or_dash(now.get("pid")), _or_dash(now.get("export_pid")), state)
+    return table
+
+
+def _volumes(volumes: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("volume")
+    table.add_column("size", justify="right")
+    table.add_column("where to connect", overflow="fold")
+    for volume in volumes:
+        size = format_size(volume["size"]) if volume["size"] else "-"
+        for number, side in enumerate(("primary", "secondary")):
+            uri = volume[f"{side}_uri"]
+            first = number == 0
+            table.add_row(
+                volume["name"] if first else "", size if first else "", f"{side}  {uri}" if uri else f"{side}  -"
+            )
+    return table
+
+
+def _state(state: object) -> Text:
+    text = str(state or "-")
+    return Text(text, style="green" if text in GOOD else "bold red" if text in BAD else "yellow")
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _lag(lag: dict[str, Any]) -> str:
+    if lag["bytes"] is None:
+        return "-"
+    seconds = f", {lag['seconds']:.3f} s" if lag["seconds"] is not None else ""
+    return f"{format_size(lag['bytes'])}{seconds}"
+
+
+def _buffer(buffer: dict[str, Any]) -> str:
+    if buffer["bytes"] is None:
+        return "-"
+    capacity = f" of {format_size(buffer['capacity_bytes'])}" if buffer.get("capacity_bytes") else ""
+    return f"{format_size(buffer['bytes'])}{capacity}, {buffer['percent']:.1f} %"
+
+
+def _ratio(progress: dict[str, Any]) -> str:
+    return f"{format_size(progress['done_bytes'])} of {format_size(progress['total_bytes'])}"
+
+
+def watch_resync(pair: Pair, console: Console) -> None:
+    """Show the resync until the pair is protected; silent if it is already."""
+    steps = pair.progress()
+    first = next(steps)
+    if first.state == "protected":
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("synchronising", total=first.total_bytes or None)
+        for step in steps:
+            bar.update(task, completed=step.done_bytes, total=step.total_bytes or None, description=step.state)
+
+
+def where_to_connect(status: dict[str, Any], directory: str) -> RenderableType:
+    """What to do with a pair that has just come up."""
+    table = Table.grid(padding=(0, 2))
+    for volume in status["volumes"]:
+        table.add_row(
+            volume["name"], "write here", Text(str(volume["primary_uri"]), style="bold green", overflow="fold")
+        )
+        table.add_row("", "guest's view", Text(str(volume["secondary_uri"]), style="cyan", overflow="fold"))
+    commands = Table.grid(padding=(0, 2))
+    for command, what in (
+        ("checkpoint", "the secondary's guest sees what the primary has now"),
+        ("status", "what is going on"),
+        ("failover", "when the primary is dead: the secondary takes over"),
+        ("down", "stop everything"),
+    ):
+        commands.add_row(Text(f"tandemdisk {command} --dir {directory}", style="bold"), what)
+    return Group(table, Text(), commands)

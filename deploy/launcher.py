@@ -1,0 +1,338 @@
+"""The supervisor: starts the processes of a pair on this machine, watches them, stops them in order.
+
+    python -m deploy.launcher --dir DIR --ready-fd N [--parent PID]
+
+One supervisor a directory (a lock sees to that), whether ``tandemdisk up`` stays in the foreground or not:
+
+* **Start**: the secondary, then, when it says that it is ready, the primary. A side that a former run has left promoted
+  is started alone: its old primary would only be refused.
+* **Watch**: a pidfd a child. A death is recorded with its reason and shows in ``status``; nothing is restarted behind
+  the operator's back, because whether to restart or to fail over is a decision. ``tandemdisk up`` again starts what
+  is dead.
+* **Stop**: the primary first, with a final checkpoint, then the secondary; whoever does not end in time is killed. Then
+  the disk buffer is empty and its memory is given back; a buffer that still matters is kept, and the answer says so.
+* **No orphans**: the children die with the supervisor, even by SIGKILL (PR_SET_PDEATHSIG), and it dies with its
+  parent when that stays in the foreground.
+
+Commands on DIR/supervisor.control: ``status``, ``start`` {"roles": […]}, ``stop`` {"purge": false}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from common.child import Child, exit_reason
+from common.control import ControlClient, ControlServer
+from common.errors import AddressInUse, OperationFailed, TandemDiskError
+from common.process import Lifecycle, fields, live
+from common.settings import NodeSettings, Role
+from deploy.layout import ROLES, PairDirectory
+from secondary.buffer import DiskBuffer
+
+STOP_TIMEOUT_S: Final = 60.0
+"""For a process to end by itself: the final checkpoint and flushing what is in flight included."""
+STATUS_TIMEOUT_S: Final = 5.0
+
+COMMIT_STAGES: Final = frozenset({"failover", "failover_failed"})
+"""States of a secondary in which its buffer holds what is not yet on its disk."""
+
+log = logging.getLogger("launcher")
+
+
+class Supervisor:
+    """The processes of the pair in ``directory``, as children of this process."""
+
+    def __init__(self, directory: PairDirectory, lifecycle: Lifecycle) -> None:
+        self.directory = directory
+        self.settings = directory.settings()
+        self._lifecycle = lifecycle
+        self._children: dict[Role, Child] = {}
+        self._deaths: dict[Role, dict[str, Any]] = self._former_deaths()
+        self._stopping = False
+        self._busy = asyncio.Lock()
+
+    # Starting
+
+    async def start(self, roles: tuple[Role, ...] = ROLES) -> dict[str, Any]:
+        """Start what is configured, wanted and not running; what is running then. Raises what a process reported."""
+        async with self._busy:
+            if self._stopping:
+                raise OperationFailed("The pair is being stopped.", hint="Wait, then give the command again.")
+            started: list[Role] = []
+            for role in ROLES:
+                if role not in roles or role not in self.settings or self._running(role):
+                    continue
+                if role == "primary" and self._is_promoted("secondary"):
+                    log.info("primary left alone reason='the secondary is promoted'")
+                    continue
+                await self._start_one(role)
+                started.append(role)
+            return {"started": started, "children": self._describe_children()}
+
+    async def _start_one(self, role: Role) -> None:
+        settings = self.settings[role]
+        child = _start_child(role, settings)
+        self._children[role] = child
+        log.info("started %s", fields({"role": role, "pid": child.pid}))
+        try:
+            await child.wait_ready_async()
+        except BaseException as error:
+            # One that only failed to say anything is still there.
+            code = await child.stop_async()
+            self._record_death(role, child, code, sentence=str(error) if isinstance(error, TandemDiskError) else None)
+            raise
+        self._deaths.pop(role, None)
+        self._save()
+        self._lifecycle.critical(self._watch(role, child), f"watch {role}")
+
+    async def _watch(self, role: Role, child: Child) -> None:
+        code = await child.wait_async()
+        self._record_death(role, child, code)
+
+    def _running(self, role: Role) -> bool:
+        child = self._children.get(role)
+        return child is not None and child.poll() is None
+
+    def _is_promoted(self, role: Role) -> bool:
+        child = self._children.get(role)
+        return child is not None and child.info is not None and child.info.get("role") == "primary"
+
+    # What is known about them
+
+    def _record_death(self, role: Role, child: Child, code: int, sentence: str | None = None) -> None:
+        reason = exit_reason(code) if sentence is None else f"{exit_reason(code)}: {sentence}"
+        if self._stopping and code == 0:
+            reason = "stopped"
+        self._deaths[role] = {"pid": child.pid, "exit_code": code, "reason": reason, "at": _now()}
+        log.log(
+            logging.INFO if self._stopping else logging.WARNING,
+            "ended %s",
+            fields({"role": role, "pid": child.pid, "reason": reason}),
+        )
+        self._save()
+
+    def _describe_children(self) -> dict[str, Any]:
+        described: dict[str, Any] = {}
+        for role in self.settings:
+            if self._running(role):
+                described[role] = {"alive": True, "pid": self._children[role].pid}
+            elif role in self._deaths:
+                described[role] = {"alive": False, **self._deaths[role]}
+            else:
+                described[role] = {"alive": False, "pid": None, "exit_code": None, "reason": "not started", "at": None}
+        return described
+
+    def status(self) -> dict[str, Any]:
+        """What ``tandemdisk status`` merges with the processes' own answers."""
+        return {"pid": os.getpid(), "children": self._describe_children()}
+
+    def _save(self) -> None:
+        """Keep what is known for a time when no supervisor runs."""
+        path = self.directory.supervisor_state
+        temporary = path.with_suffix(".json.new")
+        temporary.write_text(json.dumps(self.status()))
+        temporary.replace(path)
+
+    def _former_deaths(self) -> dict[Role, dict[str, Any]]:
+        children = read_state(self.directory).get("children", {})
+        return {
+            role: {key: children[role].get(key) for key in ("pid", "exit_code", "reason", "at")}
+            for role in ROLES
+            if role in children and not children[role].get("alive")
+        }
+
+    # Stopping
+
+    async def stop(self, *, purge: bool = False) -> dict[str, Any]:
+        """Stop the primary, then the secondary, then release the buffer's memory; a report. Idempotent."""
+        self._stopping = True
+        async with self._busy:
+            report: dict[str, Any] = {"stopped": [], "killed": [], "buffers": []}
+            clean = self._running("primary")
+            if clean:
+                clean = await self._stop_one("primary", report, checkpoint=True)
+            secondary = await self._ask_secondary()
+            if self._running("secondary"):
+                await self._stop_one("secondary", report)
+            if "secondary" in self.settings:
+                report["buffers"].append(self._release_buffer(self.settings["secondary"], secondary, clean, purge))
+            self._save()
+            return report
+
+    async def _ask_secondary(self) -> dict[str, Any] | None:
+        if not self._running("secondary"):
+            return None
+        path = self.settings["secondary"].control_path("secondary")
+        try:
+            return await ControlClient(path, STATUS_TIMEOUT_S).call_async("status")
+        except TandemDiskError as error:
+            log.warning("secondary did not tell its state reason=%r", str(error))
+            return None
+
+    async def _stop_one(self, role: Role, report: dict[str, Any], **args: object) -> bool:
+        """True if the process ended in good order."""
+        child = self._children[role]
+        path = self.settings[role].control_path(role)
+        asked = True
+        try:
+            await ControlClient(path, STOP_TIMEOUT_S).call_async("stop", **args)
+        except TandemDiskError as error:
+            # It may be hung, or on its way out already: the signal below decides.
+            log.warning("stop was not answered %s", fields({"role": role, "reason": error}))
+            asked = False
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S if asked else 0):
+                code = await child.wait_async()
+        except TimeoutError:
+            code = await child.stop_async()
+        report["stopped" if code == 0 else "killed"].append(role)
+        return code == 0 and asked
+
+    def _release_buffer(
+        self, settings: NodeSettings, status: dict[str, Any] | None, clean: bool, purge: bool
+    ) -> dict[str, Any]:
+        """Give the memory of the disk buffer back unless that would lose something; what was done, and why."""
+        directory = settings.buffer.directory
+        if not os.path.isdir(directory):
+            return {"directory": directory, "kept": False, "why": "there is none"}
+        why = _reason_to_keep(status, clean)
+        if why is None or purge:
+            remove_buffer(directory)
+        kept = os.path.isdir(directory)
+        log.info("buffer %s", fields({"directory": directory, "kept": kept, "why": why or "nothing in it matters"}))
+        return {"directory": directory, "kept": kept, "why": why}
+
+
+def _start_child(role: Role, settings: NodeSettings) -> Child:
+    directory = Path(settings.directory)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (directory / "log").open("ab") as file:
+            return Child.start(role, settings, stderr=file)
+    except OSError as error:
+        raise OperationFailed(f"Cannot start the {role} in {directory}: {error.strerror}.") from error
+
+
+def _reason_to_keep(status: dict[str, Any] | None, clean: bool) -> str | None:
+    """Why the buffer must outlive its process; None if nothing in it matters.
+
+    After a clean stop the final checkpoint has emptied the hidden disk, and what the guest may have written to the
+    active disk since is scratch by definition: it would be gone at the next checkpoint anyway.
+    """
+    if status is None:
+        return "the secondary did not tell what it holds"
+    if status.get("state") in COMMIT_STAGES:
+        return "the failover's commit goes on from it at the next start"
+    buffer = status.get("buffer") or {}
+    if status.get("role") == "primary" or not buffer.get("bytes") or (clean and not buffer.get("hidden_bytes")):
+        return None
+    return "it holds the last checkpoint, and no final one was taken"
+
+
+def remove_buffer(directory: str) -> None:
+    """Free the memory of a buffer on which no process runs; its directory goes, too, unless somebody else's files are
+    in it.
+    """
+    try:
+        DiskBuffer.remove(directory)
+        os.rmdir(directory)
+    except (TandemDiskError, OSError) as error:
+        log.warning("buffer not removed %s", fields({"directory": directory, "reason": error}))
+
+
+def read_state(directory: PairDirectory) -> dict[str, Any]:
+    """What the last supervisor in ``directory`` knew; empty if there was none."""
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads(directory.supervisor_state.read_text())
+        if isinstance(state, dict):
+            return state
+    return {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+async def supervise(path: Path, lifecycle: Lifecycle) -> None:
+    """Be the supervisor of the pair in ``path`` until told to stop."""
+    directory = PairDirectory(path)
+    with _locked(directory):
+        supervisor = Supervisor(directory, lifecycle)
+        loop = asyncio.get_running_loop()
+
+        async def status(_args: dict[str, Any]) -> dict[str, Any]:
+            return supervisor.status()
+
+        async def start(args: dict[str, Any]) -> dict[str, Any]:
+            wanted = args.get("roles") or ROLES
+            return await supervisor.start(tuple(role for role in ROLES if role in wanted))
+
+        async def stop(args: dict[str, Any]) -> dict[str, Any]:
+            report = await supervisor.stop(purge=bool(args.get("purge")))
+            loop.call_soon(lifecycle.stop.set)  # after the answer
+            return report
+
+        control = ControlServer(directory.supervisor_control, {"status": status, "start": start, "stop": stop})
+        await control.start()
+        try:
+            started = await _unless_stopped(supervisor, lifecycle)
+            lifecycle.ready({"pid": os.getpid(), **started})
+            await lifecycle.stop.wait()
+        finally:
+            await supervisor.stop()
+            await control.close()
+
+
+async def _unless_stopped(supervisor: Supervisor, lifecycle: Lifecycle) -> dict[str, Any]:
+    """Start the pair; a stop signal meanwhile ends that."""
+    starting = asyncio.create_task(supervisor.start())
+    stopped = asyncio.create_task(lifecycle.stop.wait())
+    await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise OperationFailed("The start was interrupted.")
+    return await starting
+
+
+@contextlib.contextmanager
+def _locked(directory: PairDirectory) -> Iterator[None]:
+    """Be the only supervisor of ``directory``; the lock vanishes with its holder."""
+    with open(directory.supervisor_lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AddressInUse(
+                f"Another supervisor is at work in {directory.path}.", hint="`tandemdisk status` shows it."
+            ) from error
+        yield
+
+
+def main() -> None:
+    """The process."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.launcher", description="Supervisor of a pair.")
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--parent", type=int)
+    arguments = parser.parse_args()
+    live(
+        lambda lifecycle: supervise(arguments.dir, lifecycle),
+        "supervisor",
+        ready_fd=arguments.ready_fd,
+        parent=arguments.parent,
+    )
+
+
+if __name__ == "__main__":
+    main()

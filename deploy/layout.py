@@ -1,0 +1,267 @@
+"""A pair's directory: what ``tandemdisk up --dir DIR`` writes, and where everything in it is.
+
+DIR/primary.toml, DIR/secondary.toml     one configuration a side; each may move to a host of its own
+DIR/a/, DIR/b/                           the sides' directories: images (with --size), metadata, sockets, log
+DIR/supervisor.{json,control,lock,log}   the launcher's
+/dev/shm/tandemdisk-PAIR-b/              the disk buffer of the secondary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from common import limits
+from common.config import load_config, make_settings, write_config
+from common.errors import ConfigError, DiskError
+from common.settings import Mode, NodeSettings, Role
+
+SIDES: Final[dict[Role, str]] = {"primary": "a", "secondary": "b"}
+ROLES: Final[tuple[Role, Role]] = ("secondary", "primary")
+"""In the order in which they start."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairOptions:
+    """What a new pair shall be. Either ``size`` (equal sparse images are made) or the disks of both sides."""
+
+    size: int | None = None
+    primary_disks: tuple[Path, ...] = ()
+    secondary_disks: tuple[Path, ...] = ()
+    assume_synced: bool = False
+    volumes: int | None = None
+    """Number of volumes; None: one, or as many as there are disks."""
+    mode: Mode | None = None
+    checkpoint_interval_s: float | None = None
+    block_size: int | None = None
+    buffer_bytes: int | None = None
+    listen: tuple[str, int] | None = None
+    """TCP address of the primary's export, beside its Unix socket."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the configuration file for both sides, tables merged: ``{"replication": {"heartbeat_s":
+    0.2}}``.
+    """
+
+
+class PairDirectory:
+    """The paths in DIR, and the settings of the sides that are configured in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    def config(self, role: Role) -> Path:
+        return self.path / f"{role}.toml"
+
+    @property
+    def supervisor_control(self) -> str:
+        return str(self.path / "supervisor.control")
+
+    @property
+    def supervisor_state(self) -> Path:
+        return self.path / "supervisor.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        return self.path / "supervisor.lock"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.path / "supervisor.log"
+
+    def holds_a_pair(self) -> bool:
+        """True if at least one side is configured here."""
+        return any(self.config(role).exists() for role in ROLES)
+
+    def settings(self) -> dict[Role, NodeSettings]:
+        """The sides that are configured here, the secondary first. Raises ConfigError naming the problems of both."""
+        if not self.holds_a_pair():
+            raise ConfigError(
+                f"There is no pair in {self.path}.", hint="`tandemdisk up --dir DIR --size 1G` makes one."
+            )
+        sides: dict[Role, NodeSettings] = {}
+        errors: list[ConfigError] = []
+        for role in ROLES:
+            if self.config(role).exists():
+                try:
+                    sides[role] = load_config(self.config(role), role)
+                except ConfigError as error:
+                    errors.append(error)
+        if errors:
+            problems = tuple(problem for error in errors for problem in (error.problems or (error.sentence,)))
+            raise ConfigError(f"The configuration in {self.path} has problems:", problems=problems) from errors[0]
+        return sides
+
+    def create(self, options: PairOptions) -> dict[Role, NodeSettings]:
+        """Make directories, images and configurations. On any error nothing stays behind."""
+        plan = self._plan(options)
+        existed = self.path.exists()
+        if existed and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for role in ROLES:
+                settings = plan[role]
+                Path(settings.directory).mkdir(mode=0o700)
+                if options.size is not None:
+                    for volume in settings.volumes:
+                        _make_image(Path(volume.disk), options.size)
+                write_config(settings, self.config(role), role)
+        except OSError as error:
+            self.remove(keep_directory=existed)
+            raise DiskError(
+                f"Cannot make the pair in {self.path}: {error.strerror}.", hint="Choose another --dir."
+            ) from error
+        except BaseException:
+            self.remove(keep_directory=existed)
+            raise
+        return plan
+
+    def remove(self, *, keep_directory: bool = False) -> None:
+        """Delete everything that ``create`` and the processes made here (disks elsewhere are never touched)."""
+        for side in SIDES.values():
+            shutil.rmtree(self.path / side, ignore_errors=True)
+        for path in (*self.path.glob("supervisor.*"), *map(self.config, ROLES)):
+            path.unlink(missing_ok=True)
+        if not keep_directory:
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                self.path.rmdir()
+
+    def _plan(self, options: PairOptions) -> dict[Role, NodeSettings]:
+        disks, size = self._disks(options)
+        pair_id = secrets.token_hex(8)
+        count = len(disks["primary"])
+        buffer_bytes = options.buffer_bytes or default_buffer_bytes(size, count)
+        plan: dict[Role, NodeSettings] = {}
+        for role, side in SIDES.items():
+            directory = self.path / side
+            peer = self.path / SIDES["secondary" if role == "primary" else "primary"]
+            raw: dict[str, Any] = {
+                "pair_id": pair_id,
+                "side": side,
+                "directory": str(directory),
+                "mode": options.mode or "sync",
+                "checkpoint_interval_s": options.checkpoint_interval_s or 0.0,
+                "initial_sync": "assume" if options.size is not None or options.assume_synced else "full",
+                "volumes": [{"name": f"disk{i}", "disk": str(disk)} for i, disk in enumerate(disks[role])],
+                "export": {"unix": f"{directory}/nbd.sock"},
+                "replication": {
+                    "listen": f"ipc://{directory}/replication.sock",
+                    "connect": f"ipc://{peer}/replication.sock",
+                },
+                "buffer": {"size_bytes": buffer_bytes, "block_size": options.block_size or limits.DEFAULT_BLOCK},
+            }
+            if role == "primary" and options.listen is not None:
+                raw["export"] |= {"host": options.listen[0], "port": options.listen[1]}
+            plan[role] = make_settings(_merged(raw, options.overrides), base=self.path, role=role, source="The pair")
+        return plan
+
+    def _disks(self, options: PairOptions) -> tuple[dict[Role, list[Path]], int]:
+        """The disks of both sides and the size of one side's; ConfigError for options that contradict each other."""
+        given: dict[Role, tuple[Path, ...]] = {
+            "primary": options.primary_disks,
+            "secondary": options.secondary_disks,
+        }
+        if options.size is None:
+            return _given_disks(given, options.volumes)
+        if any(given.values()):
+            raise ConfigError("--size makes new disks: it cannot be given together with disks.", hint="Leave one out.")
+        if options.size < limits.MIN_BLOCK or options.size % limits.MIN_BLOCK:
+            raise ConfigError(f"--size must be a multiple of {limits.MIN_BLOCK} bytes, not {options.size}.")
+        count = options.volumes or 1
+        images = {role: [self.path / side / f"disk{i}.raw" for i in range(count)] for role, side in SIDES.items()}
+        return images, options.size * count
+
+    def differences(self, options: PairOptions) -> list[str]:
+        """Where options given for an existing pair contradict its configuration."""
+        found: list[str] = []
+        for role, settings in self.settings().items():
+            disks = options.primary_disks if role == "primary" else options.secondary_disks
+            wanted: list[tuple[str, object, object]] = [
+                ("--mode", options.mode, settings.mode),
+                ("--checkpoint-interval", options.checkpoint_interval_s, settings.checkpoint_interval_s),
+                ("--block-size", options.block_size, settings.buffer.block_size),
+                ("--buffer-size", options.buffer_bytes, settings.buffer.size_bytes),
+                ("--volumes", options.volumes, len(settings.volumes)),
+                (f"--{role}-disk", [str(d.absolute()) for d in disks] or None, [v.disk for v in settings.volumes]),
+            ]
+            if options.size is not None:
+                wanted.append(("--size", options.size, disk_size(Path(settings.volumes[0].disk))))
+            found += [
+                f"{name} {want} was given, {self.config(role)} says {have}"
+                for name, want, have in wanted
+                if want is not None and want != have
+            ]
+        return list(dict.fromkeys(found))
+
+
+def default_buffer_bytes(side_bytes: int, volumes: int) -> int:
+    """A quarter of the disks, at least what the pools need, at most 1 GiB: memory is taken up front."""
+    least = max(64 * limits.MIB, 3 * limits.MIN_POOL * volumes)
+    return max(least, min(side_bytes // 4, 1024 * limits.MIB))
+
+
+def _given_disks(given: dict[Role, tuple[Path, ...]], volumes: int | None) -> tuple[dict[Role, list[Path]], int]:
+    missing = [f"--{role}-disk" for role in SIDES if not given[role]]
+    if missing:
+        text = "--size, or " if len(missing) == 2 else ""
+        raise ConfigError(f"A new pair needs {text}{' and '.join(missing)}.", hint="See tandemdisk up --help.")
+    counts = {role: len(disks) for role, disks in given.items()}
+    if len(set(counts.values()) | ({volumes} if volumes is not None else set())) != 1:
+        wanted = f", --volumes {volumes}" if volumes is not None else ""
+        raise ConfigError(
+            f"Each volume has one disk a side: {counts['primary']} primary, {counts['secondary']} secondary{wanted}.",
+            hint="Give --primary-disk and --secondary-disk once for each volume.",
+        )
+    absolute = {role: [disk.absolute() for disk in disks] for role, disks in given.items()}
+    total = 0
+    problems: list[str] = []
+    for primary, secondary in zip(absolute["primary"], absolute["secondary"], strict=True):
+        sizes: list[int] = []
+        for disk in (primary, secondary):
+            try:
+                sizes.append(disk_size(disk))
+            except DiskError as error:
+                problems.append(error.sentence)
+        if len(sizes) == 2 and sizes[0] != sizes[1]:
+            problems.append(f"{primary} has {sizes[0]} bytes, {secondary} has {sizes[1]}: they must be equal.")
+        total += sum(sizes[:1])
+    if problems:
+        raise DiskError(" ".join(problems), hint="Correct the disks; nothing was touched.")
+    return absolute, total
+
+
+def disk_size(path: Path) -> int:
+    """Bytes of a raw file or block device. Raises DiskError when it is neither, or not there."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.stat().st_size
+        if stat.S_ISBLK(mode):
+            with path.open("rb") as device:
+                return device.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DiskError(f"Disk {path}: {error.strerror}.") from error
+    raise DiskError(f"Disk {path} is neither a file nor a block device.")
+
+
+def _make_image(path: Path, size: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _merged(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(raw)
+    for key, value in overrides.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result

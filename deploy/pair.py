@@ -1,0 +1,392 @@
+"""A pair on this machine, as a Python object: what the command line, the tests, the demo and the benchmarks use.
+
+    with Pair.create(Path("/tmp/p"), PairOptions(size=1 << 30)) as pair:
+        pair.up()
+        pair.wait_protected()
+        print(pair.status()["primary"]["nbd_uri"])
+        pair.checkpoint()
+
+``status`` merges what the processes say with what the supervisor knows of the dead ones:
+
+    {"state":      "protected" | "syncing" | … the primary's own word while it leads, else see ``merged_state``
+     "mode": "sync" | "async", "checkpoint": number or None, "generation": number or None,
+     "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    state "dead" comes with "reason", pid None
+     "secondary":  {"role", "pid", "export_pid", "state", "nbd_uri", "error", …}
+     "lag":        {"bytes", "seconds"}                    None while nobody knows
+     "buffer":     {"bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes"}
+     "resync":     {"active", "done_bytes", "total_bytes", "rate"}, "commit": {"active", "done_bytes", "total_bytes"}
+     "counters":   {"primary": {…}, "secondary": {…}}
+     "volumes":    [{"name", "size", "primary_uri", "secondary_uri"}]
+     "supervisor": {"pid": number or None}}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from common.child import Child
+from common.control import ControlClient
+from common.errors import ConfigError, NotRunning, OperationFailed, TandemDiskError, TimedOut
+from common.settings import NodeSettings, Role
+from deploy.launcher import STOP_TIMEOUT_S, read_state, remove_buffer
+from deploy.layout import ROLES, SIDES, PairDirectory, PairOptions
+
+COMMAND_TIMEOUT_S: Final = 120.0
+START_TIMEOUT_S: Final = 120.0
+LOG_TAIL: Final = 12
+"""Lines of a log that a failed start shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that both sides have: its number, and how long it took."""
+
+    number: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Progress of bringing the secondary disk in line."""
+
+    active: bool
+    done_bytes: int
+    total_bytes: int
+    state: str
+
+
+class Pair:
+    """The pair in a directory. Cheap to make; holds no connection, so it stays valid whatever the processes do."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = PairDirectory(directory)
+        self._supervisor: Child | None = None
+        """The supervisor, if this object started it."""
+
+    @classmethod
+    def create(cls, directory: Path, options: PairOptions) -> Self:
+        """Make a new pair in ``directory`` (images, configurations); nothing runs yet."""
+        pair = cls(directory)
+        pair.directory.create(options)
+        return pair
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.down(purge=True)
+
+    def settings(self, role: Role) -> NodeSettings:
+        """The settings of one side, as its configuration file says now."""
+        sides = self.directory.settings()
+        if role not in sides:
+            raise NotRunning(
+                f"The {role} is not configured in {self.directory.path}.", hint="It lives on another host."
+            )
+        return sides[role]
+
+    # Life
+
+    def up(self, *, detach: bool = False) -> dict[str, Any]:
+        """Start what is not running, wait until it is ready; what the supervisor says.
+
+        The supervisor dies with this process unless ``detach`` is true (call it on a thread that lives as long as the
+        process). Raises what a process reported; what was started is stopped again then, if it was all new.
+        """
+        client = ControlClient(self.directory.supervisor_control, START_TIMEOUT_S)
+        with contextlib.suppress(NotRunning):
+            return client.call("start")
+        arguments = ["--dir", str(self.directory.path)]
+        with self.directory.supervisor_log.open("ab") as log:
+            child = Child.launch("deploy.launcher", arguments, stderr=log, outlives_us=detach)
+        try:
+            told = child.wait_ready(START_TIMEOUT_S)
+        except BaseException:
+            child.stop(2 * STOP_TIMEOUT_S)
+            raise
+        if detach:
+            child.release()
+        else:
+            self._supervisor = child
+        return told
+
+    def create_or_resume(self, options: PairOptions, *, detach: bool = False) -> dict[str, Any]:
+        """``up`` for a directory that may hold a pair already; ``options`` must not contradict it then.
+
+        A new pair that does not come up leaves nothing behind.
+        """
+        fresh = not self.directory.holds_a_pair()
+        if fresh:
+            existed = self.directory.path.exists()
+            self.directory.create(options)
+        elif differences := self.directory.differences(options):
+            raise ConfigError(
+                f"{self.directory.path} holds a pair already, and it is another:",
+                problems=tuple(differences),
+                hint="Leave these options out to start that pair, or choose another --dir.",
+            )
+        try:
+            return self.up(detach=detach)
+        except BaseException as error:
+            if fresh:
+                self._undo(error, existed)
+            raise
+
+    def _undo(self, error: BaseException, keep_directory: bool) -> None:
+        """Leave nothing of a start that failed, except what the logs say about an error that has no good sentence."""
+        if isinstance(error, OperationFailed):
+            error.hint = f"{error.hint}\n{self.log_tail()}".strip()
+        for settings in self.directory.settings().values():
+            if os.path.isdir(settings.buffer.directory):
+                remove_buffer(settings.buffer.directory)
+        self.directory.remove(keep_directory=keep_directory)
+
+    def is_supervising(self) -> bool:
+        """True if the supervisor is a child of this object's, so that the pair stops with it."""
+        return self._supervisor is not None
+
+    def wait_supervisor(self) -> int:
+        """Until the supervisor ends (somebody else gave ``down``); its exit code."""
+        assert self._supervisor is not None
+        code = self._supervisor.process.wait()
+        self._supervisor = None
+        return code
+
+    def down(self, *, purge: bool = False) -> dict[str, Any]:
+        """Stop everything in order; a report of what was stopped and what became of the buffer. Idempotent.
+
+        ``purge`` gives the memory of the buffer back even if it holds a checkpoint that exists nowhere else.
+        """
+        client = ControlClient(self.directory.supervisor_control, 4 * STOP_TIMEOUT_S)
+        report: dict[str, Any] = {"stopped": [], "killed": [], "buffers": []}
+        try:
+            report = client.call("stop", purge=purge)
+        except NotRunning:
+            report["stopped"] = self._stop_unsupervised()
+        if self._supervisor is not None:
+            self._supervisor.wait(STOP_TIMEOUT_S)
+            self._supervisor = None
+        self._wait_gone()
+        return report
+
+    def _stop_unsupervised(self) -> list[Role]:
+        """Processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``)."""
+        stopped: list[Role] = []
+        for role in reversed(ROLES):
+            with contextlib.suppress(TandemDiskError):
+                args = {"checkpoint": True} if role == "primary" else {}
+                self.client(role, STOP_TIMEOUT_S).call("stop", **args)
+                stopped.append(role)
+        return stopped
+
+    def _wait_gone(self) -> None:
+        """Until nobody answers on any control socket: then the directory is free for a new start."""
+        for path in (self.directory.supervisor_control, *(self._control_path(role) for role in SIDES)):
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while path is not None and _answers(path):
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"The process at {path} did not end.", hint="Its log may say why.")
+                time.sleep(0.01)
+
+    def _control_path(self, role: Role) -> str | None:
+        try:
+            return self.settings(role).control_path(role)
+        except TandemDiskError:
+            return None
+
+    # Commands
+
+    def client(self, role: Role, timeout_s: float = COMMAND_TIMEOUT_S) -> ControlClient:
+        """The control channel of the process that started as ``role``."""
+        return ControlClient(self.settings(role).control_path(role), timeout_s)
+
+    def checkpoint(self) -> Checkpoint:
+        """Take a checkpoint; returns when the secondary has switched epochs."""
+        taken = self.client("primary").call("checkpoint")
+        return Checkpoint(number=int(taken["checkpoint"]), seconds=float(taken["seconds"]))
+
+    def failover(self, to: str = "latest", *, force: bool = False) -> dict[str, Any]:
+        """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.
+
+        Raises NeedsForce when the primary is alive and connected, or when guest writes would be lost.
+        """
+        return self.client("secondary").call("failover", to=to, force=force)
+
+    def status(self) -> dict[str, Any]:
+        """Both sides, merged as the module says, whatever is dead. Raises ConfigError if there is no pair here."""
+        sides = self.directory.settings()
+        supervisor = self._supervisor_status()
+        answers = {role: self._ask(role, sides.get(role), supervisor) for role in SIDES}
+        return merge(answers["primary"], answers["secondary"], supervisor, next(iter(sides.values())))
+
+    def _supervisor_status(self) -> dict[str, Any]:
+        try:
+            return ControlClient(self.directory.supervisor_control, 5.0).call("status")
+        except TandemDiskError:
+            # Its children died with it, whatever it last wrote about them.
+            state = read_state(self.directory)
+            for child in state.get("children", {}).values():
+                if child.pop("alive", False):
+                    child["reason"] = "its supervisor is gone"
+            return {**state, "pid": None}
+
+    def _ask(self, role: Role, settings: NodeSettings | None, supervisor: dict[str, Any]) -> dict[str, Any]:
+        if settings is None:
+            return {"role": role, "pid": None, "state": "elsewhere", "nbd_uri": None, "error": None}
+        try:
+            return ControlClient(settings.control_path(role), 5.0).call("status")
+        except TandemDiskError as error:
+            known = supervisor.get("children", {}).get(role, {})
+            if known.get("alive"):
+                return {
+                    "role": role,
+                    "pid": known["pid"],
+                    "state": "unresponsive",
+                    "nbd_uri": None,
+                    "reason": str(error),
+                }
+            reason = known.get("reason") or "not started"
+            return {
+                "role": role,
+                "pid": None,
+                "state": "dead",
+                "nbd_uri": None,
+                "reason": reason,
+                "died_at": known.get("at"),
+                "exit_code": known.get("exit_code"),
+            }
+
+    # Waiting
+
+    def resync_progress(self) -> Resync:
+        """How far the resync is, from the primary."""
+        status = self.client("primary").call("status")
+        resync = status.get("resync") or {}
+        if status.get("error"):
+            raise OperationFailed(str(status["error"].get("sentence", status["error"])))
+        return Resync(
+            active=bool(resync.get("active")),
+            done_bytes=int(resync.get("done_bytes") or 0),
+            total_bytes=int(resync.get("total_bytes") or 0),
+            state=str(status.get("state")),
+        )
+
+    def progress(self, pause_s: float = 0.1) -> Iterator[Resync]:
+        """Progress of the resync until the pair is protected; the last one has state "protected"."""
+        while True:
+            now = self.resync_progress()
+            yield now
+            if now.state == "protected":
+                return
+            time.sleep(pause_s)
+
+    def wait_protected(self, timeout_s: float = 60.0) -> None:
+        """Until both sides are connected and in line. Raises TimedOut with the state that it is in instead."""
+        self.wait_for(lambda status: status["primary"]["state"] == "protected", "protected", timeout_s)
+
+    def wait_for(
+        self, condition: Callable[[dict[str, Any]], object], what: str, timeout_s: float = 60.0
+    ) -> dict[str, Any]:
+        """The first status for which ``condition`` holds. Raises TimedOut that names ``what`` and the last state."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = 0.002
+        while not condition(status := self.status()):
+            if time.monotonic() > deadline:
+                raise TimedOut(
+                    f"The pair was not {what} within {timeout_s:g} s; it is {status['state']}.",
+                    hint=f"The logs are in {self.directory.path}.",
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
+        return status
+
+    def log_tail(self) -> str:
+        """The last lines of both sides' logs, for a start that failed without a sentence of its own."""
+        parts: list[str] = []
+        for side in SIDES.values():
+            path = self.directory.path / side / "log"
+            if path.exists():
+                parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
+        return "\n".join(parts)
+
+
+def _answers(path: str) -> bool:
+    try:
+        ControlClient(path, 1.0).call("status")
+    except NotRunning:
+        return False
+    except TandemDiskError:
+        return True
+    return True
+
+
+def merge(
+    primary: dict[str, Any], secondary: dict[str, Any], supervisor: dict[str, Any], settings: NodeSettings
+) -> dict[str, Any]:
+    """The status of the pair out of its sides' own; ``settings`` of either side fill in what nobody alive can tell."""
+
+    def known(key: str) -> Any:
+        values = (side.get(key) for side in _by_authority(primary, secondary))
+        return next((value for value in values if value is not None), None)
+
+    return {
+        "state": merged_state(primary, secondary),
+        "mode": known("mode") or settings.mode,
+        "checkpoint": known("checkpoint"),
+        "generation": known("generation"),
+        "primary": primary,
+        "secondary": secondary,
+        "lag": primary.get("lag") or {"bytes": None, "seconds": None},
+        "buffer": secondary.get("buffer")
+        or dict.fromkeys(("bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes")),
+        "resync": primary.get("resync") or {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0},
+        "commit": secondary.get("commit") or {"active": False, "done_bytes": 0, "total_bytes": 0},
+        "counters": {"primary": primary.get("counters") or {}, "secondary": secondary.get("counters") or {}},
+        "volumes": _volumes(primary, secondary, settings),
+        "supervisor": {"pid": supervisor.get("pid")},
+    }
+
+
+def _by_authority(primary: dict[str, Any], secondary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides, the one whose word counts first: after a failover that is the promoted one."""
+    return (secondary, primary) if secondary.get("role") == "primary" else (primary, secondary)
+
+
+def merged_state(primary: dict[str, Any], secondary: dict[str, Any]) -> str:
+    """The leading side's own word, or "primary_lost", "secondary_lost", "stopped" when processes are dead."""
+    alive = [side.get("pid") is not None for side in (primary, secondary)]
+    elsewhere = [side.get("state") == "elsewhere" for side in (primary, secondary)]
+    if secondary.get("role") == "primary":
+        return str(secondary["state"])
+    if not any(alive):
+        return "stopped"
+    if not alive[0] and not elsewhere[0]:
+        return "primary_lost"
+    if not alive[1] and not elsewhere[1]:
+        return "secondary_lost"
+    return str(secondary["state"] if elsewhere[0] else primary["state"])
+
+
+def _volumes(primary: dict[str, Any], secondary: dict[str, Any], settings: NodeSettings) -> list[dict[str, Any]]:
+    told = {
+        side: {v["name"]: v for v in status.get("volumes") or ()} for side, status in (("p", primary), ("s", secondary))
+    }
+    volumes: list[dict[str, Any]] = []
+    for volume in settings.volumes:
+        here, there = told["p"].get(volume.name, {}), told["s"].get(volume.name, {})
+        volumes.append(
+            {
+                "name": volume.name,
+                "size": here.get("size") or there.get("size"),
+                "primary_uri": here.get("nbd_uri"),
+                "secondary_uri": there.get("nbd_uri"),
+            }
+        )
+    return volumes
