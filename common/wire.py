@@ -1,0 +1,545 @@
+"""The messages of the replication stream: their layout and nothing else.
+
+A message is one or two ZeroMQ frames: a header, and for a batch that carries data a payload. The header is a msgpack
+array ``[type, session, sequence, *fields, checksum]``; its last element is the xxh3-64 of all header bytes before it,
+seeded with the xxh3-64 of the payload. So every bit of both frames is covered, and replaying a batch in a new session
+hashes its header again but not its payload.
+
+``session`` (u64) names one connection: the high half the primary's process, the low half its count of connections.
+``sequence`` numbers what must stay in order. Primary to secondary: BATCH, CHECKPOINT, RESYNC, SYNCED and VERIFY count on
+across sessions, for as long as the stream (u64, in HELLO) lives. Secondary to primary: ACK, CHECKPOINTED, PRESSURE,
+VERIFIED and FAILED count from 1 in every session. Everything else has sequence 0.
+
+Extents travel packed, 24 bytes each (``EXTENT``). ``position`` is where an extent's bytes are in the payload frame: the
+payload is the span of the receive buffer as it came from the NBD client, request headers between the data included.
+
+BATCH and ACK, the two messages of the hot path, are packed by hand in one fixed msgpack encoding; the others go through
+msgpack. ``decode`` accepts nothing that ``encode`` could not have made, except that msgpack integers may be wider than
+needed. The first four elements of HELLO and all of REFUSE and BYE stay as they are in every protocol version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from common import limits
+from common.batch import DISCARD, WRITE
+from common.errors import WireError
+from common.generation import MAX_HISTORY, Generation, History, Standing
+
+PROTOCOL_VERSION: Final = 1
+
+EXTENT_STRUCT: Final = struct.Struct("<QIIHBBI")
+EXTENT: Final = np.dtype([
+    ("offset", "<u8"), ("length", "<u4"), ("position", "<u4"), ("volume", "<u2"), ("kind", "u1"), ("flags", "u1"),
+    ("pad", "<u4"),
+])
+"""offset and length on the volume, position in the payload, volume index, kind and flags as in common.batch, pad 0."""
+QUESTION: Final = np.dtype([("offset", "<u8"), ("length", "<u4"), ("volume", "<u2"), ("pad", "<u2"), ("hash", "<u8")])
+"""One range of a VERIFY: the xxh3-64 that the primary has for it."""
+assert EXTENT_STRUCT.size == EXTENT.itemsize == 24
+assert QUESTION.itemsize == 24
+
+HELLO: Final = 1
+WELCOME: Final = 2
+REFUSE: Final = 3
+BATCH: Final = 4
+CHECKPOINT: Final = 5
+ACK: Final = 6
+CHECKPOINTED: Final = 7
+PRESSURE: Final = 8
+PING: Final = 9
+PONG: Final = 10
+BYE: Final = 11
+RESYNC: Final = 12
+SYNCED: Final = 13
+VERIFY: Final = 14
+VERIFIED: Final = 15
+FAILED: Final = 16
+
+FLUSH: Final = 1
+"""Batch flag: make everything up to here durable and say so in an ACK."""
+RESYNC_DATA: Final = 2
+"""Batch flag: sent by the resync, not by a guest."""
+BATCH_FLAGS: Final = FLUSH | RESYNC_DATA
+
+Frame = bytes | bytearray | memoryview
+Frames = tuple[Frame, ...]
+Extents = npt.NDArray[np.void]
+
+_MAX_SENTENCE: Final = 4096
+_MAX_NAME: Final = 1024
+_U64: Final = (1 << 64) - 1
+
+
+class Batch(NamedTuple):
+    """Writes, zeroes and discards in order; a tuple because the hot path makes one per message."""
+
+    session: int
+    sequence: int
+    flags: int
+    extents: Frame
+    payload: memoryview
+
+
+class Ack(NamedTuple):
+    """Everything up to ``applied`` is on the secondary disk, up to ``durable`` also after a power cut.
+
+    Up to ``recorded`` the secondary's metadata file says so too: a secondary that lost its memory will still know.
+    ``free`` hidden blocks were left in the fullest pool when ``applied`` was reached.
+    """
+
+    session: int
+    sequence: int
+    applied: int
+    durable: int
+    recorded: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a session. ``stream`` names the numbering, ``next_sequence`` is the next number in it."""
+
+    session: int
+    sequence: int
+    version: int
+    stream: int = 0
+    next_sequence: int = 0
+    volumes: tuple[tuple[str, int], ...] = ()
+    standing: Standing = Standing("", "", "primary", (), True)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The secondary's answer: where it stands.
+
+    ``stream``: the numbering that the four numbers count in. Messages up to ``received`` need not
+    be sent again; those after ``applied`` are still being worked on. ``exact``: the secondary disk is precisely at
+    ``applied`` (not so after the secondary's host lost its memory). ``syncing``: a resync has begun and not ended.
+    ``checkpoint`` is the number of the last one (0: none). ``free`` of ``pool`` hidden blocks of ``block_size`` bytes
+    are left in the fullest pool.
+    """
+
+    session: int
+    sequence: int
+    version: int
+    stream: int
+    applied: int
+    received: int
+    durable: int
+    recorded: int
+    checkpoint: int
+    free: int
+    pool: int
+    block_size: int
+    exact: bool
+    syncing: bool
+    standing: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The other end does not belong here. ``code`` is one word for programs, ``sentence`` is for people."""
+
+    session: int
+    sequence: int
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A barrier: the state of all volumes at this point of the stream becomes checkpoint ``number``."""
+
+    session: int
+    sequence: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """Checkpoint ``number``, ordered at sequence ``barrier``, was taken and cost ``seconds`` on the secondary."""
+
+    session: int
+    sequence: int
+    number: int
+    barrier: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """``used`` of ``pool`` hidden blocks are taken: a checkpoint would empty them."""
+
+    session: int
+    sequence: int
+    used: int
+    pool: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Are you there? ``clock`` comes back in the PONG."""
+
+    session: int
+    sequence: int
+    clock: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """I am."""
+
+    session: int
+    sequence: int
+    clock: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The sender ends the session on purpose; ``sentence`` says why."""
+
+    session: int
+    sequence: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """From here on the secondary disk is no prefix of the primary's history, until SYNCED.
+
+    The numbering continues from ``sequence`` in ``stream`` whatever the secondary had received before. ``full``: the
+    whole disk is to be moved. ``keep_checkpoint``: the last checkpoint stays available (copy-before-write goes on);
+    without it the secondary gives up its checkpoint.
+    """
+
+    session: int
+    sequence: int
+    stream: int
+    full: bool
+    keep_checkpoint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The resync is complete at this point of the stream; the secondary takes over ``history`` durably."""
+
+    session: int
+    sequence: int
+    history: History
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Does the secondary disk hold, at this point of the stream, what these hashes say? ``questions``: QUESTION array."""
+
+    session: int
+    sequence: int
+    questions: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Answer to the VERIFY at sequence ``barrier``: one byte a question, 1 where the contents differ."""
+
+    session: int
+    sequence: int
+    barrier: int
+    differing: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """``what`` went wrong at the message ``barrier``: ``apply``, ``flush`` (with ``errno``) or ``stream`` (errno 0)."""
+
+    session: int
+    sequence: int
+    what: str
+    barrier: int
+    errno: int
+    sentence: str
+
+
+Message = (
+    Hello | Welcome | Refuse | Batch | Checkpoint | Ack | Checkpointed | Pressure | Ping | Pong | Bye | Resync | Synced
+    | Verify | Verified | Failed
+)
+
+# ---------------------------------------------------------------------------------------------- hot path, by hand
+
+# [array of 6, BATCH, u64 session, u64 sequence, u8 flags, bin32 extents ...
+_BATCH: Final = struct.Struct(">BBBQBQBBBI")
+# [array of 8, ACK, u64 session, u64 sequence, u64 applied, u64 durable, u64 recorded, u64 free, ...
+_ACK: Final = struct.Struct(">BBBQBQBQBQBQBQ")
+# ... u64 checksum]
+_TAIL: Final = struct.Struct(">BQ")
+_ACK_SIZE: Final = _ACK.size + _TAIL.size
+assert _BATCH.size == 27 and _ACK.size == 56 and _TAIL.size == 9
+BATCH_OVERHEAD: Final = _BATCH.size + _TAIL.size
+_EMPTY: Final = memoryview(b"")
+
+
+def payload_check(payload: Frame) -> int:
+    """The hash of a payload that ``encode_batch`` wants; 0 for none."""
+    return xxh3_64_intdigest(payload) if len(payload) else 0
+
+
+def encode_batch(session: int, sequence: int, flags: int, extents: Frame, check: int) -> bytes:
+    """Header frame of a batch; ``check`` is its ``payload_check``. The payload, if any, is the second frame."""
+    head = _BATCH.pack(0x96, BATCH, 0xCF, session, 0xCF, sequence, 0xCC, flags, 0xC6, len(extents)) + extents
+    return head + _TAIL.pack(0xCF, xxh3_64_intdigest(head, check))
+
+
+def encode_ack(session: int, sequence: int, applied: int, durable: int, recorded: int, free: int) -> bytes:
+    """Header frame (the only one) of an ACK."""
+    head = _ACK.pack(0x98, ACK, 0xCF, session, 0xCF, sequence, 0xCF, applied, 0xCF, durable, 0xCF, recorded, 0xCF, free)
+    return head + _TAIL.pack(0xCF, xxh3_64_intdigest(head))
+
+
+def _decode_batch(header: Frame, payload: memoryview) -> Batch:
+    if len(header) < BATCH_OVERHEAD:
+        raise WireError(f"a batch header of {len(header)} bytes is too short")
+    _, _, t1, session, t2, sequence, t3, flags, t4, size = _BATCH.unpack_from(header)
+    if (t1, t2, t3, t4) != (0xCF, 0xCF, 0xCC, 0xC6) or size != len(header) - BATCH_OVERHEAD or flags & ~BATCH_FLAGS:
+        raise WireError("a batch header is not laid out as this protocol version lays it out")
+    if size % 24 or size > limits.MAX_BATCH_EXTENTS * 24:
+        raise WireError(f"a batch has {size} bytes of extents; they come in 24s, and at most {limits.MAX_BATCH_EXTENTS}")
+    return Batch(session, sequence, flags, memoryview(header)[_BATCH.size:-_TAIL.size], payload)
+
+
+def _decode_ack(header: Frame) -> Ack:
+    if len(header) != _ACK_SIZE:
+        raise WireError(f"an ACK has {_ACK_SIZE} bytes, not {len(header)}")
+    _, _, t1, session, t2, sequence, t3, applied, t4, durable, t5, recorded, t6, free = _ACK.unpack_from(header)
+    if not t1 == t2 == t3 == t4 == t5 == t6 == 0xCF:
+        raise WireError("an ACK is not laid out as this protocol version lays it out")
+    if not recorded <= durable <= applied:
+        raise WireError(f"an ACK cannot say {applied} applied, {durable} durable, {recorded} recorded")
+    return Ack(session, sequence, applied, durable, recorded, free)
+
+
+# ------------------------------------------------------------------------------------------------ everything else
+
+Check = Callable[[Any], Any]
+
+
+def _integer(bits: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not 0 <= value < 1 << bits:
+            raise WireError(f"expected an unsigned integer of {bits} bits, got {_short(value)}")
+        return value
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise WireError(f"expected a boolean, got {_short(value)}")
+    return value
+
+
+def _text(limit: int) -> Check:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise WireError(f"expected a text of at most {limit} characters, got {_short(value)}")
+        return value
+    return check
+
+
+def _word(*words: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in words or type(value) is not str:
+            raise WireError(f"expected one of {', '.join(words)}, got {_short(value)}")
+        return value
+    return check
+
+
+def _seconds(value: Any) -> float:
+    if type(value) is not float or not math.isfinite(value):
+        raise WireError(f"expected a finite number of seconds, got {_short(value)}")
+    return value
+
+
+def _packed(size: int) -> Check:
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or len(value) % size or len(value) > limits.MAX_BATCH_EXTENTS * 24:
+            raise WireError(f"expected packed records of {size} bytes, got {_short(value)}")
+        return value
+    return check
+
+
+def _tuple(value: Any, least: int, most: int, what: str) -> list[Any]:
+    if type(value) is not list or not least <= len(value) <= most:
+        raise WireError(f"expected {what}, got {_short(value)}")
+    return value
+
+
+def _volumes(value: Any) -> tuple[tuple[str, int], ...]:
+    pairs = [_tuple(pair, 2, 2, "a volume's name and size")
+             for pair in _tuple(value, 1, limits.MAX_VOLUMES, "the volumes")]
+    return tuple((_NAME(name), _U63(size)) for name, size in pairs)
+
+
+def _history(value: Any) -> History:
+    entries = [_tuple(entry, 3, 3, "a generation") for entry in _tuple(value, 0, MAX_HISTORY, "a generation history")]
+    return tuple(Generation(_I64(identity), _I64(number), _NAME(side)) for identity, number, side in entries)
+
+
+def _standing(value: Any) -> Standing:
+    pair_id, side, role, history, consistent, base, blocks, size = _tuple(value, 8, 8, "a side's standing")
+    return Standing(_NAME(pair_id), _NAME(side), _ROLE(role), _history(history), _flag(consistent),
+                    _I64(base), _I64(blocks), _I64(size))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+_I64: Final = _integer(64)
+_U63: Final = _integer(63)
+_NAME: Final = _text(_MAX_NAME)
+_SENTENCE: Final = _text(_MAX_SENTENCE)
+_ROLE: Final = _word("primary", "secondary")
+
+_LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
+    HELLO: (Hello, (_integer(32), _I64, _I64, _volumes, _standing)),
+    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _integer(32), _flag, _flag, _standing)),
+    REFUSE: (Refuse, (_text(64), _SENTENCE)),
+    CHECKPOINT: (Checkpoint, (_I64,)),
+    CHECKPOINTED: (Checkpointed, (_I64, _I64, _seconds)),
+    PRESSURE: (Pressure, (_U63, _U63)),
+    PING: (Ping, (_seconds,)),
+    PONG: (Pong, (_seconds,)),
+    BYE: (Bye, (_SENTENCE,)),
+    RESYNC: (Resync, (_I64, _flag, _flag)),
+    SYNCED: (Synced, (_history,)),
+    VERIFY: (Verify, (_packed(24),)),
+    VERIFIED: (Verified, (_I64, _packed(1))),
+    FAILED: (Failed, (_word("apply", "flush", "stream"), _I64, _integer(32), _SENTENCE)),
+}
+_CODE: Final = {cls: code for code, (cls, _) in _LAYOUT.items()}
+for _cls, _checks in _LAYOUT.values():
+    assert len(dataclasses.fields(_cls)) == 2 + len(_checks), _cls
+
+
+def encode(message: Message) -> Frames:
+    """The frames of any message. Sentences that are too long are cut."""
+    if isinstance(message, Batch):
+        head = encode_batch(message.session, message.sequence, message.flags, message.extents, payload_check(message.payload))
+        return (head, message.payload) if len(message.payload) else (head,)
+    if isinstance(message, Ack):
+        return (encode_ack(*message),)
+    fields = [getattr(message, field.name) for field in dataclasses.fields(message)]
+    return (seal([_CODE[type(message)], *(v[:_MAX_SENTENCE] if isinstance(v, str) else v for v in fields)]),)
+
+
+def seal(elements: Sequence[object]) -> bytes:
+    """A header frame of any elements: msgpack plus checksum. For messages without a payload."""
+    packer = msgpack.Packer()
+    head: bytes = packer.pack_array_header(len(elements) + 1) + b"".join(map(packer.pack, elements))
+    return head + _TAIL.pack(0xCF, xxh3_64_intdigest(head))
+
+
+def decode(frames: Sequence[Frame]) -> Message:
+    """The message in ``frames``; WireError for anything that no peer of this protocol version would send."""
+    if not 1 <= len(frames) <= 2:
+        raise WireError(f"a message has one or two frames, not {len(frames)}")
+    header = frames[0]
+    if not _TAIL.size + 3 <= len(header) <= limits.MAX_HEADER:
+        raise WireError(f"a header has between {_TAIL.size + 3} bytes and {limits.MAX_HEADER}, not {len(header)}")
+    payload = _EMPTY
+    if len(frames) == 2:
+        payload = memoryview(frames[1])
+        if not 1 <= len(payload) <= limits.MAX_BATCH_PAYLOAD:
+            raise WireError(f"a payload has between 1 byte and {limits.MAX_BATCH_PAYLOAD}, not {len(payload)}")
+    view = memoryview(header)
+    marker, checksum = _TAIL.unpack(view[-_TAIL.size:])
+    if marker != 0xCF or xxh3_64_intdigest(view[:-_TAIL.size], payload_check(payload)) != checksum:
+        raise WireError(f"the checksum of a message of {len(header)} + {len(payload)} bytes is wrong")
+    if header[0] == 0x96 and header[1] == BATCH:
+        return _decode_batch(header, payload)
+    if len(payload):
+        raise WireError("only a batch has a payload")
+    if header[0] == 0x98 and header[1] == ACK:
+        return _decode_ack(header)
+    return _decode_other(view)
+
+
+def _decode_other(header: memoryview) -> Message:
+    try:
+        elements = msgpack.unpackb(header, strict_map_key=True, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
+        raise WireError(f"a header is not msgpack: {_short(error)}") from None
+    if type(elements) is not list or len(elements) < 4:
+        raise WireError("a header is not an array of at least four elements")
+    code, session, sequence, *values = elements[:-1]
+    if type(code) is not int or code not in _LAYOUT:
+        raise WireError(f"unknown message type {_short(code)}")
+    cls, checks = _LAYOUT[code]
+    if code == HELLO and values and values[0] != PROTOCOL_VERSION:
+        return Hello(_I64(session), _I64(sequence), _integer(32)(values[0]))
+    if len(values) != len(checks):
+        raise WireError(f"{cls.__name__} has {len(checks)} fields, not {len(values)}")
+    checked = [check(value) for check, value in zip(checks, values, strict=True)]
+    message: Message = cls(_I64(session), _I64(sequence), *checked)
+    return message
+
+
+def ack_of(frames: Sequence[Frame]) -> Ack | None:
+    """The ACK in ``frames`` if they hold one, else None: ``decode`` it then. The primary's short cut."""
+    header = frames[0]
+    if len(header) != _ACK_SIZE or header[1] != ACK or header[0] != 0x98 or len(frames) != 1:
+        return None
+    message = decode(frames)
+    assert isinstance(message, Ack)
+    return message
+
+
+def extents_array(extents: Frame) -> Extents:
+    """The packed extents of a batch as a structured array, without a copy."""
+    return np.frombuffer(extents, dtype=EXTENT)
+
+
+def check_extents(extents: Frame, payload_length: int, sizes: Sequence[int]) -> None:
+    """WireError unless every extent has a known kind, lies on a volume of ``sizes`` and finds its bytes in the payload."""
+    if len(extents) <= 8 * 24:
+        for index, (offset, length, position, volume, kind, _, _) in enumerate(EXTENT_STRUCT.iter_unpack(extents)):
+            if (volume >= len(sizes) or kind > DISCARD or not length or offset + length > sizes[volume]
+                    or (kind == WRITE and position + length > payload_length)):
+                raise _bad_extent(extents, index, payload_length, sizes)
+        return
+    array = np.frombuffer(extents, dtype=EXTENT)
+    length, volume, kind = array["length"].astype(np.uint64), array["volume"], array["kind"]
+    known = volume < len(sizes)
+    limit = np.asarray(sizes, dtype=np.uint64)[np.where(known, volume, 0)]
+    # length <= limit comes first, so that the subtraction cannot wrap where it counts
+    good = known & (kind <= DISCARD) & (length > 0) & (length <= limit) & (array["offset"] <= limit - length)
+    good &= (kind != WRITE) | (array["position"] + length <= payload_length)
+    if not good.all():
+        raise _bad_extent(extents, int(np.argmin(good)), payload_length, sizes)
+
+
+def _bad_extent(extents: Frame, index: int, payload_length: int, sizes: Sequence[int]) -> WireError:
+    offset, length, position, volume, kind, _, _ = EXTENT_STRUCT.unpack_from(extents, index * 24)
+    where = f"of {sizes[volume]} bytes" if volume < len(sizes) else "which does not exist"
+    return WireError(f"extent {index} of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} {where}, "
+                     f"at {position} of a payload of {payload_length} bytes")
+
+
+def check_questions(questions: bytes, sizes: Sequence[int]) -> None:
+    """WireError unless every range of a VERIFY lies on a volume."""
+    array = np.frombuffer(questions, dtype=QUESTION)
+    for offset, length, volume, _, _ in array.tolist():
+        if volume >= len(sizes) or not length or offset + length > sizes[volume]:
+            raise WireError(f"a VERIFY asks for {length} bytes at {offset} of volume {volume}")

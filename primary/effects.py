@@ -1,0 +1,135 @@
+"""What a ``PrimarySession`` asks its shell to do or tells it, in the order in which it is to happen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from common.wire import Frames, Welcome
+from primary.window import Unacknowledged
+
+
+class Send(NamedTuple):
+    """Put these frames on the socket."""
+
+    frames: Frames
+
+
+class Reconnect(NamedTuple):
+    """Close the socket without lingering, open a new one to the same address, then call ``connect(now)``."""
+
+
+class Acknowledged(NamedTuple):
+    """Batches are done: ``pins`` are those given to ``write`` and ``flush``, in order. Finish and unpin them.
+
+    A batch without FLUSH is done when applied, one with FLUSH when durable.
+    """
+
+    applied: int
+    durable: int
+    pins: list[Any]
+
+
+class FlushFailed(NamedTuple):
+    """The secondary could not make these durable: their clients get ``errno``. The peer is lost next (a ``Lost`` follows)."""
+
+    errno: int
+    pins: list[Any]
+    sentence: str
+
+
+class CheckpointDone(NamedTuple):
+    """Checkpoint ``number`` is what a failover would go back to. ``token`` as given to ``checkpoint`` (None: automatic).
+
+    ``seconds`` on the secondary (0.0 if its answer was lost with a connection), ``elapsed_s`` since it was asked for.
+    """
+
+    number: int
+    sequence: int
+    seconds: float
+    elapsed_s: float
+    token: Any
+
+
+class CheckpointFailed(NamedTuple):
+    """The checkpoint asked for with ``token`` will not be taken."""
+
+    token: Any
+    sentence: str
+
+
+class Pressure(NamedTuple):
+    """The secondary's hidden disk fills up. ``answered``: a checkpoint is under way already."""
+
+    used_blocks: int
+    pool_blocks: int
+    answered: bool
+
+
+class Starved(NamedTuple):
+    """Nothing moves until a checkpoint empties the pool, and the session may not put one. Told once a standstill.
+
+    During a resync: ``give_up_checkpoint``. Otherwise (``checkpoint_on_pressure`` is off): ``checkpoint``.
+    """
+
+    needed_blocks: int
+    free_blocks: int
+
+
+class Established(NamedTuple):
+    """The stream goes on where it was; ``replayed`` messages are sent once more."""
+
+    replayed: int
+    peer: Welcome
+
+
+class ResyncNeeded(NamedTuple):
+    """The stream cannot just go on. Call ``begin_resync``, in this same turn if writes bypass the session meanwhile.
+
+    ``full``: the bitmaps do not say what differs, only the whole disk (or checksums of it) will do.
+    """
+
+    reason: str
+    full: bool
+    peer: Welcome
+
+
+class Verified(NamedTuple):
+    """Answer to ``verify``: one byte a question, 1 = differs. None: the answer was lost, ask again."""
+
+    token: Any
+    differing: bytes | None
+
+
+class WindowOpen(NamedTuple):
+    """Exports may read again."""
+
+
+class Cut(NamedTuple):
+    """The connection ended; everything unacknowledged is kept for a replay, writes are still accepted."""
+
+    reason: str
+
+
+class Lost(NamedTuple):
+    """The peer is gone. Under ``continue`` the session is no longer attached, and hands back all that it held:
+    mark ``unacknowledged`` dirty, durably, then finish their clients. Under ``block`` it keeps everything."""
+
+    reason: str
+    unacknowledged: list[Unacknowledged]
+
+
+class Refused(NamedTuple):
+    """The two sides do not belong together as they are (``code`` for programs). Hands back like ``Lost``.
+
+    ``rejoin`` means that the other side was promoted: this one must not accept another write.
+    """
+
+    code: str
+    sentence: str
+    unacknowledged: list[Unacknowledged]
+
+
+Effect = (
+    Send | Reconnect | Acknowledged | FlushFailed | CheckpointDone | CheckpointFailed | Pressure | Starved | Established
+    | ResyncNeeded | Verified | WindowOpen | Cut | Lost | Refused
+)
