@@ -273,14 +273,15 @@ class DiskBuffer:
     @staticmethod
     def remove(directory: str) -> None:
         """Delete the buffer's files, nothing else in the directory. DiskError if a process runs on it."""
-        with contextlib.suppress(DiskError):
+        try:
             header = PairHeader(f"{directory}/{HEADER_FILE}")
+        except DiskError:
+            pass  # none, or the remains of one: nobody can run on it
+        else:
             try:
                 header.own()
-            except DiskError:
+            finally:
                 header.close()
-                raise DiskInUse(directory) from None
-            header.close()
         _unlink(directory)
 
     # State of the pair
@@ -339,13 +340,6 @@ def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) ->
         if spare == before:
             break  # less than a slot for each
     return [(min(count, h.EPOCH_MASK), min(count, h.EPOCH_MASK)) for count in slots]
-
-
-class DiskInUse(DiskError):
-    """A secondary runs on the buffer."""
-
-    def __init__(self, directory: str) -> None:
-        super().__init__(f"The disk buffer {directory} is in use by another process.", hint="Stop that secondary first.")
 
 
 def _layers(size: int, block_size: int, hidden: int, active: int) -> tuple[_LayerGeometry, _LayerGeometry]:

@@ -21,6 +21,7 @@ Words that nothing depends on (counters, the fairness hint, commit progress) liv
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
 import mmap
@@ -356,7 +357,8 @@ class PairHeader:
             if view is not None:
                 view.release()
         if "_map" in self.__dict__:
-            self._map.close()
+            with contextlib.suppress(BufferError):
+                self._map.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -258,6 +258,9 @@ class RequestTable:
         except (BlockingIOError, PermissionError):
             self.release(description)
             return None
+        if self._present is None and not self._enter(wait=False):  # another thread left in between
+            self.release(description)
+            return None
         return description
 
     def wait_ranges(self, ranges: Ranges, *, shared: bool, timeout_s: float | None = None) -> Description:
@@ -270,7 +273,10 @@ class RequestTable:
         limit = self.timeout_s if timeout_s is None else timeout_s
         if self._present is None:
             self._enter(wait=True)
-        return _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
+        description = _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
+        if self._present is None:
+            self._enter(wait=True)
+        return description
 
     def release(self, description: Description) -> None:
         """End a request made by ``try_ranges`` or ``wait_ranges``."""
@@ -280,10 +286,18 @@ class RequestTable:
             self._free.append(description)
 
     def leave(self) -> None:
-        """No requests from this process until further notice: the backup job need not mind us. Begin re-enters."""
+        """No requests from this process until further notice: the backup job need not mind us. The next begin enters again.
+
+        Does nothing while a request of this process is in flight.
+        """
         with self._presence_lock:
             present, self._present = self._present, None
-            if present is not None:
+            if present is None:
+                return
+            # From here on a begin in another thread finds out that it must enter; one that did before is in flight.
+            if len(self._free) + 1 < len(self._all):
+                self._present = present
+            else:
                 self.release(present)
 
     def try_alone(self) -> Description | None:

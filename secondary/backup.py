@@ -1,0 +1,366 @@
+"""The backup job (sync=none): old contents go to the hidden disk before a primary write lands on the secondary disk.
+
+For each batch of the stream the secondary calls ``do_cow`` with its extents, then writes the batch to the secondary disk. A
+block is copied at most once an epoch; the buffer never loses what it holds. A batch that fails (no slot left, the secondary
+disk unreadable) has stamped nothing of the blocks that it could not copy, and may be tried again as a whole.
+
+Which blocks are new is decided without a request: only the backup job stamps the hidden map, and only it makes checkpoints.
+Old contents are then copied under an exclusive CowRequest for each run of blocks, so that no reader is between its look-up and its
+read; its own reads of the secondary disk are not serialised (``read_no_serialising``), or it would wait for itself. While no reader
+is present at all, one lock for the batch replaces those requests.
+
+The copy is one ``preadv`` a run, from the secondary disk straight into consecutive slots of the shared pool.
+
+Small batches (up to ``SMALL`` extents) are looked up with plain integers, because NumPy's cost of about half a microsecond a call
+outweighs what it saves there; larger ones are vectorised.
+
+A checkpoint locks every volume's whole range, which waits for the readers in flight, and is then one store in the header.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import numpy as np
+
+from common.disk import Disk
+from common.errors import DiskError, NoSpaceError, TandemDiskError
+from secondary import header as h
+from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
+from secondary.header import Failure, Stage
+from secondary.requests import HOLD, CowRequest, Description, RequestTable
+
+SMALL: Final = 64
+"""Extents of a batch up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""
+
+_NOWAIT: Final = os.RWF_NOWAIT
+_UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class BackupJob:
+    """The backup job of one volume. One process has it; ``DiskBuffer.create`` or ``header.own`` makes sure of that."""
+
+    def __init__(self, buffer: VolumeBuffer, disk: Disk) -> None:
+        if disk.size != buffer.size:
+            raise DiskError(f"Volume {buffer.name} has {buffer.size} bytes, its secondary disk {disk.size}.")
+        self.buffer = buffer
+        self.disk = disk
+        self.requests: RequestTable = buffer.requests
+        self._header = buffer.header
+        self._layer = buffer.hidden
+        self._shift = buffer.shift
+        self._words = buffer.header.words
+        self._mutex = threading.Lock()
+        self._fd = disk.fileno()
+        self._nowait = True
+
+    # The exported interface
+
+    def wait_for_overlapping_requests(self, start: int, end: int) -> None:
+        """See ``RequestTable.wait_for_overlapping_requests``."""
+        self.requests.wait_for_overlapping_requests(start, end)
+
+    def cow_request_begin(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
+        """See ``RequestTable.cow_request_begin``."""
+        return self.requests.cow_request_begin(start, end, shared=shared)
+
+    def cow_request_end(self, request: CowRequest) -> None:
+        """See ``RequestTable.cow_request_end``."""
+        request.end()
+
+    def do_cow(self, offsets: Blocks, lengths: Blocks) -> int:
+        """Copy old contents of every block that [offset, offset + length) touches and this epoch has not seen; may block.
+
+        Byte offsets and lengths, each length at least 1. Returns how many blocks were copied. Raises NoSpaceError if the hidden disk has
+        no room for them, TimedOut if a request in flight does not end, OSError if the secondary disk cannot be read (also recorded).
+        """
+        with self._mutex:
+            return self._cow(offsets, lengths, wait=True)
+
+    def do_cow_nowait(self, offsets: Blocks, lengths: Blocks) -> int:
+        """``do_cow`` if it need not wait, neither for a request in flight nor for the device; else BlockingIOError, nothing done."""
+        if not self._mutex.acquire(blocking=False):
+            raise BlockingIOError(errno.EAGAIN, "the backup job is busy")
+        try:
+            return self._cow(offsets, lengths, wait=False)
+        finally:
+            self._mutex.release()
+
+    def read_no_serialising(self, offset: int, view: memoryview) -> None:
+        """Read the secondary disk as it is, without a request; for whoever holds one already."""
+        self.disk.read_into(offset, view)
+
+    @property
+    def used_blocks(self) -> int:
+        """Slots of the hidden disk in use."""
+        return self._layer.used(self._header.epoch)
+
+    @property
+    def free_blocks(self) -> int:
+        """Slots of the hidden disk that are left before the next checkpoint."""
+        return self._layer.slots - self._layer.used(self._header.epoch)
+
+    # Inside
+
+    def _cow(self, offsets: Blocks, lengths: Blocks, *, wait: bool) -> int:
+        state = self._words[h.W_STATE]
+        if state >> h.STAGE_SHIFT != Stage.RUNNING:
+            raise TandemDiskError(f"The backup job cannot run in stage {self._header.stage.name}.")
+        if state & h.SYNCING:
+            return 0  # no checkpoint to protect yet
+        epoch = state & h.EPOCH_MASK
+        if epoch == h.LAST_EPOCH:
+            raise TandemDiskError("The epoch wrapped around and the maps were not cleared.")
+        if len(offsets) <= SMALL:
+            blocks = self._new_few(offsets.tolist(), lengths.tolist(), epoch << 32)
+        else:
+            blocks = self._new_many(offsets, lengths, epoch << 32)
+        if not blocks:
+            return 0
+        layer = self._layer
+        used = layer.used(epoch)
+        if used + len(blocks) > layer.slots:
+            raise NoSpaceError(
+                f"The hidden disk of volume {self.buffer.name} has {layer.slots - used} blocks free, {len(blocks)} are needed.",
+                hint="A checkpoint empties it.",
+            )
+        runs = _runs(blocks)
+        request = self._lock(runs, wait)
+        try:
+            # The pointer goes first: a crash from here on leaks slots, the other order would hand them out twice.
+            layer.store_used(epoch, used + len(blocks))
+            try:
+                self._copy(runs, used, wait)
+            except BaseException:
+                layer.store_used(epoch, used)
+                raise
+            self._stamp(blocks, used, epoch << 32)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self._header.set_error(Failure.BACKUP, f"{error} (volume {self.buffer.name})")
+            raise
+        finally:
+            self.requests.release(request)
+        words, base = self._words, self.buffer.base
+        words[base + h.V_COW_BLOCKS] += len(blocks)
+        words[base + h.V_COW_BATCHES] += 1
+        return len(blocks)
+
+    def _new_few(self, offsets: list[int], lengths: list[int], least: int) -> list[int]:
+        """Blocks not held in this epoch, ascending."""
+        shift = self._shift
+        entries = self._layer.entries
+        new: list[int] = []
+        for offset, length in zip(offsets, lengths, strict=True):
+            first = offset >> shift
+            last = (offset + length - 1) >> shift
+            if first == last:
+                if entries[first] < least:
+                    new.append(first)
+            elif last - first < SMALL:
+                new += [block for block in range(first, last + 1) if entries[block] < least]
+            else:
+                absent = self._layer.entries_array[first : last + 1] < least
+                new += (np.flatnonzero(absent) + first).tolist()
+        if len(new) < 2:
+            return new
+        return sorted(set(new))
+
+    def _new_many(self, offsets: Blocks, lengths: Blocks, least: int) -> list[int]:
+        """``_new_few`` for large batches."""
+        shift = np.uint64(self._shift)
+        first = offsets >> shift
+        counts = ((offsets + lengths - np.uint64(1)) >> shift) - first + np.uint64(1)
+        total = int(counts.sum())
+        blocks = first
+        if total != len(first):
+            ends = np.cumsum(counts)
+            blocks = np.repeat(first - (ends - counts), counts.astype(np.intp)) + np.arange(total, dtype=np.uint64)
+        new = blocks[self._layer.entries_array.take(blocks.astype(np.intp)) < np.uint64(least)]
+        result: list[int] = np.unique(new).tolist()
+        return result
+
+    def _lock(self, runs: list[tuple[int, int]], wait: bool) -> Description:
+        alone = self.requests.try_alone()
+        if alone is not None:
+            return alone
+        shift = self._shift
+        ranges = [(block << shift, (block + count) << shift) for block, count in runs]
+        request = self.requests.try_ranges(ranges, shared=False)
+        if request is not None:
+            return request
+        if not wait:
+            raise BlockingIOError(errno.EAGAIN, "a request in flight overlaps the batch")
+        return self.requests.wait_ranges(ranges, shared=False)
+
+    def _copy(self, runs: list[tuple[int, int]], slot: int, wait: bool) -> None:
+        fd = self._fd
+        if fd < 0:
+            self._copy_layered(runs, slot, wait)
+            return
+        size, shift, pool = self.buffer.size, self._shift, self._layer.pool
+        flags = 0 if wait or not self._nowait else _NOWAIT
+        position = slot << shift
+        preadv = os.preadv
+        for block, count in runs:
+            offset = block << shift
+            length = count << shift
+            if offset + length > size:
+                length = size - offset
+            view = pool[position : position + length]
+            try:
+                got = preadv(fd, (view,), offset, flags)
+            except OSError as error:
+                if not flags or error.errno not in _UNSUPPORTED:
+                    raise
+                self._nowait, flags = False, 0
+                got = preadv(fd, (view,), offset)
+            if got != length:
+                if flags:
+                    raise BlockingIOError(errno.EAGAIN, "old contents are not in the page cache")
+                self.disk.read_into(offset + got, view[got:])
+            position += count << shift
+
+    def _copy_layered(self, runs: list[tuple[int, int]], slot: int, wait: bool) -> None:
+        """``_copy`` through the methods of a disk that wants to see each call."""
+        read = self.disk.read_into if wait else self.disk.read_nowait
+        shift, pool = self._shift, self._layer.pool
+        for block, count in runs:
+            offset, position = block << shift, slot << shift
+            length = min(count << shift, self.buffer.size - offset)
+            read(offset, pool[position : position + length])
+            slot += count
+
+    def _stamp(self, blocks: list[int], slot: int, least: int) -> None:
+        layer = self._layer
+        if len(blocks) <= SMALL:
+            owner, entries = layer.owner, layer.entries
+            for block in blocks:
+                owner[slot] = block
+                entries[block] = least | slot
+                slot += 1
+            return
+        array = np.array(blocks, dtype=np.uint64)
+        count = len(blocks)
+        layer.owner_array[slot : slot + count] = array
+        layer.entries_array[array.astype(np.intp)] = np.arange(least | slot, (least | slot) + count, dtype=np.uint64)
+
+
+class PairBackup:
+    """The backup jobs of all volumes of a pair, and what they do as one: checkpoints and the start of a synchronisation."""
+
+    def __init__(self, buffer: DiskBuffer, disks: Sequence[Disk]) -> None:
+        self.buffer = buffer
+        self.header = buffer.header
+        self.jobs = [BackupJob(volume, disk) for volume, disk in zip(buffer.volumes, disks, strict=True)]
+        self.finish_wrap()
+
+    def do_checkpoint(self, number: int, sequence: int, *, timeout_s: float | None = None) -> float:
+        """The primary's state as of now becomes what the guest sees; the buffer is empty. Returns seconds spent waiting for readers.
+
+        Ends the synchronisation if one was going on. May block; raises TimedOut naming who holds a request.
+        """
+        started = time.perf_counter()
+        try:
+            with self.stopped(wait=True, timeout_s=timeout_s):
+                waited = time.perf_counter() - started
+                self._switch(number, sequence)
+        except TandemDiskError as error:
+            self.header.set_error(Failure.EMPTYING, error.sentence)
+            raise
+        return waited
+
+    def do_checkpoint_nowait(self, number: int, sequence: int) -> None:
+        """``do_checkpoint`` if no request is in flight; else BlockingIOError, nothing done."""
+        with self.stopped(wait=False):
+            self._switch(number, sequence)
+
+    def begin_sync(self) -> None:
+        """From now on there is no valid checkpoint and no COW: a synchronisation writes the secondary disk. Ended by a checkpoint."""
+        with self.stopped(wait=True):
+            self.header.words[h.W_SYNCS] += 1
+            self.header.store_state(self.header.stage, self.header.epoch, syncing=True)
+
+    @contextmanager
+    def stopped(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[None]:
+        """All volumes locked as a whole, in the order of their numbers, so that nothing at all is in flight."""
+        taken: list[tuple[RequestTable, Description]] = []
+        mutexes = [job._mutex for job in self.jobs]
+        held: list[threading.Lock] = []
+        try:
+            for mutex in mutexes:
+                if not mutex.acquire(blocking=wait):
+                    raise BlockingIOError(errno.EAGAIN, "the backup job is busy")
+                held.append(mutex)
+            for index, job in enumerate(self.jobs):
+                table = job.requests
+                whole = table.whole()
+                if index == 0:
+                    taken.append((table, self._hold(table, wait, timeout_s)))
+                request = table.try_ranges(whole, shared=False)
+                if request is None:
+                    if not wait:
+                        raise BlockingIOError(errno.EAGAIN, "a request is in flight")
+                    request = table.wait_ranges(whole, shared=False, timeout_s=timeout_s)
+                taken.append((table, request))
+            yield
+        finally:
+            for table, description in reversed(taken):
+                table.release(description)
+            for mutex in held:
+                mutex.release()
+
+    def finish_wrap(self) -> None:
+        """If the last checkpoint stepped onto the last epoch: clear the maps and go on with epoch 1."""
+        if self.header.epoch == h.LAST_EPOCH:
+            with self.stopped(wait=True):
+                self._wrap()
+
+    def _hold(self, table: RequestTable, wait: bool, timeout_s: float | None) -> Description:
+        held = table.try_byte(HOLD)
+        if held is None:
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, "a snapshot holds the checkpoint")
+            held = table.wait_byte(HOLD, timeout_s=timeout_s)
+        return held
+
+    def _switch(self, number: int, sequence: int) -> None:
+        header = self.header
+        if header.stage is not Stage.RUNNING:
+            raise TandemDiskError(f"No checkpoint can be made in stage {header.stage.name}.")
+        header.record_checkpoint(header.epoch + 1, number, sequence)
+        header.store_state(Stage.RUNNING, header.epoch + 1, syncing=False)
+        if header.epoch == h.LAST_EPOCH:
+            self._wrap()
+
+    def _wrap(self) -> None:
+        for volume in self.buffer.volumes:
+            volume.hidden.clear()
+            volume.active.clear()
+            self.header.words[volume.base + h.V_HIDDEN_BUMP] = 0
+            self.header.words[volume.base + h.V_ACTIVE_BUMP] = 0
+        self.header.store_state(self.header.stage, 1, syncing=self.header.syncing)
+
+
+def _runs(blocks: list[int]) -> list[tuple[int, int]]:
+    """(first, count) of the runs of consecutive numbers in ascending ``blocks``."""
+    if len(blocks) > SMALL:
+        array = np.array(blocks, dtype=np.int64)
+        starts = np.concatenate(([0], np.flatnonzero(np.diff(array) != 1) + 1))
+        counts = np.diff(np.append(starts, len(blocks)))
+        return list(zip(array[starts].tolist(), counts.tolist(), strict=True))
+    runs: list[tuple[int, int]] = []
+    first = previous = blocks[0]
+    for block in blocks:
+        if block - previous > 1:
+            runs.append((first, previous - first + 1))
+            first = block
+        previous = block
+    runs.append((first, previous - first + 1))
+    return runs
