@@ -1,6 +1,7 @@
 """The primary's end of the replication stream, without sockets and clocks.
 
 The shell feeds it frames and the time, and carries out the effects (``primary.effects``) that come back, in order.
+In every list the ``Send``s with sequence numbers come first: whoever handles another effect may call ``write`` at once.
 
     IDLE ──connect──▶ GREETING ──WELCOME, prefix──▶ ESTABLISHED ◀──begin_resync── WELCOMED
       ▲                  │  └─────WELCOME, else──────────────────────────────────────▲
@@ -237,7 +238,7 @@ class PrimarySession:
         self.state = State.ESTABLISHED
         keep = keep_checkpoint and self.peer.standing.consistent
         self._window.waiting.appendleft(control_entry(RESYNC, [self.stream, full, keep], now))
-        return [*effects, *map(Send, self._pump(now))]
+        return [*map(Send, self._pump(now)), *effects]
 
     def give_up_checkpoint(self, now: float) -> list[Frames]:
         """The pool is too small for this resync: tell the secondary to drop its checkpoint and stop copying."""
@@ -370,14 +371,14 @@ class PrimarySession:
         before = window.applied, window.durable
         pins, controls = window.acknowledge(ack.applied, ack.durable, ack.recorded, ack.free)
         effects: list[Effect] = []
+        if window.waiting and self.state is State.ESTABLISHED:
+            effects += map(Send, self._pump(now))
+            effects += self._check_starved()
         if controls:
             effects += self._answered(controls, now)
         if (window.applied, window.durable) != before:
             self._lost_at = None
             effects.append(Acknowledged(window.applied, window.durable, pins))
-        if window.waiting and self.state is State.ESTABLISHED:
-            effects += map(Send, self._pump(now))
-            effects += self._check_starved()
         if window.full and window.reopened():
             effects.append(WindowOpen())
         return effects
@@ -429,7 +430,8 @@ class PrimarySession:
         under_way = window.barrier_in_flight or self._manual_barriers > 0
         if self.state is State.ESTABLISHED and not self.syncing and not under_way and self.config.checkpoint_on_pressure:
             window.waiting.appendleft(_barrier_entry(None, now))
-            return [Pressure(message.used, message.pool, True), *map(Send, self._pump(now))]
+            self._manual_barriers += 1
+            return [*map(Send, self._pump(now)), Pressure(message.used, message.pool, True)]
         return [Pressure(message.used, message.pool, under_way)]
 
     def _on_failed(self, message: wire.Failed, now: float) -> list[Effect]:
@@ -522,8 +524,8 @@ class PrimarySession:
         self.state = State.ESTABLISHED
         if not window.in_flight and not window.waiting:
             self._lost_at = None
+        effects[:0] = map(Send, self._pump(now))
         effects.append(Established(replayed, welcome))
-        effects += map(Send, self._pump(now))
         if window.full and window.reopened():
             effects.append(WindowOpen())
         return effects

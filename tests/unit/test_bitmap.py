@@ -1,0 +1,131 @@
+"""DirtyBitmap against a set of block numbers."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.bitmap import DirtyBitmap
+from common.errors import WireError
+
+
+class Model:
+    """The same as a set."""
+
+    def __init__(self, size: int, block_size: int) -> None:
+        self.size, self.block_size = size, block_size
+        self.marked: set[int] = set()
+
+    def set_range(self, offset: int, length: int) -> None:
+        if length:
+            self.marked |= set(range(offset // self.block_size, (offset + length - 1) // self.block_size + 1))
+
+    def clear_range(self, offset: int, length: int) -> None:
+        for block in list(self.marked):
+            begin, end = block * self.block_size, min(self.size, (block + 1) * self.block_size)
+            if offset <= begin and end <= offset + length:
+                self.marked.discard(block)
+
+    def runs(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for block in sorted(self.marked):
+            begin, end = block * self.block_size, min(self.size, (block + 1) * self.block_size)
+            if found and found[-1][0] + found[-1][1] == begin:
+                found[-1] = found[-1][0], end - found[-1][0]
+            else:
+                found.append((begin, end - begin))
+        return found
+
+
+steps = st.lists(st.tuples(st.sampled_from(["set", "clear", "many"]), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3000), st.sampled_from([1, 3, 7, 8, 64]), steps)
+def test_behaves_like_a_set_of_blocks(size: int, block_size: int, actions: list[tuple[str, int, int]]) -> None:
+    bitmap, model = DirtyBitmap(size, block_size), Model(size, block_size)
+    for verb, a, b in actions:
+        offset = a % size
+        length = b % (size - offset + 1)
+        if verb == "set":
+            bitmap.set_range(offset, length)
+            model.set_range(offset, length)
+        elif verb == "clear":
+            bitmap.clear_range(offset, length)
+            model.clear_range(offset, length)
+        else:
+            rng = random.Random(b)
+            pairs = [(o, rng.randint(1, size - o)) for o in (rng.randrange(size) for _ in range(5))]
+            bitmap.set_ranges(np.array([o for o, _ in pairs], dtype=np.uint64), np.array([n for _, n in pairs], dtype=np.uint64))
+            for o, n in pairs:
+                model.set_range(o, n)
+    assert list(bitmap.runs()) == model.runs()
+    assert bitmap.count() == len(model.marked)
+    assert bitmap.dirty_bytes() == sum(length for _, length in model.runs())
+    assert bool(bitmap) == bool(model.marked)
+    for offset in range(0, size, max(1, size // 50)):
+        assert (offset in bitmap) == (offset // block_size in model.marked)
+        assert bitmap.any_in(offset, size - offset) == any(b >= offset // block_size for b in model.marked)
+    assert DirtyBitmap.from_bytes(bitmap.to_bytes()) == bitmap
+
+
+def test_runs_are_cut_to_a_limit_and_cover_everything() -> None:
+    bitmap = DirtyBitmap(100 * 4096 + 5, 4096)
+    bitmap.set_all()
+    runs = list(bitmap.runs(limit=3 * 4096))
+    assert all(length <= 3 * 4096 for _, length in runs)
+    assert sum(length for _, length in runs) == bitmap.size == bitmap.dirty_bytes()
+    assert bitmap.next_run(5 * 4096 + 17, 1) == (5 * 4096, 4096)
+
+
+def test_a_terabyte_is_searched_quickly_and_far_bits_are_found() -> None:
+    bitmap = DirtyBitmap(1 << 40, 4096)
+    far = (1 << 40) - 4096
+    bitmap.set_range(far, 1)
+    assert bitmap.next_run(0) == (far, 4096)
+    bitmap.set_all()
+    bitmap.clear_range(far, 4096)
+    assert bitmap.next_run(0) == (0, far)
+    assert bitmap.count() == (1 << 28) - 1
+
+
+def test_union_of_different_block_sizes_and_growth() -> None:
+    fine, coarse = DirtyBitmap(10_000, 512), DirtyBitmap(10_000, 4096)
+    fine.set_range(5000, 1)
+    coarse.union(fine)
+    assert list(coarse.runs()) == [(4096, 4096)]
+    fine.union(coarse)
+    assert fine.count() == 8
+    twin = fine.copy()
+    twin.clear_all()
+    assert not twin
+    assert twin != fine
+    larger = fine.resized(20_000)
+    assert larger.size == 20_000
+    assert list(larger.runs()) == list(fine.runs())
+    assert fine != "x"
+
+
+def test_every_damaged_byte_is_noticed() -> None:
+    bitmap = DirtyBitmap(999, 3)
+    bitmap.set_range(100, 200)
+    data = bitmap.to_bytes()
+    for index in range(len(data)):
+        for bit in (1, 0x80):
+            damaged = bytearray(data)
+            damaged[index] ^= bit
+            try:
+                read = DirtyBitmap.from_bytes(bytes(damaged))
+            except WireError:
+                continue
+            # the only bits that say nothing about the disk are zlib's own flags
+            assert read == bitmap
+    for end in range(len(data)):
+        with pytest.raises(WireError):
+            DirtyBitmap.from_bytes(data[:end])
+    with pytest.raises(WireError):
+        DirtyBitmap.from_bytes(data + b"x")
