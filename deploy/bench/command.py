@@ -1,0 +1,216 @@
+"""`tandemdisk bench`: the options, and what becomes of a run's results."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from common.errors import ConfigError, OperationFailed
+from common.limits import KIB, MIB
+
+_UNITS = {"": 1, "K": KIB, "M": MIB, "G": KIB * MIB}
+_LEAST_SIZE = 64 * MIB
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``512M``, ``1G`` or ``1073741824``; click.BadParameter for anything else or below 64 MiB."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not digits.isdecimal() or unit not in _UNITS:
+        raise click.BadParameter(f"{text!r} is not a size such as 512M or 1G.")
+    size = int(digits) * _UNITS[unit]
+    if size < _LEAST_SIZE or size % MIB:
+        raise click.BadParameter(f"The size must be a whole number of MiB and at least {_LEAST_SIZE // MIB}M.")
+    return size
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that the peers and their disks go."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.command("bench")
+@click.option(
+    "--peer",
+    "peers",
+    metavar="NAMES",
+    help="Measure these too: qemu-colo (both its cases), qemu-nbd, nbdkit; with commas.",
+)
+@click.option("--only", metavar="NAMES", help="Measure these and nothing else, for instance tandemdisk-sync,nbdkit.")
+@click.option("--job", "jobs", metavar="NAMES", help="Only these jobs (see --list); default: all.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds over all jobs and peers."
+)
+@click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True, help="Length of each job.")
+@click.option("--size", default="1G", show_default=True, metavar="SIZE", help="Size of each disk.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "fio", "built-in"]),
+    default="auto",
+    show_default=True,
+    help="What makes the load.",
+)
+@click.option("--no-probes", is_flag=True, help="Leave out checkpoint latency over dirty set and size, and failover.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(1, 600),
+    default=45.0,
+    show_default=True,
+    help="Minutes after which nothing new begins.",
+)
+@click.option(
+    "--directory", type=click.Path(path_type=Path), default=Path("/dev/shm"), show_default=True,
+    help="Memory file system for disks and buffers.",
+)  # fmt: skip
+@click.option("--json", "json_path", metavar="FILE", help="Write every sample as JSON; - for standard output.")
+@click.option(
+    "--html", "html_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one HTML file."
+)
+@click.option(
+    "--from",
+    "from_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure nothing: report on an earlier run's JSON.",
+)
+@click.option("--list", "listing", is_flag=True, help="Say which jobs and peers there are.")
+@click.option("--hot-path", is_flag=True, help="Instead: where each microsecond of a request goes, step by step.")
+def bench(
+    peers: str | None,
+    only: str | None,
+    jobs: str | None,
+    rounds: int,
+    seconds: float,
+    size: str,
+    engine: str,
+    no_probes: bool,
+    limit: float,
+    directory: Path,
+    json_path: str | None,
+    html_path: Path | None,
+    from_path: Path | None,
+    listing: bool,
+    hot_path: bool,
+) -> None:
+    """Measure this machine's pair, beside others if asked, in alternating rounds.
+
+    Everything happens in a directory of its own on a memory file system and is removed at the end.
+    """
+    from rich.console import Console
+
+    from deploy.bench import plots
+    from deploy.bench.peers import OURS, expand
+    from deploy.bench.runner import Options
+    from deploy.bench.workloads import JOBS
+
+    if listing:
+        _list()
+        return
+    if hot_path:
+        from deploy.bench.hotpath import show_hot_path
+
+        with _orderly_end():
+            show_hot_path(Console(), directory)
+        return
+    if html_path is not None:
+        plots.require_matplotlib()
+    if from_path is not None:
+        _report_on(from_path, json_path, html_path)
+        return
+    known = [job.name for job in JOBS]
+    chosen = _names(jobs) or known
+    if unknown := [name for name in chosen if name not in known]:
+        raise ConfigError("Unknown jobs:", problems=tuple(unknown), hint="tandemdisk bench --list names them.")
+    options = Options(
+        peers=expand(_names(only) or [*OURS, *_names(peers)]),
+        jobs=tuple(name for name in known if name in chosen),
+        rounds=rounds,
+        seconds=seconds,
+        size=parse_size(size),
+        directory=str(directory),
+        limit_s=limit * 60,
+        probes=not no_probes,
+    )
+    _measure(options, engine, json_path, html_path)
+
+
+def _measure(options: object, engine: str, json_path: str | None, html_path: Path | None) -> None:
+    from rich.console import Console
+
+    from deploy.bench.engines import choose_engine
+    from deploy.bench.runner import Options, Runner
+
+    assert isinstance(options, Options)
+    aside = Console(stderr=True)
+    with _orderly_end(), aside.status("start", spinner="dots") as status:
+
+        def progress(what: str) -> None:
+            status.update(what)
+            if not aside.is_terminal:
+                print(what, file=sys.stderr, flush=True)
+
+        run = Runner(options, choose_engine(engine), progress).run()
+    _write(run.to_json(), run, json_path, html_path)
+    if not run.samples:
+        raise OperationFailed("Nothing could be measured:", hint=" ".join(run.failures))
+
+
+def _report_on(path: Path, json_path: str | None, html_path: Path | None) -> None:
+    from deploy.bench.results import Run
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        run = Run.from_json(text)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ConfigError(f"{path} is not the JSON of an earlier run: {error}") from None
+    _write(text, run, json_path, html_path)
+
+
+def _write(text: str, run: object, json_path: str | None, html_path: Path | None) -> None:
+    from rich.console import Console
+
+    from deploy.bench import page, report
+    from deploy.bench.results import Run
+
+    assert isinstance(run, Run)
+    if json_path == "-":
+        print(text)
+    else:
+        report.show(run, Console())
+        if json_path:
+            Path(json_path).write_text(text, encoding="utf-8")
+    if html_path is not None:
+        html_path.write_text(page.render(run), encoding="utf-8")
+
+
+def _list() -> None:
+    from deploy.bench.peers import GROUPS, PEERS, make_peer
+    from deploy.bench.workloads import JOBS
+
+    click.echo("Jobs:")
+    for job in JOBS:
+        click.echo(f"  {job.name:18} {job.title}")
+    click.echo("Peers:")
+    for name in PEERS:
+        click.echo(f"  {name:18} {make_peer(name).title}")
+    for name, members in GROUPS.items():
+        click.echo(f"  {name:18} {' and '.join(members)}")

@@ -1,0 +1,99 @@
+"""The benchmark with real servers: that QEMU's pair does replicate, and a whole short run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common.nbd_client import NbdClient
+from deploy.bench import scratch
+from deploy.bench.colo import Between, QemuColo
+from deploy.bench.engines import BuiltIn, Engine, choose_engine
+from deploy.bench.peers import TOOLS
+from deploy.bench.runner import Options, Runner
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+
+
+def require(*peers: str) -> None:
+    for tool in sorted({tool for peer in peers for tool in TOOLS[peer]}):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+@pytest.mark.parametrize("between", ["tcp", "unix"])
+def test_qemus_pair_replicates_and_keeps_the_checkpoint(shm_dir: Path, between: Between) -> None:
+    require("qemu-colo-unix")
+    peer = QemuColo(between)
+    with scratch.scratch_directory(shm_dir) as directory:
+        try:
+            peer.start(directory / "p", SIZE)
+            primary_disk, secondary_disk = (directory / "p" / f"disk{number}.raw" for number in range(2))
+            before = secondary_disk.read_bytes()
+            assert primary_disk.read_bytes() == before
+            peer.checkpoint()
+            with NbdClient(peer.uri) as client, NbdClient(peer.guest_uri) as guest:
+                for offset in range(0, SIZE, 4 * MIB):
+                    client.write(offset + 4096, b"\xaa" * 8192)
+                client.flush()
+                after = secondary_disk.read_bytes()
+                assert after == primary_disk.read_bytes() != before
+                assert guest.read(0, 4 * MIB) == before[: 4 * MIB]  # what the checkpoint had
+                peer.checkpoint()
+                assert guest.read(0, 4 * MIB) == after[: 4 * MIB]
+                client.write(0, bytes(4096))
+                peer.kill_primary()
+                peer.failover("checkpoint")
+                peer.wait_committed()
+                assert guest.read(0, 4 * MIB) == after[: 4 * MIB]
+                guest.write(0, b"\xbb" * 4096)
+                assert guest.read(0, 4096) == b"\xbb" * 4096
+        finally:
+            peer.stop()
+
+
+def short_run(directory: Path, engine: Engine, *peers: str) -> None:
+    jobs = ("write-4k-d32", "mixed-4k-d32", "guest-read-4k-d32", "first-touch", "again")
+    options = Options(
+        peers, jobs, rounds=1, seconds=0.3, size=SIZE, directory=str(directory), limit_s=100.0, probes=True
+    )
+    run = Runner(options, engine, lambda _: None).run()
+    assert run.failures == []
+    expected = {
+        (job, peer)
+        for peer in peers
+        for job in jobs
+        if peer.startswith(("qemu-colo", "tandem")) or "4k-d32" in job[-6:]
+    }
+    expected -= {("guest-read-4k-d32", peer) for peer in peers if not peer.startswith(("qemu-colo", "tandem"))}
+    assert {(sample.job, sample.peer) for sample in run.samples} == expected
+    for sample in run.samples:
+        assert sample.figures.requests > 0
+        assert 0 < sample.figures.p50_us <= sample.figures.p99_us <= sample.figures.p999_us
+    for facts in run.peers:
+        assert all(held.peak > MIB for held in facts.memory.values())
+        assert facts.commands
+    assert list(directory.iterdir()) == []
+
+
+def test_a_short_run_of_unreplicated_servers_with_the_built_in_client(shm_dir: Path) -> None:
+    require("qemu-nbd", "nbdkit")
+    short_run(shm_dir, BuiltIn(), "qemu-nbd", "nbdkit")
+
+
+def test_a_short_run_of_qemus_pair(shm_dir: Path) -> None:
+    require("qemu-colo-unix")
+    short_run(shm_dir, choose_engine(), "qemu-colo-unix")
+
+
+def test_fio_has_its_nbd_engine() -> None:
+    if shutil.which("fio") is None:
+        pytest.skip("fio is not installed")
+    listed = subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, timeout=10, check=True).stdout
+    if "nbd" not in listed.split():
+        pytest.skip("fio is installed without its nbd engine")
+    assert choose_engine("fio").name.startswith("fio")
