@@ -1,11 +1,11 @@
 """The NBD server of a process: listens, accepts, and holds what its connections share.
 
-``NbdServer`` serves any number of volumes on a Unix socket and a TCP port at once. All of it lives on one event loop; only
-reads that would block, and NBD_CMD_CACHE, go to a few threads. The protocol is in ``common.nbd_handshake`` and
+``NbdServer`` serves any number of volumes on a Unix socket and a TCP port at once. All of it lives on one event loop;
+only reads that would block, and NBD_CMD_CACHE, go to a few threads. The protocol is in ``common.nbd_handshake`` and
 ``common.nbd_transmission``, a client's life in ``common.nbd_connection``.
 
-A volume that cannot take more (the replication window is full) calls ``pause_reading``: the sockets of all clients are left
-alone until ``resume_reading``, and the kernel makes the clients wait.
+A volume that cannot take more (the replication window is full) calls ``pause_reading``: the sockets of all clients are
+left alone until ``resume_reading``, and the kernel makes the clients wait.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Final
 from common import limits
 from common.batch import Volume
 from common.errors import AddressInUse, ConfigError, OperationFailed
-from common.nbd_connection import REPLY_BUFFER, Connection, Counters
+from common.nbd_connection import Connection
+from common.nbd_host import REPLY_BUFFER, Counters
 from common.nbd_uri import NbdUri
 from common.pool import BufferPool
 from common.settings import ExportSettings
@@ -111,11 +112,11 @@ class NbdServer:
         self._listeners += sockets
 
     def _listen_unix(self, path: str) -> socket.socket:
-        """Bind ``path`` with mode 0600. A socket file that nobody listens on is left over from a crash: it is replaced."""
+        """Bind ``path`` with mode 0600. A socket file that nobody listens on is a crash's left-over: it is replaced."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _remove_stale(path)
-            os.fchmod(listener.fileno(), 0o600)  # Linux gives the file the mode of its socket: no moment of being open to all
+            os.fchmod(listener.fileno(), 0o600)  # Linux gives the file its socket's mode: it is never open to all
             listener.bind(path)
             self._unix = (path, os.stat(path).st_ino)
         except OSError as error:
@@ -244,7 +245,7 @@ class NbdServer:
         return Statistics(len(self._connections), self._connections_total, **counted)
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Accept nobody and nothing more, answer what is in flight for up to ``timeout_s``, then close all connections."""
+        """Accept nothing more, answer what is in flight for up to ``timeout_s``, then close all connections."""
         self._closing = True
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
@@ -263,7 +264,7 @@ class NbdServer:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket file at ``path`` that nobody listens on. Raises AddressInUse if somebody does, or if it is no socket."""
+    """Remove a socket file that nobody listens on. Raises AddressInUse if somebody does, or if it is no socket."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise AddressInUse(f"{path} exists and is not a socket.", hint="Choose another path for the export.")

@@ -114,7 +114,9 @@ REQUEST: Final = Struct(">Q8sQI")
 SIMPLE_REPLY: Final = Struct(">II8s")
 CHUNK: Final = Struct(">IHH8sI")
 DATA_CHUNK: Final = Struct(">Q8sIQ")
-"""(magic << 32 | flags << 16 | type), cookie, length of offset and data, offset: what stands before the data of a read."""
+"""(magic << 32 | flags << 16 | type), cookie, length of offset and data, offset: what goes before a read's data."""
+SIMPLE_DATA: Final = Struct(">8s8s")
+"""``SIMPLE_OK``, cookie: what goes before the data of a read without structured replies."""
 ERROR_CHUNK: Final = Struct(">IH")
 DESCRIPTOR: Final = Struct(">II")
 
@@ -123,9 +125,9 @@ DATA_CHUNK_HEAD: Final = NBD_STRUCTURED_REPLY_MAGIC << 32 | NBD_REPLY_FLAG_DONE 
 SIMPLE_OK: Final = (NBD_SIMPLE_REPLY_MAGIC << 32).to_bytes(8, "big")
 """What stands before the cookie of a successful simple reply."""
 
-assert GREETING.size == 18 and OPTION.size == 16 and OPTION_REPLY.size == 20
-assert EXPORT_REPLY.size == 10 and INFO_EXPORT.size == 12 and INFO_BLOCK_SIZE.size == 14
-assert REQUEST.size == 28 and SIMPLE_REPLY.size == 16 and CHUNK.size == 20 and DATA_CHUNK.size == 28
+assert (GREETING.size, OPTION.size, OPTION_REPLY.size) == (18, 16, 20)
+assert (EXPORT_REPLY.size, INFO_EXPORT.size, INFO_BLOCK_SIZE.size) == (10, 12, 14)
+assert (REQUEST.size, SIMPLE_REPLY.size, SIMPLE_DATA.size, CHUNK.size, DATA_CHUNK.size) == (28, 16, 16, 20, 28)
 
 # Error values; the only ones that may go out
 NBD_EPERM: Final = 1

@@ -4,8 +4,8 @@ One connection, one thread. Simple calls (``read``, ``write``, ...) are a reques
 pipelined: ``submit_*`` queues one and returns its cookie, ``collect`` sends what is queued and returns the next
 completions, in whatever order the server finished them; ``write_many`` and ``read_many`` do that at a given depth.
 
-Sending never waits for the server alone: while the socket takes nothing more, replies are received, so a server that waits
-for its replies to be read and a client that waits for its requests to be read cannot wait for each other.
+Sending never waits for the server alone: while the socket takes nothing more, replies are received, so a server that
+waits for its replies to be read and a client that waits for its requests to be read cannot wait for each other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class NbdClientError(OperationFailed):
         self.errno = number
         self.message = message
         name = nbd.ERROR_NAMES.get(number) or os.strerror(number)
-        super().__init__(f"The server refused {command}: {name} ({number}).", hint=f"It says: {message}." if message else "")
+        hint = f"It says: {message}." if message else ""
+        super().__init__(f"The server refused {command}: {name} ({number}).", hint=hint)
 
 
 class Completion(NamedTuple):
@@ -80,8 +81,8 @@ _NAMES: Final = {
 class NbdClient(NbdStream):
     """A connection in transmission phase. Use it as a context manager, or ``close`` it.
 
-    Raises NotRunning if nobody listens, NbdClientError if the export is refused, TimedOut if the server keeps silent for
-    ``timeout_s``, NbdError if it breaks the protocol or hangs up.
+    Raises NotRunning if nobody listens, NbdClientError if the export is refused, TimedOut if the server keeps silent
+    for ``timeout_s``, NbdError if it breaks the protocol or hangs up.
     """
 
     def __init__(self, uri: str | NbdUri, *, timeout_s: float = 30.0, structured: bool = True) -> None:
@@ -194,8 +195,7 @@ class NbdClient(NbdStream):
 
     def submit_read(self, offset: int, length: int, *, df: bool = False) -> int:
         """Queue a read; its cookie."""
-        cookie = self._queue(nbd.NBD_CMD_READ, nbd.NBD_CMD_FLAG_DF if df else 0, offset, length)
-        return cookie
+        return self._queue(nbd.NBD_CMD_READ, nbd.NBD_CMD_FLAG_DF if df else 0, offset, length)
 
     def submit_write(self, offset: int, data: Data, *, fua: bool = False) -> int:
         """Queue a write; its cookie. ``data`` must stay as it is until the request was collected."""
@@ -206,7 +206,9 @@ class NbdClient(NbdStream):
             self._send()
         return cookie
 
-    def submit_zero(self, offset: int, length: int, *, fua: bool = False, no_hole: bool = False, fast: bool = False) -> int:
+    def submit_zero(
+        self, offset: int, length: int, *, fua: bool = False, no_hole: bool = False, fast: bool = False
+    ) -> int:
         """Queue a WRITE_ZEROES; its cookie."""
         flags = nbd.NBD_CMD_FLAG_FUA if fua else 0
         flags |= nbd.NBD_CMD_FLAG_NO_HOLE if no_hole else 0
@@ -233,7 +235,7 @@ class NbdClient(NbdStream):
         return done
 
     def write_many(self, writes: Iterable[tuple[int, Data]], *, depth: int = 32, fua: bool = False) -> int:
-        """Write all (offset, data), up to ``depth`` in flight; how many. The first error is raised when all are answered."""
+        """Write all (offset, data), up to ``depth`` in flight; how many. The first error is raised at the end."""
         count = 0
         failed: NbdClientError | None = None
         for offset, data in writes:
@@ -343,7 +345,7 @@ class NbdClient(NbdStream):
             return
         request = self._requests.get(cookie)
         if magic != nbd.NBD_SIMPLE_REPLY_MAGIC or request is None:
-            raise NbdError(f"The server sent a reply that answers nothing (magic {magic:#010x}, cookie {cookie.hex()}).")
+            raise NbdError(f"The server sent a reply to nothing (magic {magic:#010x}, cookie {cookie.hex()}).")
         self._start += nbd.SIMPLE_REPLY.size
         if error:
             request.error = NbdClientError(_describe(request), error)
@@ -398,7 +400,7 @@ class NbdClient(NbdStream):
         elif kind == nbd.NBD_REPLY_TYPE_BLOCK_STATUS and len(body) >= 12 and len(body) % 8 == 4:
             request.extents = list(nbd.DESCRIPTOR.iter_unpack(body[4:]))
         elif kind != nbd.NBD_REPLY_TYPE_NONE or body:
-            raise NbdError(f"The server sent a chunk of type {kind:#x} with {len(body)} bytes that makes no sense here.")
+            raise NbdError(f"The server sent a chunk of type {kind:#x} with {len(body)} bytes that has no place here.")
 
     def _finish(self, cookie: bytes, request: _Request) -> None:
         del self._requests[cookie]

@@ -1,18 +1,18 @@
 """One client of an export: a non-blocking socket between the NBD protocol (sans-I/O) and a Volume.
 
     readable ─▶ recv into the free tail of a pooled buffer ─▶ parse all of it ─▶ one WriteBatch to the volume
-                                                                 ├─▶ reads, straight into the server's reply buffer
-                                                                 └─▶ one send with the replies of all that is done already
+                                                                ├─▶ reads, straight into the server's reply buffer
+                                                                └─▶ one send: the replies of all that is done already
 
-A batch that finishes later is answered from its ``finish``; if more batches are in flight the answer waits for the end of
-the loop's turn, so that an acknowledgement that covers many batches costs one send.
+A batch that finishes later is answered from its ``finish``; if more batches are in flight the answer waits for the end
+of the loop's turn, so that an acknowledgement that covers many batches costs one send.
 
-The loop's ``add_reader`` is used instead of a transport: a transport keeps references to what it could not send, which would
-forbid to reuse a reply buffer, and adds three Python calls to each wake-up.
+The loop's ``add_reader`` is used instead of a transport: a transport keeps references to what it could not send, which
+would forbid to reuse a reply buffer, and adds three Python calls to each wake-up.
 
-What bounds memory: nothing is read from a client while replies to it wait for room in its socket, or while too many bytes of
-its reads are with threads. So a connection holds at most one receive buffer, one reply buffer, the reads that are
-with threads, and 16 bytes per request in flight. ``_Block`` lists every reason for not reading.
+What bounds memory: nothing is read from a client while replies to it wait for room in its socket, or while too many
+bytes of its reads are with threads. So a connection holds at most one receive buffer, one reply buffer, the reads that
+are with threads, and 16 bytes per request in flight. ``Block`` lists every reason for not reading.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from operator import itemgetter
-from typing import Final, Protocol
+from typing import Final
 
 from common import batch, limits, nbd
 from common.batch import Operation, Volume, WriteBatch
 from common.errors import NbdError, TandemDiskError
-from common.nbd_handshake import Agreement, ServerHandshake, State
+from common.nbd_handshake import MAX_OPTION, Agreement, ServerHandshake, State
+from common.nbd_host import REPLY_BUFFER, Block, Counters, Host
 from common.nbd_transmission import (
     HEADER,
     REPLY_HEADER,
@@ -41,77 +41,21 @@ from common.nbd_transmission import (
     empty_reply,
     errno_reply,
 )
-from common.pool import BufferPool, PooledBuffer
+from common.pool import PooledBuffer
 
 TURNS: Final = 8
 """Times that one wake-up may receive before other connections get their turn."""
 SHORT_TAIL: Final = 256 * limits.KIB
 """A pinned buffer with less room than this is given up for a fresh one: short receives cost more than the room."""
 CHEAP_MOVE: Final = 16 * limits.KIB
-"""A partial request of at most this length is moved to the front of its buffer, which keeps the buffer in the caches."""
+"""A partial request of at most this length moves to the front of its buffer, which keeps the buffer in the caches."""
 MAX_DEFERRED: Final = limits.MAX_PAYLOAD
 """Bytes of one connection's reads that may be with threads before it is not read any more."""
 HANDSHAKE_TIMEOUT_S: Final = 10.0
-REPLY_BUFFER: Final = limits.RECEIVE_BUFFER + 64 * limits.KIB
 IOV: Final = 64
 
 _log = logging.getLogger(__name__)
 _length_of = itemgetter(2)
-
-
-class _Block:
-    """Reasons for not reading from a client, as bits."""
-
-    PAUSED: Final = 1
-    """The server was told to stop (``pause_reading``)."""
-    STARVED: Final = 2
-    """No receive buffer is free."""
-    SENDING: Final = 4
-    """Replies wait for room in the socket."""
-    DEFERRED: Final = 8
-    """Too many bytes of reads are with threads."""
-    CLOSING: Final = 16
-    """The client said goodbye, or the server shuts down: what is in flight is finished, nothing else accepted."""
-
-
-class Counters:
-    """What a connection, or a server over all connections that left, has done."""
-
-    __slots__ = ("bytes_read", "bytes_written", "flushes", "others", "reads", "refused", "trims", "writes", "zeroes")
-
-    def __init__(self) -> None:
-        self.reads = self.writes = self.zeroes = self.trims = self.flushes = self.others = self.refused = 0
-        self.bytes_read = self.bytes_written = 0
-
-    def add(self, other: Counters) -> None:
-        """Add all of ``other`` to these."""
-        for name in Counters.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-class Host(Protocol):
-    """What a connection needs of its server."""
-
-    default: str
-    pool: BufferPool
-    reply_view: memoryview
-    """Where any connection assembles replies to reads: empty between two callbacks of the loop."""
-    paused: bool
-
-    @property
-    def volumes(self) -> Mapping[str, Volume]: ...
-
-    @property
-    def executor(self) -> Executor: ...
-
-    def replace_reply_view(self) -> None:
-        """The caller keeps the current ``reply_view``; there is a fresh one for the others."""
-
-    def give_back_reply_view(self, view: memoryview) -> None:
-        """A view that a caller kept is free."""
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is closed and nothing of it is in flight."""
 
 
 class Connection:
@@ -119,8 +63,8 @@ class Connection:
 
     __slots__ = (
         "_blocked", "_buffer", "_deferred", "_filled", "_gone", "_handshake", "_handshake_timer", "_held", "_host",
-        "_in_flight", "_loop", "_out", "_peer", "_recv_into", "_registered", "_scheduled", "_scratched", "_socket", "_start",
-        "_structured", "_transmission", "_view", "_volume", "_working", "_writing", "counters",
+        "_in_flight", "_loop", "_out", "_peer", "_recv_into", "_registered", "_scheduled", "_scratched", "_socket",
+        "_start", "_structured", "_transmission", "_view", "_volume", "_working", "_writing", "counters",
     )  # fmt: skip
 
     def __init__(self, host: Host, connection: socket.socket, peer: str, buffer: PooledBuffer) -> None:
@@ -157,15 +101,15 @@ class Connection:
     def pause(self) -> None:
         """Stop reading requests; a handshake may go on."""
         if self._handshake is None:
-            self._block(_Block.PAUSED)
+            self._block(Block.PAUSED)
 
     def resume(self) -> None:
         """Undo ``pause``."""
-        self._unblock(_Block.PAUSED)
+        self._unblock(Block.PAUSED)
 
     def shut_down(self) -> None:
         """Accept nothing more; close when everything in flight is answered."""
-        self._block(_Block.CLOSING)
+        self._block(Block.CLOSING)
         self._close_if_done()
 
     def abort(self, reason: str) -> None:
@@ -215,11 +159,11 @@ class Connection:
         """The client closed its side: what it asked for completely is still answered, if it still listens."""
         if self._filled > self._start:
             _log.info("nbd client %s left in the middle of a request", self._peer)
-        self._block(_Block.CLOSING)
+        self._block(Block.CLOSING)
         self._close_if_done()
 
     def _work(self) -> bool:
-        """Do everything that is complete in the buffer; whether to receive again at once, because more is likely there."""
+        """Do all that is complete in the buffer; whether to receive again at once, because more is likely there."""
         if self._handshake is not None:
             self._haggle()
             return False
@@ -271,8 +215,8 @@ class Connection:
     def _make_room(self, needed: int) -> None:
         """Have a place for the rest of a partial request of ``needed`` bytes, and for what comes after it.
 
-        The partial request stays where it is if there is room, moves to the front of its buffer if nobody else uses that,
-        else moves to another buffer.
+        The partial request stays where it is if there is room, moves to the front of its buffer if nobody else uses
+        that, else moves to another buffer.
         """
         buffer, start = self._buffer, self._start
         assert buffer is not None
@@ -289,21 +233,22 @@ class Connection:
         fresh = self._host.pool.acquire(needed)
         if fresh is None:
             self._host.pool.wait(self._buffer_came_back)
-            self._block(_Block.STARVED)
+            self._block(Block.STARVED)
             return
         fresh.view[:rest] = buffer.view[start : self._filled]
         self._buffer, self._view, self._start, self._filled = fresh, fresh.view, 0, rest
         buffer.unpin()
 
     def _buffer_came_back(self) -> None:
-        self._unblock(_Block.STARVED)
+        self._unblock(Block.STARVED)
 
     # Requests
 
     def _submit(self, transmission: Transmission) -> None:
         """Hand the writes, zeroes and trims of this drain to the volume as one batch."""
         buffer, operations, volume = self._buffer, transmission.operations, self._volume
-        assert buffer is not None and volume is not None
+        assert buffer is not None
+        assert volume is not None
         counters = self.counters
         if transmission.mixed:
             kinds = [operation[0] for operation in operations]
@@ -363,7 +308,7 @@ class Connection:
         filled = 0
         structured = self._structured
         header = REPLY_HEADER if structured else nbd.SIMPLE_REPLY.size
-        pack_into = nbd.DATA_CHUNK.pack_into
+        pack_into, simple_pack_into = nbd.DATA_CHUNK.pack_into, nbd.SIMPLE_DATA.pack_into
         for cookie, offset, length in reads:
             body = filled + header
             after = body + length
@@ -381,8 +326,7 @@ class Connection:
             if structured:
                 pack_into(view, filled, nbd.DATA_CHUNK_HEAD, cookie, length + 8, offset)
             else:
-                view[filled : filled + 8] = nbd.SIMPLE_OK
-                view[filled + 8 : body] = cookie
+                simple_pack_into(view, filled, nbd.SIMPLE_OK, cookie)
             self.counters.bytes_read += length
             filled = after
         self.counters.reads += len(reads)
@@ -412,20 +356,18 @@ class Connection:
         self._in_flight += 1
         self._deferred += length
         if self._deferred > MAX_DEFERRED:
-            self._block(_Block.DEFERRED)
+            self._block(Block.DEFERRED)
         future = self._loop.run_in_executor(self._host.executor, work)
         future.add_done_callback(partial(self._thread_done, cookie, length, reply))
 
-    def _thread_done(
-        self, cookie: bytes, length: int, reply: bytes | memoryview, future: asyncio.Future[None]
-    ) -> None:
+    def _thread_done(self, cookie: bytes, length: int, reply: bytes | memoryview, future: asyncio.Future[None]) -> None:
         error = None if future.cancelled() else future.exception()
         if future.cancelled() or error:
             reply = self._failure(cookie, error or OSError(nbd.NBD_EIO, "cancelled"), "read in a thread")
         self._deferred -= length
         self._done(reply)
         if self._deferred <= MAX_DEFERRED:
-            self._unblock(_Block.DEFERRED)
+            self._unblock(Block.DEFERRED)
 
     def _command(self, command: Command) -> None:
         """Everything that is neither read nor write-like."""
@@ -433,7 +375,7 @@ class Connection:
         volume = self._volume
         assert volume is not None
         if kind == nbd.NBD_CMD_DISC:
-            self._block(_Block.CLOSING)
+            self._block(Block.CLOSING)
         elif kind == nbd.NBD_CMD_FLUSH:
             self.counters.flushes += 1
             self._in_flight += 1
@@ -487,7 +429,7 @@ class Connection:
             self._held = self._host.reply_view
             self._host.replace_reply_view()
         self._writing = True
-        self._block(_Block.SENDING)
+        self._block(Block.SENDING)
         self._loop.add_writer(self._socket, self._writable)
 
     def _writable(self) -> None:
@@ -497,7 +439,7 @@ class Connection:
         if self._writing or self._gone:
             return
         self._give_back_held()
-        self._unblock(_Block.SENDING)
+        self._unblock(Block.SENDING)
         self._close_if_done()
 
     def _give_back_held(self) -> None:
@@ -524,21 +466,26 @@ class Connection:
                 self._send()
         if breach is not None:
             self._lose(f"it broke the protocol: {breach}", breach=True)
-        if self._gone or self._blocked & ~_Block.CLOSING and handshake.state is State.HAGGLING:
+        if self._gone:
             return
         if handshake.agreement is not None:
             self._enter(handshake.agreement)
         elif handshake.state is State.ENDED:
-            self._block(_Block.CLOSING)
+            self._block(Block.CLOSING)
             self._close_if_done()
         else:
-            self._make_room(HEADER)
+            self._make_room(MAX_OPTION + nbd.OPTION.size)
 
     def _enter(self, agreement: Agreement) -> None:
         """The handshake is over: from now on this is a client of one volume."""
         volume = self._host.volumes[agreement.name]
         self._handshake = None
         self._handshake_timer.cancel()
+        try:
+            volume.client_connected()
+        except (OSError, TandemDiskError) as error:
+            self._lose(f"the volume takes no client now: {error}", breach=True)
+            return
         self._volume = volume
         self._structured = agreement.structured
         self._transmission = Transmission(
@@ -549,9 +496,8 @@ class Connection:
             reply_space=REPLY_BUFFER,
         )
         _log.info("nbd client %s uses the export %r", self._peer, agreement.name)
-        volume.client_connected()
         if self._host.paused:
-            self._block(_Block.PAUSED)
+            self._block(Block.PAUSED)
         self._work()
 
     def _too_slow(self) -> None:
@@ -560,7 +506,7 @@ class Connection:
     # The end
 
     def _close_if_done(self) -> None:
-        if self._blocked & _Block.CLOSING and not self._in_flight and not self._out and not self._gone:
+        if self._blocked & Block.CLOSING and not self._in_flight and not self._out and not self._gone:
             self._lose("")
 
     def _lose(self, reason: str, *, breach: bool = False) -> None:

@@ -5,8 +5,9 @@
                                    └──┘ every other option            HAGGLING ── ABORT ──▶ ENDED
 
 ``receive`` takes what has arrived and says how much of it it used; what is left is the beginning of a message, or, in
-TRANSMISSION, the client's first requests. ``take_output`` is what to send. A client that breaks a MUST gets an NbdError:
-the connection ends. An option that is known but wrong gets an error reply and haggling goes on, as the spec wants it.
+TRANSMISSION, the client's first requests. ``take_output`` is what to send. A client that breaks a MUST gets an
+NbdError: the connection ends. An option that is known but wrong gets an error reply and haggling goes on, as the spec
+wants it.
 
 This server is in NOTLS mode: STARTTLS is an option that it does not support.
 """
@@ -110,8 +111,8 @@ class ServerHandshake:
     def receive(self, data: memoryview) -> int:
         """Work on the complete messages at the start of ``data``; the number of bytes used.
 
-        Call it again with the rest and what comes after it, while it uses any. Raises NbdError if the client breaks the protocol; what
-        ``take_output`` has then is still worth sending.
+        Call it again with the rest and what comes after it, while it uses any. Raises NbdError if the client breaks the
+        protocol; what ``take_output`` has then is still worth sending.
         """
         used = 0
         while self.state in (State.GREETED, State.HAGGLING) and len(self._output) < MAX_OUTPUT:
@@ -156,7 +157,7 @@ class ServerHandshake:
         self.state = State.HAGGLING
 
     def _too_long(self, option: int, length: int) -> None:
-        """Data that nobody wants to hold is skipped as it comes, whatever its length; the reply need not wait for it."""
+        """Data that nobody wants to hold is skipped as it comes, whatever its length; the reply does not wait."""
         if option == nbd.NBD_OPT_EXPORT_NAME:
             raise NbdError(f"The client asks for an export with a name of {length} bytes.")
         self._skip = length

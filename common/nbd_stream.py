@@ -11,7 +11,7 @@ from common.nbd_uri import NbdUri
 
 _RECEIVE: Final = 256 * limits.KIB
 _SOCKET_BUFFER: Final = 4 * limits.MIB
-"""Asked of the kernel, which gives what net.core.wmem_max allows: the more fits, the more requests a server drains at once."""
+"""Asked of the kernel, which gives what net.core.wmem_max allows: the more fits, the more a server drains at once."""
 
 
 class NbdStream:
@@ -127,4 +127,5 @@ def list_exports(uri: str | NbdUri, *, timeout_s: float = 30.0) -> list[str]:
         stream.option(nbd.NBD_OPT_ABORT)
     if replies[-1][0] != nbd.NBD_REP_ACK:
         raise NbdError(f"The NBD server does not tell its exports: {replies[-1][1].decode(errors='replace')}.")
-    return [body[4 : 4 + int.from_bytes(body[:4], "big")].decode() for kind, body in replies if kind == nbd.NBD_REP_SERVER]
+    offered = [body for kind, body in replies if kind == nbd.NBD_REP_SERVER]
+    return [body[4 : 4 + int.from_bytes(body[:4], "big")].decode() for body in offered]

@@ -65,8 +65,9 @@ class Transmission:
     """The requests of one connection to an export of ``size`` bytes."""
 
     __slots__ = (
-        "_allocation", "_limit", "_read_mask", "_read_only", "_reply_space", "_size", "_skip", "_skip_refusal", "_structured",
-        "breach", "command", "cookies", "fua", "mixed", "needed", "operations", "reads", "refusals", "span_end", "span_start",
+        "_allocation", "_limit", "_read_mask", "_read_only", "_reply_space", "_size", "_skip", "_skip_refusal",
+        "_structured", "breach", "command", "cookies", "fua", "mixed", "needed", "operations", "reads", "refusals",
+        "span_end", "span_start",
     )  # fmt: skip
 
     def __init__(self, size: int, *, read_only: bool, structured: bool, allocation: bool, reply_space: int) -> None:
@@ -169,7 +170,7 @@ class Transmission:
         return start + step
 
     def _uncommon(self, position: int, end: int, head: int, cookie: bytes, offset: int, length: int) -> int:
-        """Any request that is not a valid read or a plain valid write; the position behind it, or -1 to stop before it."""
+        """Any request but a valid read or a plain valid write; the position behind it, or -1 to stop before it."""
         if head >> 32 != nbd.NBD_REQUEST_MAGIC:
             self.breach = f"a request starts with {head >> 32:#010x} instead of {nbd.NBD_REQUEST_MAGIC:#010x}"
             return -1
@@ -239,9 +240,7 @@ class Transmission:
                 return nbd.NBD_EINVAL, "the status of no bytes cannot be told"
         return None
 
-    def _refuse(
-        self, position: int, end: int, kind: int, cookie: bytes, length: int, refusal: tuple[int, str]
-    ) -> int:
+    def _refuse(self, position: int, end: int, kind: int, cookie: bytes, length: int, refusal: tuple[int, str]) -> int:
         reply = error_reply(cookie, refusal[0], refusal[1], self._structured)
         position += HEADER
         if kind == nbd.NBD_CMD_WRITE and length:

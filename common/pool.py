@@ -1,13 +1,15 @@
 """Receive buffers that are handed on instead of copied.
 
-An export receives into a large buffer; the payloads of a batch stay where ``recv`` put them, in the primary's pwrite and in the
-message to the secondary. So a buffer lives until its last user is done: each user holds a pin, and the last ``unpin`` brings
-the buffer back. Allocating (and zeroing, and faulting in) megabytes per batch instead cost a factor of three in a sketch.
+An export receives into a large buffer; the payloads of a batch stay where ``recv`` put them, in the primary's pwrite
+and in the message to the secondary. So a buffer lives until its last user is done: each user holds a pin, and the last
+``unpin`` brings the buffer back. Allocating (and zeroing, and faulting in) megabytes per batch instead cost a factor of
+three in a sketch.
 
-The pool is bounded: ``count`` buffers plus one for each connection that was ``admit``-ted. An idle connection keeps at most
-one buffer, so ``count`` buffers are always left for work in flight, and whoever finds none free can wait for a batch to
-finish: nobody can wait for a buffer that only an idle client could give back. Requests that no pooled buffer can hold
-get one of a few ``large`` ones. All of it belongs to one event loop; nothing here is safe to call from another thread.
+The pool is bounded: ``count`` buffers plus one for each connection that was ``admit``-ted. An idle connection keeps at
+most one buffer, so ``count`` buffers are always left for work in flight, and whoever finds none free can wait for a
+batch to finish: nobody can wait for a buffer that only an idle client could give back. Requests that no pooled buffer
+can hold get one of a few ``large`` ones. All of it belongs to one event loop; nothing here is safe to call from another
+thread.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class PooledBuffer:
 
 
 class BufferPool:
-    """Buffers of ``size`` (plus ``SLACK``) bytes, at most ``count`` and one for each admitted connection, and large ones."""
+    """Buffers of ``size`` (plus ``SLACK``) bytes, ``count`` and one for each admitted connection, and large ones."""
 
     def __init__(self, size: int = limits.RECEIVE_BUFFER, count: int = limits.RECEIVE_BUFFERS) -> None:
         self.size = size + SLACK
@@ -93,7 +95,7 @@ class BufferPool:
         return buffer
 
     def wait(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once when a buffer came back. It runs inside somebody's ``unpin``: it should only schedule."""
+        """Call ``callback`` once when a buffer came back. It runs inside somebody's ``unpin``: it only schedules."""
         self._waiting.append(callback)
 
     def release(self, buffer: PooledBuffer) -> None:
