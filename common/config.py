@@ -369,9 +369,10 @@ def format_config(settings: NodeSettings, role: Role) -> str:
     for table in tables:
         values = getattr(settings, table)
         lines += ["", f"[{table}]"]
-        lines += [
-            _line(name, value) for name in _TABLES[table].model_fields if (value := getattr(values, name)) is not None
-        ]
+        names = [name for name in _TABLES[table].model_fields if getattr(values, name) is not None]
+        if table == "export" and values.host is None:
+            names.remove("port")
+        lines += [_line(name, getattr(values, name)) for name in names]
     return "\n".join(lines) + "\n"
 
 

@@ -148,6 +148,8 @@ async def _live(main: Callable[[Lifecycle], Awaitable[None]], lifecycle: Lifecyc
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_loop_exception)
     for number in STOP_SIGNALS:
+        if number != signal.SIGTERM and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # as nohup and the shell's & want it
         loop.add_signal_handler(number, _stop_by_signal, lifecycle, number)
     tune_garbage_collector()
     await main(lifecycle)

@@ -8,7 +8,6 @@ stdout too.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import signal
@@ -29,6 +28,7 @@ from common.control import error_to_dict
 from common.errors import ConfigError, TandemDiskError
 from common.keys import generate_keys
 from common.settings import Role
+from deploy import __version__
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -104,7 +104,7 @@ SIZE = SizeType()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(importlib.metadata.version("tandemdisk"), prog_name="tandemdisk")
+@click.version_option(__version__, prog_name="tandemdisk")
 def main() -> None:
     """Two hosts, one disk: a replicated block device with checkpoints, for any NBD client."""
 
@@ -167,7 +167,8 @@ def up(
         listen=listen,
     )
     signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(signal.SIGHUP, _interrupt)
     pair = Pair(directory)
     try:
         told = pair.create_or_resume(options, detach=detach)

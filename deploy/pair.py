@@ -10,7 +10,7 @@
 
     {"state":      "protected" | "syncing" | … the primary's own word while it leads, else see ``merged_state``
      "mode": "sync" | "async", "checkpoint": number or None, "generation": number or None,
-     "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    state "dead" comes with "reason", pid None
+     "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    "dead" and "stopped" come with "reason", pid None
      "secondary":  {"role", "pid", "export_pid", "state", "nbd_uri", "error", …}
      "lag":        {"bytes", "seconds"}                    None while nobody knows
      "buffer":     {"bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes"}
@@ -256,7 +256,7 @@ class Pair:
             return {
                 "role": role,
                 "pid": None,
-                "state": "dead",
+                "state": "stopped" if reason == "stopped" else "dead",
                 "nbd_uri": None,
                 "reason": reason,
                 "died_at": known.get("at"),

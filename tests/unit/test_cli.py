@@ -1,0 +1,175 @@
+"""The command line's border: usage, options that contradict each other, directories without a pair. Starts no
+process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from common import keys
+from common.config import load_config
+from deploy.cli import main
+from deploy.layout import PairDirectory, PairOptions
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_version_and_help() -> None:
+    assert run("--version").output.startswith("tandemdisk, version ")
+    commands = ("up", "status", "checkpoint", "failover", "down", "primary", "secondary", "keygen", "demo")
+    assert all(f"  {command} " in run("--help").output for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--size", "1X"], "is no size"),
+        (["--size", "0"], "more than nothing"),
+        (["--size", "1000"], "multiple of 512"),
+        (["--size", "1M", "--block-size", "3000"], "power of two"),
+        (["--size", "1M", "--mode", "fast"], "fast"),
+        (["--size", "1M", "--volumes", "0"], "0"),
+        (["--size", "1M", "--checkpoint-interval", "-1"], "-1"),
+        (["--size", "1M", "--listen", "nowhere"], "HOST:PORT"),
+        (["--size", "1M", "--primary-disk", "x"], "together with disks"),
+        (["--primary-disk", "x"], "--secondary-disk"),
+        ([], "--size, or --primary-disk and --secondary-disk"),
+        (["--primary-disk", "a", "--primary-disk", "b", "--secondary-disk", "c"], "one disk a side"),
+        (["--size", "1M", "--sise", "1"], "--sise"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_touches_nothing(short_dir: Path, options: list[str], sentence: str) -> None:
+    result = run("up", "--dir", short_dir / "p", *options)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert not (short_dir / "p").exists()
+
+
+def test_disks_that_are_missing_or_differ(short_dir: Path) -> None:
+    disks = {name: short_dir / name for name in ("a", "b", "none")}
+    disks["a"].write_bytes(bytes(1024))
+    disks["b"].write_bytes(bytes(2048))
+    missing = run("up", "--dir", short_dir / "p", "--primary-disk", disks["none"], "--secondary-disk", short_dir)
+    assert missing.exit_code == 3
+    assert "No such file" in missing.stderr
+    assert "neither a file nor a block device" in missing.stderr
+    differ = run("up", "--dir", short_dir / "p", "--primary-disk", disks["a"], "--secondary-disk", disks["b"])
+    assert differ.exit_code == 3
+    assert "1024 bytes" in differ.stderr
+    assert "2048" in differ.stderr
+    assert not (short_dir / "p").exists()
+
+
+def test_a_directory_with_other_things_in_it_is_left_alone(short_dir: Path) -> None:
+    (short_dir / "letter.txt").write_text("dear")
+    result = run("up", "--dir", short_dir, "--size", "1M")
+    assert result.exit_code == 2
+    assert "neither empty nor a pair's" in result.stderr
+    assert [path.name for path in short_dir.iterdir()] == ["letter.txt"]
+
+
+def test_a_path_too_long_for_sockets(short_dir: Path) -> None:
+    result = run("up", "--dir", short_dir / ("x" * 90), "--size", "1M")
+    assert result.exit_code == 2
+    assert "too long for the sockets" in result.stderr
+
+
+def test_options_that_contradict_an_existing_pair(short_dir: Path) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    result = run("up", "--dir", short_dir / "p", "--size", "2M", "--mode", "async", "--block-size", "4K")
+    assert result.exit_code == 2
+    assert "--size 2097152 was given" in result.stderr
+    assert "--mode async was given" in result.stderr
+    assert "--block-size" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "checkpoint", "failover"])
+def test_no_pair_here(short_dir: Path, command: str) -> None:
+    result = run(command, "--dir", short_dir, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["exit_code"] == 2
+    assert "There is no pair in" in result.stderr
+    assert "tandemdisk up" in result.stderr
+
+
+def test_down_is_idempotent(short_dir: Path) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    for _ in range(2):
+        result = run("down", "--dir", short_dir / "p")
+        assert result.exit_code == 0
+        assert "Nothing was running" in result.output
+
+
+def test_status_of_a_pair_that_was_never_started(short_dir: Path) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20, volumes=2))
+    status = json.loads(run("status", "--dir", short_dir / "p", "--json").stdout)
+    assert status["state"] == "stopped"
+    assert status["primary"]["pid"] is None
+    assert [volume["name"] for volume in status["volumes"]] == ["disk0", "disk1"]
+    assert "stopped" in run("status", "--dir", short_dir / "p").output
+
+
+def test_commands_without_processes_say_so(short_dir: Path) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    for command in ("checkpoint", "failover"):
+        result = run(command, "--dir", short_dir / "p")
+        assert result.exit_code == 7
+        assert "Nobody answers" in result.stderr
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_process_refuses_a_bad_configuration(short_dir: Path, role: str) -> None:
+    path = short_dir / "side.toml"
+    path.write_text('pair_id = "p"\nsid = "a"\n')
+    result = run(role, "--config", path)
+    assert result.exit_code == 2
+    assert "`sid` is not known; did you mean `side`?" in result.stderr
+    assert "`directory` is missing" in result.stderr
+
+
+def test_what_create_writes(short_dir: Path) -> None:
+    options = PairOptions(
+        size=1 << 20,
+        volumes=2,
+        mode="async",
+        checkpoint_interval_s=0.5,
+        block_size=65536,
+        buffer_bytes=1 << 26,
+        listen=("127.0.0.1", 0),
+        overrides={"replication": {"heartbeat_s": 0.25}, "on_peer_loss": "block"},
+    )
+    made = PairDirectory(short_dir / "p")
+    plan = made.create(options)
+    assert (short_dir / "p").stat().st_mode & 0o777 == 0o700
+    assert made.settings() == plan
+    for role, side in (("primary", "a"), ("secondary", "b")):
+        settings = load_config(short_dir / "p" / f"{role}.toml")
+        assert settings.side == side
+        assert settings.mode == "async"
+        assert settings.initial_sync == "assume"
+        assert settings.on_peer_loss == "block"
+        assert settings.replication.heartbeat_s == 0.25
+        assert settings.buffer.block_size == 65536
+        assert all(Path(volume.disk).stat().st_size == 1 << 20 for volume in settings.volumes)
+    assert plan["primary"].replication.connect == plan["secondary"].replication.listen
+    assert plan["primary"].export.host == "127.0.0.1"
+    assert plan["secondary"].export.host is None
+    made.remove()
+    assert not (short_dir / "p").exists()
+
+
+def test_keygen(short_dir: Path) -> None:
+    result = run("keygen", "--dir", short_dir, "--name", "east")
+    assert result.exit_code == 0
+    assert "replication.peer_key" in result.output
+    assert len(keys.load_keys(str(short_dir / "east.key_secret"), str(short_dir / "east.key")).secret) == 40
+    again = run("keygen", "--dir", short_dir, "--name", "east")
+    assert again.exit_code == 2
+    assert "never overwritten" in again.stderr
+    assert run("keygen", "--dir", short_dir, "--name", "../x").exit_code == 2
