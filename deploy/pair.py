@@ -38,6 +38,8 @@ from common.settings import NodeSettings, Role
 from deploy.launcher import STOP_TIMEOUT_S, read_state, remove_buffer
 from deploy.layout import ROLES, SIDES, PairDirectory, PairOptions
 
+__all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
+
 COMMAND_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 120.0
 LOG_TAIL: Final = 12

@@ -1,0 +1,222 @@
+"""The launcher with the real processes: up, status, deaths, up again, down; no orphan however it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from common.child import python_environment
+from common.errors import AddressInUse, ConfigError, NoSpaceError, NotRunning, TandemDiskError
+from common.nbd_client import NbdClient
+from deploy.layout import PairOptions
+from deploy.pair import Pair
+from tests.conftest import wait_until
+
+SIZE = 16 << 20
+OPTIONS = PairOptions(size=SIZE, overrides={"replication": {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}})
+
+
+def tandemdisk(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """The command, as a process of its own."""
+    command = [sys.executable, "-P", "-m", "deploy", *map(str, arguments)]
+    return subprocess.run(
+        command, env=python_environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@pytest.fixture
+def pair(short_dir: Path) -> Iterator[Pair]:
+    with Pair.create(short_dir / "p", OPTIONS) as made:
+        made.up()
+        yield made
+
+
+def pids(status: dict[str, Any]) -> list[int]:
+    found = (status["primary"]["pid"], status["secondary"]["pid"], status["secondary"].get("export_pid"))
+    return [pid for pid in found if pid is not None]
+
+
+def all_gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def test_up_status_checkpoint_down_by_command(short_dir: Path) -> None:
+    directory = short_dir / "p"
+    up = tandemdisk("up", "--dir", directory, "--size", "16M", "--volumes", "2", "--detach")
+    assert up.returncode == 0, up.stderr
+    assert "nbd+unix:///disk1?socket=" in up.stdout
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+    status = json.loads(tandemdisk("status", "--dir", directory, "--json").stdout)
+    assert status["state"] == "protected"
+    assert status["mode"] == "sync"
+    assert status["primary"]["role"] == "primary"
+    assert status["secondary"]["role"] == "secondary"
+    assert status["primary"]["nbd_uri"] == f"nbd+unix:///disk0?socket={directory}/a/nbd.sock"
+    assert status["secondary"]["nbd_uri"] == f"nbd+unix:///disk0?socket={directory}/b/nbd.sock"
+    assert len(pids(status)) == 3
+    assert isinstance(status["generation"], int)
+    assert set(status["lag"]) == {"bytes", "seconds"}
+    assert {"bytes", "percent"} <= set(status["buffer"])
+    assert [volume["size"] for volume in status["volumes"]] == [SIZE, SIZE]
+    for path in (directory / "a" / "nbd.sock", directory / "a" / "primary.control", directory / "supervisor.control"):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    taken = json.loads(tandemdisk("checkpoint", "--dir", directory, "--json").stdout)
+    assert taken["checkpoint"] > 0
+    assert taken["seconds"] < 10
+    assert "protected" in tandemdisk("status", "--dir", directory).stdout
+
+    down = tandemdisk("down", "--dir", directory)
+    assert down.returncode == 0, down.stderr
+    assert "Stopped primary and secondary." in down.stdout
+    assert all_gone(pids(status))
+    assert not Path(Pair(directory).settings("secondary").buffer.directory).exists()
+    assert tandemdisk("down", "--dir", directory).returncode == 0
+
+
+def test_a_dead_primary_is_seen_and_started_again(pair: Pair) -> None:
+    before = pair.status()
+    os.kill(before["primary"]["pid"], signal.SIGKILL)
+    dead = pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+    assert dead["state"] == "primary_lost"
+    assert dead["primary"]["state"] == "dead"
+    assert dead["primary"]["reason"] == "killed by SIGKILL"
+    assert dead["secondary"]["pid"] == before["secondary"]["pid"]
+    with pytest.raises(NotRunning):
+        pair.checkpoint()
+
+    pair.up()
+    pair.wait_protected(30)
+    again = pair.status()
+    assert again["primary"]["pid"] != before["primary"]["pid"]
+    assert again["secondary"]["pid"] == before["secondary"]["pid"]
+    assert "reason" not in again["primary"]
+
+
+def test_data_survives_down_and_up(pair: Pair) -> None:
+    with NbdClient(pair.status()["primary"]["nbd_uri"]) as client:
+        client.write(4096, b"x" * 8192)
+    pair.down()
+    pair.up()
+    pair.wait_protected(30)
+    with NbdClient(pair.status()["secondary"]["nbd_uri"]) as client:
+        assert client.read(4096, 8192) == b"x" * 8192
+
+
+def test_a_second_supervisor_is_refused(pair: Pair) -> None:
+    (pair.directory.path / "supervisor.control").unlink()  # so that it cannot simply be asked
+    with pytest.raises(AddressInUse, match="Another supervisor"):
+        Pair(pair.directory.path).up()
+    os.kill(pair.status()["primary"]["pid"], signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_foreground_leaves_nothing_behind(short_dir: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-P", "-m", "deploy", "up", "--dir", str(short_dir / "p"), "--size", "16M"]
+    with subprocess.Popen(command, env=python_environment(), stdout=subprocess.DEVNULL) as foreground:
+        pair = Pair(short_dir / "p")
+        wait_until(pair.directory.holds_a_pair, what="the configuration")
+        status = pair.wait_for(lambda now: now["state"] == "protected", "protected", 30)
+        foreground.send_signal(number)
+        assert foreground.wait(30) == (0 if number != signal.SIGKILL else -9)
+    running = [*pids(status), status["supervisor"]["pid"]]
+    wait_until(lambda: all_gone(running), 30, "the end of all processes")
+
+
+def test_children_die_with_their_supervisor(pair: Pair) -> None:
+    status = pair.status()
+    os.kill(status["supervisor"]["pid"], signal.SIGKILL)
+    wait_until(lambda: all_gone(pids(status)), 30, "the end of all processes")
+    assert pair.status()["state"] == "stopped"
+
+
+def test_a_start_that_fails_leaves_nothing(short_dir: Path) -> None:
+    huge = PairOptions(size=1 << 50, buffer_bytes=1 << 45)
+    with pytest.raises(NoSpaceError) as caught:
+        Pair(short_dir / "p").create_or_resume(huge)
+    assert "/dev/shm" in str(caught.value)
+    assert not (short_dir / "p").exists()
+
+
+def test_a_port_in_use_is_named(short_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressInUse, match=str(port)):
+            Pair(short_dir / "p").create_or_resume(PairOptions(size=SIZE, listen=("127.0.0.1", port)))
+    assert not (short_dir / "p").exists()
+
+
+def test_disks_that_differ_are_brought_in_line(short_dir: Path) -> None:
+    contents = os.urandom(1 << 20) + bytes(6 << 20) + os.urandom(1 << 20)
+    a, b = short_dir / "a.raw", short_dir / "b.raw"
+    a.write_bytes(contents)
+    b.write_bytes(os.urandom(len(contents)))
+    options = PairOptions(primary_disks=(a,), secondary_disks=(b,), overrides=OPTIONS.overrides)
+    with Pair.create(short_dir / "p", options) as pair:
+        pair.up()
+        states = [step.state for step in pair.progress(0.01)]
+        assert states[-1] == "protected"
+        with NbdClient(pair.status()["secondary"]["nbd_uri"]) as client:
+            assert client.read(0, len(contents)) == contents
+    assert b.read_bytes() == contents
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_busy_disk_is_named(pair: Pair, short_dir: Path, role: str) -> None:
+    busy = Path(pair.settings("primary").volumes[0].disk)
+    other = short_dir / "other.raw"
+    other.write_bytes(bytes(SIZE))
+    mine, theirs = (busy, other) if role == "primary" else (other, busy)
+    with pytest.raises(TandemDiskError) as caught:
+        Pair(short_dir / "q").create_or_resume(PairOptions(primary_disks=(mine,), secondary_disks=(theirs,)))
+    assert caught.value.exit_code == 3
+    assert str(busy) in str(caught.value)
+
+
+def test_processes_by_themselves(short_dir: Path) -> None:
+    """As on two hosts: each with its configuration file, no supervisor."""
+    pair = Pair.create(short_dir / "p", OPTIONS)
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for role in ("secondary", "primary"):
+            with (short_dir / f"{role}.log").open("wb") as log:
+                command = [sys.executable, "-P", "-m", "deploy", role, "--config", str(pair.directory.config(role))]
+                running.append(subprocess.Popen(command, env=python_environment(), stderr=log))
+        status = pair.wait_for(lambda now: now["state"] == "protected", "protected", 30)
+        assert status["primary"]["pid"] == running[1].pid
+        assert status["supervisor"]["pid"] is None
+        assert pair.checkpoint().number > 0
+        assert set(pair.down()["stopped"]) == {"primary", "secondary"}
+        assert [process.wait(30) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def test_a_wrong_edit_is_refused_before_anything_starts(pair: Pair) -> None:
+    pair.down()
+    config = pair.directory.config("primary")
+    good = config.read_text()
+    config.write_text(good + "\nspeed = 11\n")
+    with pytest.raises(ConfigError, match="speed"):
+        pair.up()
+    config.write_text(good)
+
+
+def test_down_is_quick(pair: Pair) -> None:
+    begin = time.monotonic()
+    pair.down()
+    assert time.monotonic() - begin < 15
