@@ -109,8 +109,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class FileDisk:
     """A raw file or a block device.
 
-    ``exclusive`` keeps other processes out that ask for the same (and QEMU). A second process of the same pair that needs the
-    disk while the first one holds it opens it with ``exclusive=False``.
+    ``exclusive`` keeps other processes out that ask for the same (and QEMU). A second process of the same pair that
+    needs the disk while the first one holds it opens it with ``exclusive=False``.
     """
 
     def __init__(self, path: str, *, read_only: bool = False, exclusive: bool = True) -> None:
@@ -122,7 +122,7 @@ class FileDisk:
             status = os.stat(path)
             self._device = stat.S_ISBLK(status.st_mode)
             if not self._device and not stat.S_ISREG(status.st_mode):
-                raise DiskError(f"{path} is neither a file nor a block device.", hint="Name a raw image or a block device.")
+                raise DiskError(f"{path} is neither a file nor a block device.", hint="Name one of these.")
             if not read_only and not self._device and not status.st_mode & 0o222:
                 raise PermissionError(errno.EACCES, "read-only")
             if self._device and exclusive and not read_only:
@@ -230,8 +230,10 @@ class FileDisk:
             try:
                 data = min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
             except OSError as error:
-                if error.errno != errno.ENXIO:
+                if error.errno == errno.EINVAL:  # a file system that cannot tell
                     return [*found, (end - offset, 0)]
+                if error.errno != errno.ENXIO:
+                    raise
                 data = end
             if data > offset:
                 found.append((data - offset, HOLE | ZERO))
@@ -368,7 +370,10 @@ class DelayDisk(DiskLayer):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Which calls fail: those of ``kinds`` that touch [start, end), from the ``first`` such call on, ``count`` times."""
+    """Which calls fail.
+
+    Those of ``kinds`` that touch [start, end), from the ``first`` such call on, ``count`` times.
+    """
 
     kinds: frozenset[Kind]
     code: int = errno.EIO
@@ -379,7 +384,8 @@ class Fault:
     end: int = 1 << 63
 
     def __post_init__(self) -> None:
-        assert self.first >= 1 and (self.count is None or self.count >= 1)
+        assert self.first >= 1
+        assert self.count is None or self.count >= 1
 
 
 class FaultDisk(DiskLayer):

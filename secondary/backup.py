@@ -1,20 +1,22 @@
 """The backup job (sync=none): old contents go to the hidden disk before a primary write lands on the secondary disk.
 
-For each batch of the stream the secondary calls ``do_cow`` with its extents, then writes the batch to the secondary disk. A
-block is copied at most once an epoch; the buffer never loses what it holds. A batch that fails (no slot left, the secondary
-disk unreadable) has stamped nothing of the blocks that it could not copy, and may be tried again as a whole.
+For each batch of the stream the secondary calls ``do_cow`` with its extents, then writes the batch to the secondary
+disk. A block is copied at most once an epoch; the buffer never loses what it holds. A batch that fails (no slot left,
+the secondary disk unreadable) has stamped nothing of the blocks that it could not copy, and may be tried again as a
+whole.
 
-Which blocks are new is decided without a request: only the backup job stamps the hidden map, and only it makes checkpoints.
-Old contents are then copied under an exclusive CowRequest for each run of blocks, so that no reader is between its look-up and its
-read; its own reads of the secondary disk are not serialised (``read_no_serialising``), or it would wait for itself. While no reader
-is present at all, one lock for the batch replaces those requests.
+Which blocks are new is decided without a request: only the backup job stamps the hidden map, and only it makes
+checkpoints. Old contents are then copied under an exclusive CowRequest for each run of blocks, so that no reader is
+between its look-up and its read; its own reads of the secondary disk are not serialised (``read_no_serialising``), or
+it would wait for itself. While no reader is present at all, one lock for the batch replaces those requests.
 
 The copy is one ``preadv`` a run, from the secondary disk straight into consecutive slots of the shared pool.
 
-Small batches (up to ``SMALL`` extents) are looked up with plain integers, because NumPy's cost of about half a microsecond a call
-outweighs what it saves there; larger ones are vectorised.
+Small batches (up to ``SMALL`` extents) are looked up with plain integers, because NumPy's cost of about half a
+microsecond a call outweighs what it saves there; larger ones are vectorised.
 
-A checkpoint locks every volume's whole range, which waits for the readers in flight, and is then one store in the header.
+A checkpoint locks every volume's whole range, which waits for the readers in flight, and is then one store in the
+header.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Final
 
 import numpy as np
@@ -34,7 +38,7 @@ from common.errors import DiskError, NoSpaceError, TandemDiskError
 from secondary import header as h
 from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
 from secondary.header import Failure, Stage
-from secondary.requests import HOLD, CowRequest, Description, RequestTable
+from secondary.requests import HOLD, CowRequest, Description, Ranges, RequestTable
 
 SMALL: Final = 64
 """Extents of a batch up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""
@@ -75,16 +79,21 @@ class BackupJob:
         request.end()
 
     def do_cow(self, offsets: Blocks, lengths: Blocks) -> int:
-        """Copy old contents of every block that [offset, offset + length) touches and this epoch has not seen; may block.
+        """Copy old contents of every block that [offset, offset + length) touches and this epoch has not seen; may
+        block.
 
-        Byte offsets and lengths, each length at least 1. Returns how many blocks were copied. Raises NoSpaceError if the hidden disk has
-        no room for them, TimedOut if a request in flight does not end, OSError if the secondary disk cannot be read (also recorded).
+        Byte offsets and lengths, each length at least 1. Returns how many blocks were copied. Raises NoSpaceError if
+        the hidden disk has no room for them, TimedOut if a request in flight does not end, OSError if the secondary
+        disk cannot be read (also recorded).
         """
         with self._mutex:
             return self._cow(offsets, lengths, wait=True)
 
     def do_cow_nowait(self, offsets: Blocks, lengths: Blocks) -> int:
-        """``do_cow`` if it need not wait, neither for a request in flight nor for the device; else BlockingIOError, nothing done."""
+        """``do_cow`` if it need not wait, neither for a request in flight nor for the device.
+
+        Else BlockingIOError, nothing done.
+        """
         if not self._mutex.acquire(blocking=False):
             raise BlockingIOError(errno.EAGAIN, "the backup job is busy")
         try:
@@ -127,16 +136,17 @@ class BackupJob:
         used = layer.used(epoch)
         if used + len(blocks) > layer.slots:
             raise NoSpaceError(
-                f"The hidden disk of volume {self.buffer.name} has {layer.slots - used} blocks free, {len(blocks)} are needed.",
+                f"The hidden disk of volume {self.buffer.name} has {layer.slots - used} blocks "
+                f"free, {len(blocks)} are needed.",
                 hint="A checkpoint empties it.",
             )
-        runs = _runs(blocks)
-        request = self._lock(runs, wait)
+        ranges = _ranges(blocks, self._shift)
+        request = self._lock(ranges, wait)
         try:
             # The pointer goes first: a crash from here on leaks slots, the other order would hand them out twice.
             layer.store_used(epoch, used + len(blocks))
             try:
-                self._copy(runs, used, wait)
+                self._copy(ranges, used << self._shift, wait)
             except BaseException:
                 layer.store_used(epoch, used)
                 raise
@@ -156,7 +166,14 @@ class BackupJob:
         """Blocks not held in this epoch, ascending."""
         shift = self._shift
         entries = self._layer.entries
-        new: list[int] = []
+        new: list[int]
+        block_size = 1 << shift
+        if not lengths:
+            return []
+        if max(lengths) <= block_size and not (reduce(or_, lengths) | reduce(or_, offsets)) & (block_size - 1):
+            new = [block for offset in offsets if entries[block := offset >> shift] < least]  # each exactly one block
+            return sorted(set(new)) if new else new
+        new = []
         for offset, length in zip(offsets, lengths, strict=True):
             first = offset >> shift
             last = (offset + length - 1) >> shift
@@ -186,56 +203,44 @@ class BackupJob:
         result: list[int] = np.unique(new).tolist()
         return result
 
-    def _lock(self, runs: list[tuple[int, int]], wait: bool) -> Description:
-        alone = self.requests.try_alone()
-        if alone is not None:
-            return alone
-        shift = self._shift
-        ranges = [(block << shift, (block + count) << shift) for block, count in runs]
-        request = self.requests.try_ranges(ranges, shared=False)
+    def _lock(self, ranges: Ranges, wait: bool) -> Description:
+        request = self.requests.try_alone() or self.requests.try_absent(ranges)
         if request is not None:
             return request
         if not wait:
             raise BlockingIOError(errno.EAGAIN, "a request in flight overlaps the batch")
-        return self.requests.wait_ranges(ranges, shared=False)
+        return self.requests.wait_absent(ranges)
 
-    def _copy(self, runs: list[tuple[int, int]], slot: int, wait: bool) -> None:
-        fd = self._fd
-        if fd < 0:
-            self._copy_layered(runs, slot, wait)
+    def _copy(self, ranges: Ranges, position: int, wait: bool) -> None:
+        """Old contents of ``ranges`` into the pool from byte ``position`` on."""
+        if self._fd < 0:
+            self._copy_layered(ranges, position, wait)
             return
-        size, shift, pool = self.buffer.size, self._shift, self._layer.pool
+        fd, pool, preadv = self._fd, self._layer.pool, os.preadv
         flags = 0 if wait or not self._nowait else _NOWAIT
-        position = slot << shift
-        preadv = os.preadv
-        for block, count in runs:
-            offset = block << shift
-            length = count << shift
-            if offset + length > size:
-                length = size - offset
-            view = pool[position : position + length]
+        for start, end in ranges:
+            stop = position + end - start
             try:
-                got = preadv(fd, (view,), offset, flags)
+                got = preadv(fd, (pool[position:stop],), start, flags)
             except OSError as error:
                 if not flags or error.errno not in _UNSUPPORTED:
                     raise
                 self._nowait, flags = False, 0
-                got = preadv(fd, (view,), offset)
-            if got != length:
+                got = preadv(fd, (pool[position:stop],), start)
+            # The last block of the disk may be shorter than its slot.
+            if got != end - start and start + got != self.buffer.size:
                 if flags:
                     raise BlockingIOError(errno.EAGAIN, "old contents are not in the page cache")
-                self.disk.read_into(offset + got, view[got:])
-            position += count << shift
+                length = min(end, self.buffer.size) - start
+                self.disk.read_into(start + got, pool[position + got : position + length])
+            position = stop
 
-    def _copy_layered(self, runs: list[tuple[int, int]], slot: int, wait: bool) -> None:
+    def _copy_layered(self, ranges: Ranges, position: int, wait: bool) -> None:
         """``_copy`` through the methods of a disk that wants to see each call."""
         read = self.disk.read_into if wait else self.disk.read_nowait
-        shift, pool = self._shift, self._layer.pool
-        for block, count in runs:
-            offset, position = block << shift, slot << shift
-            length = min(count << shift, self.buffer.size - offset)
-            read(offset, pool[position : position + length])
-            slot += count
+        for start, end in ranges:
+            read(start, self._layer.pool[position : position + min(end, self.buffer.size) - start])
+            position += end - start
 
     def _stamp(self, blocks: list[int], slot: int, least: int) -> None:
         layer = self._layer
@@ -253,7 +258,10 @@ class BackupJob:
 
 
 class PairBackup:
-    """The backup jobs of all volumes of a pair, and what they do as one: checkpoints and the start of a synchronisation."""
+    """The backup jobs of all volumes of a pair, and what they do as one.
+
+    Checkpoints and the start of a synchronisation.
+    """
 
     def __init__(self, buffer: DiskBuffer, disks: Sequence[Disk]) -> None:
         self.buffer = buffer
@@ -262,13 +270,14 @@ class PairBackup:
         self.finish_wrap()
 
     def do_checkpoint(self, number: int, sequence: int, *, timeout_s: float | None = None) -> float:
-        """The primary's state as of now becomes what the guest sees; the buffer is empty. Returns seconds spent waiting for readers.
+        """The primary's state as of now becomes what the guest sees; the buffer is empty. Returns seconds spent
+        waiting for readers.
 
         Ends the synchronisation if one was going on. May block; raises TimedOut naming who holds a request.
         """
         started = time.perf_counter()
         try:
-            with self.stopped(wait=True, timeout_s=timeout_s):
+            with self.stopped(wait=True, hold=True, timeout_s=timeout_s):
                 waited = time.perf_counter() - started
                 self._switch(number, sequence)
         except TandemDiskError as error:
@@ -278,18 +287,24 @@ class PairBackup:
 
     def do_checkpoint_nowait(self, number: int, sequence: int) -> None:
         """``do_checkpoint`` if no request is in flight; else BlockingIOError, nothing done."""
-        with self.stopped(wait=False):
+        with self.stopped(wait=False, hold=True):
             self._switch(number, sequence)
 
     def begin_sync(self) -> None:
-        """From now on there is no valid checkpoint and no COW: a synchronisation writes the secondary disk. Ended by a checkpoint."""
+        """From now on there is no valid checkpoint and no COW.
+
+        A synchronisation writes the secondary disk. Ended by a checkpoint.
+        """
         with self.stopped(wait=True):
             self.header.words[h.W_SYNCS] += 1
             self.header.store_state(self.header.stage, self.header.epoch, syncing=True)
 
     @contextmanager
-    def stopped(self, *, wait: bool, timeout_s: float | None = None) -> Iterator[None]:
-        """All volumes locked as a whole, in the order of their numbers, so that nothing at all is in flight."""
+    def stopped(self, *, wait: bool, hold: bool = False, timeout_s: float | None = None) -> Iterator[None]:
+        """All volumes locked as a whole, in the order of their numbers, so that nothing at all is in flight.
+
+        ``hold``: not while a snapshot holds checkpoints off, either.
+        """
         taken: list[tuple[RequestTable, Description]] = []
         mutexes = [job._mutex for job in self.jobs]
         held: list[threading.Lock] = []
@@ -301,13 +316,13 @@ class PairBackup:
             for index, job in enumerate(self.jobs):
                 table = job.requests
                 whole = table.whole()
-                if index == 0:
+                if index == 0 and hold:
                     taken.append((table, self._hold(table, wait, timeout_s)))
-                request = table.try_ranges(whole, shared=False)
+                request = table.try_absent(whole)
                 if request is None:
                     if not wait:
                         raise BlockingIOError(errno.EAGAIN, "a request is in flight")
-                    request = table.wait_ranges(whole, shared=False, timeout_s=timeout_s)
+                    request = table.wait_absent(whole, timeout_s=timeout_s)
                 taken.append((table, request))
             yield
         finally:
@@ -348,19 +363,21 @@ class PairBackup:
         self.header.store_state(self.header.stage, 1, syncing=self.header.syncing)
 
 
-def _runs(blocks: list[int]) -> list[tuple[int, int]]:
-    """(first, count) of the runs of consecutive numbers in ascending ``blocks``."""
+def _ranges(blocks: list[int], shift: int) -> Ranges:
+    """Byte ranges [start, end) of the runs of consecutive numbers in ascending ``blocks``."""
     if len(blocks) > SMALL:
         array = np.array(blocks, dtype=np.int64)
-        starts = np.concatenate(([0], np.flatnonzero(np.diff(array) != 1) + 1))
-        counts = np.diff(np.append(starts, len(blocks)))
-        return list(zip(array[starts].tolist(), counts.tolist(), strict=True))
-    runs: list[tuple[int, int]] = []
-    first = previous = blocks[0]
+        firsts = np.concatenate(([0], np.flatnonzero(np.diff(array) != 1) + 1))
+        starts = array[firsts]
+        ends = starts + np.diff(np.append(firsts, len(blocks)))
+        return list(zip((starts << shift).tolist(), (ends << shift).tolist(), strict=True))
+    ranges: list[tuple[int, int]] = []
+    first = blocks[0]
+    following = first
     for block in blocks:
-        if block - previous > 1:
-            runs.append((first, previous - first + 1))
+        if block != following:
+            ranges.append((first << shift, following << shift))
             first = block
-        previous = block
-    runs.append((first, previous - first + 1))
-    return runs
+        following = block + 1
+    ranges.append((first << shift, following << shift))
+    return ranges

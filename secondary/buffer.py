@@ -1,18 +1,20 @@
 """The disk buffer: what the guest's view needs beyond the secondary disk, in memory that all processes share.
 
-A volume has two layers of it. The **hidden disk** holds old contents of blocks that the primary has overwritten since the
-last checkpoint; the **active disk** holds what the secondary's own guest wrote. Each is one file in the buffer's directory:
+A volume has two layers of it. The **hidden disk** holds old contents of blocks that the primary has overwritten since
+the last checkpoint; the **active disk** holds what the secondary's own guest wrote. Each is one file in the buffer's
+directory:
 
     map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
     owner   one 64-bit word a slot: the block that it holds, so that a failover walks the slots in use, not the disk
     pool    the slots, one block each, handed out by a bump pointer in the header
 
-A block is written in the order contents, owner, map entry (one store), after the bump pointer was advanced: a process that dies in
-between leaks a slot until the next checkpoint and damages nothing. Blocks held are told by ``entry >= epoch << 32``: no entry is
-ever of a later epoch than the current one.
+A block is written in the order contents, owner, map entry (one store), after the bump pointer was advanced: a process
+that dies in between leaks a slot until the next checkpoint and damages nothing. Blocks held are told by ``entry >=
+epoch << 32``: no entry is ever of a later epoch than the current one.
 
-All memory is allocated with ``posix_fallocate`` when the buffer is made, so that a memory file system that is too small is a
-sentence at start and never a SIGBUS later. The files are plain ones: a process that restarts attaches to them again.
+All memory is allocated with ``posix_fallocate`` when the buffer is made, so that a memory file system that is too
+small is a sentence at start and never a SIGBUS later. The files are plain ones: a process that restarts attaches to
+them again.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class BufferVolume:
 class Layer:
     """The hidden or the active disk of one volume.
 
-    ``entries``, ``owner`` and ``pool`` are memoryviews for scalar use; ``entries_array`` and ``owner_array`` the same memory for NumPy.
+    ``entries``, ``owner`` and ``pool`` are memoryviews for scalar use; ``entries_array`` and ``owner_array`` the same
+    memory for NumPy.
     """
 
     def __init__(self, path: str, geometry: _LayerGeometry, words: memoryview, bump: int, block_size: int) -> None:
@@ -89,7 +92,10 @@ class Layer:
         self._words[self._bump] = epoch << 32 | count
 
     def held(self, epoch: int) -> tuple[Blocks, Blocks]:
-        """(blocks, slots) that the layer holds in ``epoch``, in the order of the slots. Slots that a crash leaked are not among them."""
+        """(blocks, slots) that the layer holds in ``epoch``, in the order of the slots.
+
+        Slots that a crash leaked are not among them.
+        """
         slots = np.arange(self.used(epoch), dtype=np.uint64)
         blocks = self.owner_array[: len(slots)].copy()
         good = blocks < len(self.entries_array)
@@ -135,7 +141,9 @@ class _LayerGeometry:
 class VolumeBuffer:
     """The hidden and the active disk of one volume, and its table of requests."""
 
-    def __init__(self, directory: str, header: PairHeader, index: int, geometry: VolumeGeometry, timeout_s: float) -> None:
+    def __init__(
+        self, directory: str, header: PairHeader, index: int, geometry: VolumeGeometry, timeout_s: float
+    ) -> None:
         self.index = index
         self.name = geometry.name
         self.size = geometry.size
@@ -220,7 +228,9 @@ class DiskBuffer:
             problem = f"is for the volumes {_names(found)}, the configuration says {_names(wanted)}"
         if problem:
             buffer.close()
-            raise DiskError(f"The disk buffer in {directory} {problem}.", hint="Remove it, or go back to the old configuration.")
+            raise DiskError(
+                f"The disk buffer in {directory} {problem}.", hint="Remove it, or go back to the old configuration."
+            )
         return buffer
 
     @staticmethod
@@ -242,10 +252,11 @@ class DiskBuffer:
         timeout_s: float = 10.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> DiskBuffer:
-        """Allocate a new buffer in ``settings.directory`` and own it; an old one there goes. Its stage is NONE: see ``start``.
+        """Allocate a new buffer in ``settings.directory`` and own it; an old one there goes. Its stage is NONE: see
+        ``start``.
 
-        Raises ConfigError if the size cannot serve the volumes, NoSpaceError if the directory cannot hold it, DiskError if another
-        process runs on an old buffer there.
+        Raises ConfigError if the size cannot serve the volumes, NoSpaceError if the directory cannot hold it,
+        DiskError if another process runs on an old buffer there.
         """
         directory = settings.directory
         block = settings.block_size
@@ -287,7 +298,10 @@ class DiskBuffer:
     # State of the pair
 
     def start(self, *, syncing: bool, number: int = 0, sequence: int = 0) -> None:
-        """Stage NONE becomes RUNNING with an empty buffer. With ``syncing`` there is no checkpoint until the first one is made."""
+        """Stage NONE becomes RUNNING with an empty buffer.
+
+        With ``syncing`` there is no checkpoint until the first one is made.
+        """
         assert self.header.stage is Stage.NONE
         self.header.record_checkpoint(1, number, sequence)
         self.header.store_state(Stage.RUNNING, 1, syncing=syncing)
@@ -313,8 +327,9 @@ class DiskBuffer:
 def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) -> list[tuple[int, int]]:
     """(hidden slots, active slots) of each volume out of ``size_bytes`` of pool.
 
-    Each pool gets the least that it needs (``limits.MIN_POOL``, or the whole volume if that is less), the rest goes to the
-    volumes in proportion to their sizes, never more than a slot a block. Raises ConfigError that says the least size.
+    Each pool gets the least that it needs (``limits.MIN_POOL``, or the whole volume if that is less), the rest goes to
+    the volumes in proportion to their sizes, never more than a slot a block. Raises ConfigError that says the least
+    size.
     """
     if block_size & (block_size - 1) or not limits.MIN_BLOCK <= block_size <= limits.MAX_BLOCK:
         raise ConfigError(f"A block of {block_size} bytes is not possible: a power of two, 512 to 1048576.")

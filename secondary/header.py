@@ -1,20 +1,20 @@
 """The header of a pair's disk buffer: a small shared memory file that every process of the secondary maps.
 
-All that decides what a guest sees is in one 64-bit word, ``stage << 56 | syncing << 55 | epoch``, so that a checkpoint and
-each step of a failover is exactly one store: no process can see half of one, and a crash leaves either the old or the new.
-Everything else is arranged around that store:
+All that decides what a guest sees is in one 64-bit word, ``stage << 56 | syncing << 55 | epoch``, so that a checkpoint
+and each step of a failover is exactly one store: no process can see half of one, and a crash leaves either the old or
+the new. Everything else is arranged around that store:
 
 * A map entry is ``epoch << 32 | slot``; entries of another epoch count as absent. So is a bump pointer, ``epoch << 32 |
   next``: with another epoch than the current one it means zero. The one store of the epoch thus empties maps and pools.
-* What a checkpoint records about itself (number, sequence, wall time) goes into one of two slots, chosen by the parity of its
-  epoch, before the store; so the record of the current epoch is whole at any instant.
-* Epoch 0 is never current: a zeroed map entry must mean "absent". The last epoch, ``LAST_EPOCH``, is never written into an entry:
-  a checkpoint that steps onto it leaves an empty buffer like any other, and whoever comes next clears the maps and goes on with
-  epoch 1. A crash in between is met by doing the clearing again.
+* What a checkpoint records about itself (number, sequence, wall time) goes into one of two slots, chosen by the parity
+  of its epoch, before the store; so the record of the current epoch is whole at any instant.
+* Epoch 0 is never current: a zeroed map entry must mean "absent". The last epoch, ``LAST_EPOCH``, is never written
+  into an entry: a checkpoint that steps onto it leaves an empty buffer like any other, and whoever comes next clears
+  the maps and goes on with epoch 1. A crash in between is met by doing the clearing again.
 
-Stores are 8 bytes, aligned, through a memoryview cast to native words, which CPython performs as one move on 64-bit machines.
-Ordering between processes comes from the kernel: whoever relies on an order holds a CowRequest, whose lock and unlock are
-system calls on both sides.
+Stores are 8 bytes, aligned, through a memoryview cast to native words, which CPython performs as one move on 64-bit
+machines. Ordering between processes comes from the kernel: whoever relies on an order holds a CowRequest, whose lock
+and unlock are system calls on both sides.
 
 Words that nothing depends on (counters, the fairness hint, commit progress) live here, too, and may be torn by a crash.
 """
@@ -160,7 +160,8 @@ class PairHeader:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise DiskError(f"There is no disk buffer at {os.path.dirname(path)}.", hint="Is the secondary up?") from None
+            where = os.path.dirname(path)
+            raise DiskError(f"There is no disk buffer at {where}.", hint="Is the secondary up?") from None
         try:
             if os.fstat(self._fd).st_size != HEADER_BYTES:
                 raise DiskError(f"{path} is not the header of a disk buffer.")
@@ -303,7 +304,10 @@ class PairHeader:
     # Errors
 
     def set_error(self, case: Failure, sentence: str) -> None:
-        """Keep the failure for ``status``; the last one wins. Never raises: it is called while another error is on its way."""
+        """Keep the failure for ``status``.
+
+        The last one wins. Never raises: it is called while another error is on its way.
+        """
         text = sentence.encode()[: ERROR_TEXT.stop - ERROR_TEXT.start]
         try:
             self._lock(_LOCK_ERROR, fcntl.F_WRLCK)

@@ -1,7 +1,7 @@
 """The guest's view of a volume on the secondary: active disk, else hidden disk, else secondary disk.
 
-``GuestVolume`` is what the export process serves. What an operation does depends on the stage that it finds **inside** its request
-(the names are QEMU's, so are the rules):
+``GuestVolume`` is what the export process serves. What an operation does depends on the stage that it finds **inside**
+its request (the names are QEMU's, so are the rules):
 
     stage             reads                        writes
     NONE, or syncing  EIO                          EIO: there is no checkpoint to show
@@ -10,17 +10,18 @@
     FAILOVER_FAILED   the same                     in place wherever the block is buffered, else secondary disk
     DONE              secondary disk               secondary disk; no request: nothing else is going on
 
-Each operation begins a CowRequest on its blocks (shared for reads), reads the state word, looks the blocks up, moves the bytes, ends
-the request. The look-up is inside, else a copy or a checkpoint could slip between it and the read.
+Each operation begins a CowRequest on its blocks (shared for reads), reads the state word, looks the blocks up, moves
+the bytes, ends the request. The look-up is inside, else a copy or a checkpoint could slip between it and the read.
 
-A guest's discard while RUNNING does nothing: it is a hint, and the active disk has no room for promises. Zeroes are written.
+A guest's discard while RUNNING does nothing: it is a hint, and the active disk has no room for promises. Zeroes are
+written.
 
 On the event loop nothing waits: a read that would raises BlockingIOError (the export then calls ``read_blocking`` in a
-thread); a batch of writes that would goes to a worker thread, and so do later batches of this volume until the worker is done, so
-that overlapping writes keep their order.
+thread); a batch of writes that would goes to a worker thread, and so do later batches of this volume until the worker
+is done, so that overlapping writes keep their order.
 
-Durability: the buffer is memory, so a flush while RUNNING has nothing to do. After promotion it is fdatasync of the secondary disk;
-blocks that the commit has not yet moved are as safe as the machine's memory until it has.
+Durability: the buffer is memory, so a flush while RUNNING has nothing to do. After promotion it is fdatasync of the
+secondary disk; blocks that the commit has not yet moved are as safe as the machine's memory until it has.
 """
 
 from __future__ import annotations
@@ -46,12 +47,11 @@ from secondary.view import DISK, SMALL, TOP, VolumeView
 class GuestVolume(VolumeView):
     """The guest's view; implements ``common.batch.Volume``.
 
-    ``on_write(offset, length)`` is called before a write of the promoted side changes the secondary disk (dirty tracking).
+    ``on_write(offset, length)`` is called before a write of the promoted side changes the secondary disk (dirty
+    tracking).
     """
 
-    def __init__(
-        self, buffer: VolumeBuffer, disk: Disk, *, on_write: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, buffer: VolumeBuffer, disk: Disk, *, on_write: Callable[[int, int], None] | None = None) -> None:
         super().__init__(buffer, disk, overlay=True)
         self.on_write = on_write
         self.read_only = False
@@ -66,7 +66,10 @@ class GuestVolume(VolumeView):
     # Writing
 
     def submit(self, batch: WriteBatch) -> None:
-        """Take the batch; it is finished at once, or later on the running event loop if it had to wait for something."""
+        """Take the batch.
+
+        It is finished at once, or later on the running event loop if it had to wait for something.
+        """
         if not self._working and not (batch.fua and self._words[h.W_STATE] >> h.STAGE_SHIFT > Stage.RUNNING):
             try:
                 errors = self.apply(batch.operations, batch.buffer.view, wait=False)
@@ -117,7 +120,10 @@ class GuestVolume(VolumeView):
             raise OSError(errors[0], "guest write failed")
 
     def apply(self, operations: Sequence[Operation], view: memoryview, *, wait: bool) -> Mapping[int, int] | None:
-        """Do the operations in order; the errno of each that failed, by index. BlockingIOError if not ``wait`` and it would have to."""
+        """Do the operations in order.
+
+        The errno of each that failed, by index. BlockingIOError if not ``wait`` and it would have to.
+        """
         if self._words[h.W_STATE] >> h.STAGE_SHIFT == Stage.DONE:
             return self._each(operations, lambda operation: self._write_disk(operation, view))
         try:
@@ -129,13 +135,11 @@ class GuestVolume(VolumeView):
         except TandemDiskError as error:  # a holder that does not let go
             return self._all_failed(operations, error.sentence)
 
-    def _apply_locked(
-        self, operations: Sequence[Operation], view: memoryview, wait: bool
-    ) -> Mapping[int, int] | None:
+    def _apply_locked(self, operations: Sequence[Operation], view: memoryview, wait: bool) -> Mapping[int, int] | None:
         state = self._words[h.W_STATE]
         stage = state >> h.STAGE_SHIFT
         try:
-            least = self._least(state)
+            least = self.least(state)
         except OSError:
             return dict.fromkeys(range(len(operations)), errno.EIO)
         if stage == Stage.RUNNING:
@@ -179,9 +183,7 @@ class GuestVolume(VolumeView):
 
     def _ranges(self, operations: Sequence[Operation]) -> Ranges:
         mask = self._mask
-        spans = [
-            (offset & ~mask, (offset + length + mask) & ~mask) for _, offset, length, _, _ in operations if length
-        ]
+        spans = [(offset & ~mask, (offset + length + mask) & ~mask) for _, offset, length, _, _ in operations if length]
         if len(spans) < 2:
             return spans
         spans.sort()
@@ -214,7 +216,8 @@ class GuestVolume(VolumeView):
     ) -> Mapping[int, int] | None:
         """RUNNING. Fills first (they may have to wait), then slots, contents, owners, map entries."""
         if least >> 32 == h.LAST_EPOCH:
-            return dict.fromkeys(range(len(operations)), errno.EIO)  # a crash between two epochs; the secondary repairs it
+            # A crash between two epochs; the secondary repairs it when it starts.
+            return dict.fromkeys(range(len(operations)), errno.EIO)
         errors: dict[int, int] = {}
         missing: dict[int, bytearray | None] = {}
         for index, operation in enumerate(operations):
@@ -224,7 +227,8 @@ class GuestVolume(VolumeView):
                 errors[index] = errno.EOPNOTSUPP
                 continue
             try:
-                # All of an operation's blocks or none: what it noted before it failed would be stamped without contents.
+                # All of an operation's blocks or none: what it noted before it failed would be stamped without
+                # contents.
                 missing.update(self._find_missing(operation, least, missing, wait))
             except BlockingIOError:
                 raise
@@ -258,7 +262,7 @@ class GuestVolume(VolumeView):
     ) -> Mapping[int, int] | None:
         """The active disk has no room for all of them: those that still fit, one by one, ENOSPC for the others."""
         if len(operations) == 1:
-            self._failed(Failure.ACTIVE_DISK, OSError(errno.ENOSPC, "the active disk is full until the next checkpoint"))
+            self._failed(Failure.ACTIVE_DISK, OSError(errno.ENOSPC, "the active disk is full"))
             return {0: errno.ENOSPC}
         errors: dict[int, int] = {}
         for index, operation in enumerate(operations):
@@ -270,7 +274,10 @@ class GuestVolume(VolumeView):
     def _find_missing(
         self, operation: Operation, least: int, missing: Mapping[int, bytearray | None], wait: bool
     ) -> dict[int, bytearray | None]:
-        """Blocks that need a slot and are not ``missing`` yet; with their contents where the operation covers only a part."""
+        """Blocks that need a slot and are not ``missing`` yet.
+
+        With their contents where the operation covers only a part.
+        """
         _, offset, length, _, _ = operation
         shift, mask = self._shift, self._mask
         first, last = offset >> shift, (offset + length - 1) >> shift
@@ -345,7 +352,11 @@ class GuestVolume(VolumeView):
             self.disk.zero(offset, length, may_unmap=not flags & NO_HOLE, fast=bool(flags & FAST_ZERO))
 
     def _write_through(self, operation: Operation, view: memoryview, least: int) -> None:
-        """FAILOVER: to the secondary disk, then the marks go. Of a partial block that the buffer holds, the rest is committed with it."""
+        """FAILOVER.
+
+        To the secondary disk, then the marks go. Of a partial block that the buffer holds, the rest is committed with
+        it.
+        """
         kind, offset, length, _, _ = operation
         shift, mask = self._shift, self._mask
         end = offset + length

@@ -1,40 +1,41 @@
 """CowRequest: who has a byte range of a volume in flight, across threads and processes.
 
-The interface is QEMU's (``backup_wait_for_overlapping_requests``, ``backup_cow_request_begin``, ``backup_cow_request_end``),
-made for real concurrency. The table of requests is the kernel's: open-file-description (OFD) locks on byte ranges of a
-small file that all processes of a secondary open. Nothing of it is in shared memory, so nothing can be left behind: a
-process that is killed releases what it held at that moment.
+The interface is QEMU's (``backup_wait_for_overlapping_requests``, ``backup_cow_request_begin``,
+``backup_cow_request_end``), made for real concurrency. The table of requests is the kernel's: open-file-description
+(OFD) locks on byte ranges of a small file that all processes of a secondary open. Nothing of it is in shared memory,
+so nothing can be left behind: a process that is killed releases what it held at that moment.
 
 How it works
 ------------
-A request owns a file description of its own, taken from a free list. That meets two properties of OFD locks: requests of
-one description do not exclude each other, and unlocking a range frees it whoever locked it. With a description a request,
-two threads exclude each other like two processes do, and one unlock of everything ends a request, however many ranges
-it has. Requests are exclusive (COW, guest writes, checkpoints) or shared (guest reads).
+A request owns a file description of its own, taken from a free list. That meets two properties of OFD locks: requests
+of one description do not exclude each other, and unlocking a range frees it whoever locked it. With a description a
+request, two threads exclude each other like two processes do, and one unlock of everything ends a request, however
+many ranges it has. Requests are exclusive (COW, guest writes, checkpoints) or shared (guest reads).
 
 ``try_begin`` never waits. A ``begin`` that cannot be granted at once tries again a few times within half a millisecond
 (the usual request is held for less), then waits in the kernel: a helper thread makes the blocking call, because such a
-call cannot be given a timeout; the caller waits for the thread. A wait that is abandoned (timeout, cancelled task) leaves the
-helper behind until the kernel grants it the lock, which it gives back at once.
+call cannot be given a timeout; the caller waits for the thread. A wait that is abandoned (timeout, cancelled task)
+leaves the helper behind until the kernel grants it the lock, which it gives back at once.
 
 Fairness
 --------
-The kernel grants whatever does not conflict *now*, so a steady stream of readers would starve a checkpoint that waits for
-[0, size). Hence a waiter announces itself: it locks its ranges in a second space, ``INTENT``, far behind the disk, and
-publishes a deadline in the shared word ``waiting``. While that lies in the future, each begin asks the kernel whether an intent
-overlaps it, and if so queues up behind it; the kernel's queue is first come, first served. The word is only a hint: a
-waiter that dies leaves a stale one, which expires by itself within 100 ms. A waiter gives its intent up for a while when it was not
-granted within ``PATIENCE_S``: then the obstacle is not a stream but one stuck holder (a stopped process, a hung device), and
-everybody outside that holder's range should go on.
+The kernel grants whatever does not conflict *now*, so a steady stream of readers would starve a checkpoint that waits
+for [0, size). Hence a waiter announces itself: it locks its ranges in a second space, ``INTENT``, far behind the disk,
+and publishes a deadline in the shared word ``waiting``. While that lies in the future, each begin asks the kernel
+whether an intent overlaps it, and if so queues up behind it; the kernel's queue is first come, first served. The word
+is only a hint: a waiter that dies leaves a stale one, which expires by itself within 100 ms. A waiter gives its intent
+up for a while when it was not granted within ``PATIENCE_S``: then the obstacle is not a stream but one stuck holder (a
+stopped process, a hung device), and everybody outside that holder's range should go on.
 
-A request of several ranges is taken all or nothing: first all intents in ascending order, then all ranges in ascending order, and
-nobody holds a range while waiting for an intent. So there is no cycle of waiters. A thread that begins a second request
-while it holds one must do it at higher offsets, or in a volume of a higher number.
+A request of several ranges is taken all or nothing: first all intents in ascending order, then all ranges in ascending
+order, and nobody holds a range while waiting for an intent. So there is no cycle of waiters. A thread that begins a
+second request while it holds one must do it at higher offsets, or in a volume of a higher number.
 
 Presence
 --------
-Readers and guest writers hold a shared lock on the ``PRESENCE`` byte from their first request until ``leave``. The backup job tries an
-exclusive one for the length of a batch (``try_alone``): if it gets that, there is nobody to exclude and it needs no request per range.
+Readers and guest writers hold a shared lock on the ``PRESENCE`` byte from their first request until ``leave``. The
+backup job tries an exclusive one for the length of a batch (``try_alone``): if it gets that, there is nobody to
+exclude and it needs no request per range.
 
 Fork: a child shares the descriptions of its parent, so it closes all of them at once and starts with none; requests in
 flight remain the parent's.
@@ -51,7 +52,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Final
 
 from common.disk import FLOCK
@@ -84,7 +84,10 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Description:
-    """One open file description: what one request at a time locks with. ``fd`` is -1 once a fork made it the parent's."""
+    """One open file description.
+
+    What one request at a time locks with. ``fd`` is -1 once a fork made it the parent's.
+    """
 
     __slots__ = ("fd",)
 
@@ -118,7 +121,7 @@ class CowRequest:
     def __enter__(self) -> CowRequest:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.end()
 
 
@@ -241,9 +244,19 @@ class RequestTable:
     # What the layers of the secondary use: several ranges at once, no object a request
 
     def try_ranges(self, ranges: Ranges, *, shared: bool) -> Description | None:
-        """Lock all ``ranges`` at once, or nothing and return None. End with ``release``."""
+        """Lock all ``ranges`` at once, or nothing and return None. End with ``release``. Enters (see Presence)."""
         if self._present is None and not self._enter(wait=False):
             return None
+        description = self.try_absent(ranges, shared=shared)
+        if description is not None and self._present is None and not self._enter(wait=False):
+            self.release(description)  # another thread left in between
+            return None
+        return description
+
+    def try_absent(self, ranges: Ranges, *, shared: bool = False) -> Description | None:
+        """``try_ranges`` for the process of the backup job, which excludes itself by other means and need not be
+        present.
+        """
         kind = _RDLCK if shared else _WRLCK
         if self._waiting[0] and self._must_queue(kind, ranges):
             return None
@@ -258,25 +271,29 @@ class RequestTable:
         except (BlockingIOError, PermissionError):
             self.release(description)
             return None
-        if self._present is None and not self._enter(wait=False):  # another thread left in between
-            self.release(description)
-            return None
         return description
 
     def wait_ranges(self, ranges: Ranges, *, shared: bool, timeout_s: float | None = None) -> Description:
-        """Lock all ``ranges``, waiting as long as it takes up to ``timeout_s``. Raises TimedOut naming the holder."""
+        """Lock all ``ranges``, waiting as long as it takes up to ``timeout_s``.
+
+        Raises TimedOut naming the holder. Enters.
+        """
+        if self._present is None:
+            self._enter(wait=True)
+        description = self.wait_absent(ranges, shared=shared, timeout_s=timeout_s)
+        if self._present is None:
+            self._enter(wait=True)
+        return description
+
+    def wait_absent(self, ranges: Ranges, *, shared: bool = False, timeout_s: float | None = None) -> Description:
+        """``wait_ranges`` for the process of the backup job."""
         for pause in SPINS_S:
-            description = self.try_ranges(ranges, shared=shared)
+            description = self.try_absent(ranges, shared=shared)
             if description is not None:
                 return description
             time.sleep(pause)
         limit = self.timeout_s if timeout_s is None else timeout_s
-        if self._present is None:
-            self._enter(wait=True)
-        description = _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
-        if self._present is None:
-            self._enter(wait=True)
-        return description
+        return _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
 
     def release(self, description: Description) -> None:
         """End a request made by ``try_ranges`` or ``wait_ranges``."""
@@ -286,7 +303,8 @@ class RequestTable:
             self._free.append(description)
 
     def leave(self) -> None:
-        """No requests from this process until further notice: the backup job need not mind us. The next begin enters again.
+        """No requests from this process until further notice: the backup job need not mind us. The next begin enters
+        again.
 
         Does nothing while a request of this process is in flight.
         """
@@ -373,9 +391,7 @@ class RequestTable:
         description = self.take()
         try:
             for start, end in ranges:
-                answer = _fcntl(
-                    description.fd, fcntl.F_OFD_GETLK, _pack(kind, 0, space + start, end - start, 0)
-                )
+                answer = _fcntl(description.fd, fcntl.F_OFD_GETLK, _pack(kind, 0, space + start, end - start, 0))
                 assert isinstance(answer, bytes)
                 if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
                     return True
@@ -401,7 +417,10 @@ class RequestTable:
             return self._present is not None
 
     def _drop(self) -> None:
-        """Close every description. In a child of fork that leaves the parent's locks alone: they go with the last close."""
+        """Close every description.
+
+        In a child of fork that leaves the parent's locks alone: they go with the last close.
+        """
         self._present = None
         self._free = []
         everything, self._all = self._all, []

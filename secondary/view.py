@@ -1,11 +1,11 @@
 """Reading a volume through the layers of the disk buffer: the guest's view, or the bare checkpoint.
 
-A read begins a shared CowRequest on its blocks, reads the state word, looks the blocks up in the maps, moves the bytes and ends the
-request. The look-up is **inside**: outside, a copy could slip between it and the read of the secondary disk (new contents would
-show), or a checkpoint could hand the slot that is being read to the next epoch.
+A read begins a shared CowRequest on its blocks, reads the state word, looks the blocks up in the maps, moves the bytes
+and ends the request. The look-up is **inside**: outside, a copy could slip between it and the read of the secondary
+disk (new contents would show), or a checkpoint could hand the slot that is being read to the next epoch.
 
-Bytes are copied out of the mapped pool, not read from its file: 0.7 against 1.8 microseconds for 4 KiB, 47 against 145 for 1 MiB
-(deploy/bench/heart.py).
+Bytes are copied out of the mapped pool, not read from its file: 0.7 against 1.8 microseconds for 4 KiB, 47 against 145
+for 1 MiB (deploy/bench/heart.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ Segment = tuple[int, int, int]
 class VolumeView:
     """A volume as of the last checkpoint; with ``overlay`` the guest's own writes are on top of it.
 
-    Any process may have one, next to the export process. It is read-only; ``secondary.replica.GuestVolume`` adds writing.
+    Any process may have one, next to the export process. It is read-only; ``secondary.replica.GuestVolume`` adds
+    writing.
     """
 
     def __init__(self, buffer: VolumeBuffer, disk: Disk, *, overlay: bool) -> None:
@@ -53,7 +54,8 @@ class VolumeView:
         self._requests = buffer.requests
         self._words = buffer.header.words
         self._hidden = buffer.hidden
-        # Without the overlay the hidden disk is its own top: one code path, and the second look-up finds what the first found.
+        # Without the overlay the hidden disk is its own top: one code path, and the second look-up finds what the
+        # first found.
         self._top = buffer.active if overlay else buffer.hidden
         self._shift = buffer.shift
         self._mask = buffer.block_size - 1
@@ -65,7 +67,10 @@ class VolumeView:
         self._requests.wait_for_overlapping_requests(start, end)
 
     def cow_request_begin(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
-        """See ``RequestTable.cow_request_begin``. Reads of this view begin one themselves: do not read while holding an exclusive one."""
+        """See ``RequestTable.cow_request_begin``.
+
+        Reads of this view begin one themselves: do not read while holding an exclusive one.
+        """
         return self._requests.cow_request_begin(start, end, shared=shared)
 
     def cow_request_end(self, request: CowRequest) -> None:
@@ -98,20 +103,24 @@ class VolumeView:
         mask = self._mask
         request = self._begin((((offset & ~mask), (offset + length + mask) & ~mask),), wait, shared=True)
         try:
-            least = self._least(self._words[h.W_STATE])
+            least = self.least(self._words[h.W_STATE])
             if (offset & mask) + length <= mask + 1:
                 self._read_block(offset, view, least, wait)
             else:
-                done = 0
-                for kind, position, count in self.look_up(offset, length, least):
-                    part = view[done : done + count]
-                    done += count
-                    if kind == DISK:
-                        self._read_disk(position, part, wait)
-                    else:
-                        part[:] = (self._top if kind == TOP else self._hidden).pool[position : position + count]
+                self.copy_segments(self.look_up(offset, length, least), view, wait=wait)
         finally:
             self._requests.release(request)
+
+    def copy_segments(self, segments: list[Segment], view: memoryview, *, wait: bool = True) -> None:
+        """The bytes that ``look_up`` found, into ``view``. Within the same request."""
+        done = 0
+        for kind, position, count in segments:
+            part = view[done : done + count]
+            done += count
+            if kind == DISK:
+                self._read_disk(position, part, wait)
+            else:
+                part[:] = (self._top if kind == TOP else self._hidden).pool[position : position + count]
 
     def _read_block(self, offset: int, view: memoryview, least: int, wait: bool) -> None:
         """The usual case: all within one block."""
@@ -140,7 +149,10 @@ class VolumeView:
             raise
 
     def look_up(self, offset: int, length: int, least: int) -> list[Segment]:
-        """Where the bytes of [offset, offset + length) are, in order. Only inside a request, with the ``least`` entry of its epoch."""
+        """Where the bytes of [offset, offset + length) are, in order.
+
+        Only inside a request, with the ``least`` entry of its epoch.
+        """
         shift = self._shift
         first, last = offset >> shift, (offset + length - 1) >> shift
         runs = self._runs_few(first, last, least) if last - first < SMALL else self._runs_many(first, last, least)
@@ -209,7 +221,7 @@ class VolumeView:
         except BlockingIOError:
             return [(length, 0)]  # data is always a true answer
         try:
-            for kind, position, count in self.look_up(offset, length, self._least(self._words[h.W_STATE])):
+            for kind, position, count in self.look_up(offset, length, self.least(self._words[h.W_STATE])):
                 for part, flags in [(count, 0)] if kind != DISK else self.disk.extents(position, count):
                     if found and found[-1][1] == flags:
                         found[-1] = (found[-1][0] + part, flags)
@@ -229,7 +241,7 @@ class VolumeView:
             request = self._requests.wait_ranges(ranges, shared=shared)
         return request
 
-    def _least(self, state: int) -> int:
+    def least(self, state: int) -> int:
         """The least map entry that counts in this state. OSError where there is nothing to show."""
         if state & h.SYNCING or state >> h.STAGE_SHIFT == Stage.NONE:
             raise OSError(errno.EIO, "the secondary has no checkpoint yet")

@@ -1,0 +1,208 @@
+"""Failover: the guest's view becomes the disk.
+
+Two targets, each of them one store of the state word while nothing is in flight:
+
+* ``failover_latest`` keeps every write that the secondary has applied: the epoch moves on, which drops the buffer, and
+  the stage is DONE. Refused while the active disk holds guest writes, which would be lost.
+* ``failover_checkpoint`` keeps the guest's view: the stage becomes FAILOVER, and ``CommitJob`` moves the buffer into
+  the secondary disk while the guest goes on reading and writing. It walks the slots in use, so its start costs the
+  same for any disk.
+
+The commit takes blocks in the order of the disk, active over hidden, in runs of at most ``RUN_BYTES``: begin a
+request, look again which of them still have their mark (a guest write may have superseded them), write them, clear the
+marks, end the request. A crash at any point leaves each block either marked, with its contents in the buffer, or
+committed; doing it again goes on from there. When the secondary disk refuses a write the stage becomes
+FAILOVER_FAILED: every byte is still readable and writable through the layer that has it, and ``run`` may be called
+again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from common.disk import Disk
+from common.errors import NeedsForce, OperationFailed, TandemDiskError
+from secondary import header as h
+from secondary.backup import PairBackup
+from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
+from secondary.header import Failure, Stage
+from secondary.replica import clear_marks
+from secondary.view import HIDDEN, TOP, VolumeView
+
+RUN_BYTES: Final = 256 * 1024
+"""Committed under one request: as long as a guest's read of one of these blocks may have to wait."""
+
+
+def failover_latest(pair: PairBackup, *, force: bool = False, timeout_s: float | None = None) -> None:
+    """Keep what the secondary has applied, drop the buffer. Raises NeedsForce if guest writes, or a synchronisation,
+    stand against it.
+
+    OperationFailed if another failover was begun already.
+    """
+    header = pair.header
+    with pair.stopped(wait=True, timeout_s=timeout_s):
+        if header.stage is Stage.DONE:
+            return
+        if header.stage is not Stage.RUNNING:
+            raise OperationFailed(f"A failover to the checkpoint was begun already (stage {header.stage.name}).")
+        if header.syncing and not force:
+            raise NeedsForce(
+                "The secondary disk is being synchronised and holds neither the old contents nor the new.",
+                hint="Wait for the primary to come back, or use --force.",
+            )
+        if pair.buffer.guest_has_written and not force:
+            raise NeedsForce(
+                "The secondary's guest has written to the active disk since the last checkpoint; latest drops that.",
+                hint="Use --to checkpoint, or --force.",
+            )
+        checkpoint = header.checkpoint
+        header.record_checkpoint(header.epoch + 1, checkpoint.number, checkpoint.sequence)
+        header.store_state(Stage.DONE, header.epoch + 1, syncing=False)
+
+
+def failover_checkpoint(pair: PairBackup, *, timeout_s: float | None = None) -> None:
+    """Keep the guest's view; the export is writable on return, ``CommitJob.run`` does the rest in the background.
+
+    OperationFailed if there is no checkpoint. Nothing to do if it was begun already.
+    """
+    header = pair.header
+    with pair.stopped(wait=True, timeout_s=timeout_s):
+        if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE):
+            return
+        if header.stage is Stage.NONE or header.syncing:
+            raise OperationFailed(
+                "There is no checkpoint to fail over to: the secondary disk is still being synchronised.",
+                hint="Wait for the primary to come back, or use --to latest --force.",
+            )
+        header.store_state(Stage.FAILOVER, header.epoch, syncing=False)
+
+
+def held_extents(volume: VolumeBuffer) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what the buffer holds of ``volume``, ascending.
+
+    What a commit will change on the secondary disk.
+    """
+    blocks = _held_blocks(volume)
+    for start, stop in _runs(blocks, len(blocks)):
+        first, last = int(blocks[start]), int(blocks[stop - 1])
+        offset = first << volume.shift
+        yield offset, min((last + 1) << volume.shift, volume.size) - offset
+
+
+class CommitJob:
+    """Moves the buffer into the secondary disks; ``disks`` in the order of the volumes."""
+
+    def __init__(
+        self,
+        buffer: DiskBuffer,
+        disks: Sequence[Disk],
+        *,
+        on_write: Callable[[int, int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``on_write(volume, offset, length)`` comes before a write to a secondary disk, ``progress(done, total)`` in
+        blocks after it.
+        """
+        self.buffer = buffer
+        self.header = buffer.header
+        self.views = [
+            VolumeView(volume, disk, overlay=True) for volume, disk in zip(buffer.volumes, disks, strict=True)
+        ]
+        self.disks = list(disks)
+        self.on_write = on_write
+        self.progress = progress
+        self.stopping = threading.Event()
+        """Set it to make ``run`` return between two runs of blocks; a later ``run`` goes on."""
+
+    def run(self) -> bool:
+        """Commit everything; blocks, so call it in a thread. True when done (stage DONE), False if it was told to stop.
+
+        Raises OperationFailed when a write failed (stage FAILOVER_FAILED, recorded); it may be called again.
+        """
+        header = self.header
+        if header.stage is Stage.DONE:
+            return True
+        if header.stage not in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
+            raise OperationFailed(f"Nothing to commit in stage {header.stage.name}.")
+        header.store_state(Stage.FAILOVER, header.epoch, syncing=False)
+        try:
+            held = [_held_blocks(volume) for volume in self.buffer.volumes]
+            for volume, blocks in zip(self.buffer.volumes, held, strict=True):
+                header.words[volume.base + h.V_COMMIT_DONE] = 0
+                header.words[volume.base + h.V_COMMIT_TOTAL] = len(blocks)
+            for index, blocks in enumerate(held):
+                if not self._commit_volume(index, blocks):
+                    return False
+            for disk in self.disks:
+                disk.flush()
+        except (OSError, TandemDiskError) as error:
+            header.store_state(Stage.FAILOVER_FAILED, header.epoch, syncing=False)
+            header.set_error(Failure.FAILOVER, str(error))
+            raise OperationFailed(
+                f"The commit of the disk buffer failed: {error}.",
+                hint="All data can still be read and written. Put the disk right, then run the failover again.",
+            ) from error
+        header.store_state(Stage.DONE, header.epoch, syncing=False)
+        return True
+
+    @property
+    def statistics(self) -> tuple[int, int]:
+        """(blocks done, blocks in all) of the commit that runs or ran last, by whichever process."""
+        volumes = self.buffer.volumes
+        return (
+            sum(volume.counter(h.V_COMMIT_DONE) for volume in volumes),
+            sum(volume.counter(h.V_COMMIT_TOTAL) for volume in volumes),
+        )
+
+    def _commit_volume(self, index: int, blocks: Blocks) -> bool:
+        volume = self.buffer.volumes[index]
+        for start, stop in _runs(blocks, max(1, RUN_BYTES // volume.block_size)):
+            if self.stopping.is_set():
+                return False
+            self._commit_run(index, int(blocks[start]), int(blocks[stop - 1]))
+            volume.count(h.V_COMMIT_DONE, stop - start)
+            if self.progress is not None:
+                self.progress(*self.statistics)
+        return True
+
+    def _commit_run(self, index: int, first: int, last: int) -> None:
+        """Blocks ``first`` to ``last``, those of them that the buffer still holds."""
+        volume, view, disk = self.buffer.volumes[index], self.views[index], self.disks[index]
+        offset = first << volume.shift
+        end = min((last + 1) << volume.shift, volume.size)
+        request = volume.requests.cow_request_begin(offset, end)
+        try:
+            for kind, position, count in view.look_up(offset, end - offset, self.header.epoch << 32):
+                if kind in (HIDDEN, TOP):
+                    if self.on_write is not None:
+                        self.on_write(index, offset, count)
+                    pool = (volume.active if kind == TOP else volume.hidden).pool
+                    disk.write(offset, pool[position : position + count])
+                offset += count
+            clear_marks(volume.active, first, last)
+            clear_marks(volume.hidden, first, last)
+        finally:
+            request.end()
+
+
+def _held_blocks(volume: VolumeBuffer) -> Blocks:
+    """Numbers of the blocks that the active or the hidden disk holds, ascending."""
+    epoch = volume.header.epoch
+    result: Blocks = np.union1d(volume.active.held(epoch)[0], volume.hidden.held(epoch)[0])
+    return result
+
+
+def _runs(blocks: Blocks, longest: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) indices of runs of consecutive numbers in ascending ``blocks``, none longer than ``longest``."""
+    if not len(blocks):
+        return
+    borders = np.flatnonzero(np.diff(blocks) != 1) + 1
+    begin = 0
+    for border in [*borders.tolist(), len(blocks)]:
+        for start in range(begin, border, longest):
+            yield start, min(start + longest, border)
+        begin = border
