@@ -171,11 +171,8 @@ def up(
         signal.signal(signal.SIGHUP, _interrupt)
     pair = Pair(directory)
     try:
-        told = pair.create_or_resume(options, detach=detach)
-        if "primary" in told["children"] and told["children"]["primary"]["alive"]:
-            watch_resync(pair, console)
-        console.print(where_to_connect(pair.status(), str(directory)))
-        if detach or not pair.is_supervising():
+        _bring_up(pair, options, detach=detach)
+        if not pair.is_supervising():
             return
         console.print("\nCtrl-C stops the pair.", style="dim")
         code = pair.wait_supervisor()
@@ -186,6 +183,21 @@ def up(
         if pair.is_supervising():
             _tell_down(pair.down(), directory)
         sys.exit(130 if detach else 0)
+
+
+def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
+    told = pair.create_or_resume(options, detach=detach)
+    children = told["children"]
+    try:
+        if children.get("primary", {}).get("alive"):
+            watch_resync(pair, console)
+        elif "primary" in children:
+            console.print("The old primary stays down: the secondary leads since a failover.", style="yellow")
+        console.print(where_to_connect(pair.status(), str(pair.directory.path)))
+    except TandemDiskError:
+        if set(told["started"]) == set(children):  # all ours: nobody uses it yet
+            pair.down()
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from common.child import Child
-from common.control import ControlClient
+from common.control import ControlClient, error_from_dict
 from common.errors import ConfigError, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
 from deploy.launcher import STOP_TIMEOUT_S, read_state, remove_buffer
@@ -272,7 +272,7 @@ class Pair:
         status = self.client("primary").call("status")
         resync = status.get("resync") or {}
         if status.get("error"):
-            raise OperationFailed(str(status["error"].get("sentence", status["error"])))
+            raise error_from_dict(status["error"])
         return Resync(
             active=bool(resync.get("active")),
             done_bytes=int(resync.get("done_bytes") or 0),
