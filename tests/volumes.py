@@ -1,87 +1,70 @@
-"""Volumes for tests of the export: a plain file, and ones that finish late or fail."""
+"""Volumes for tests of the export: any Disk with nothing in between, and one whose answers a test holds back."""
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 
 from common import batch
 from common.batch import WriteBatch
+from common.disk import Disk
 
 
 class PlainVolume:
-    """A file behind an export with nothing in between: pread, pwrite, fdatasync, fallocate, SEEK_DATA."""
+    """A disk behind an export, every batch applied and answered at once."""
 
     multi_conn = True
-    preferred_block = 4096
 
-    def __init__(self, path: str, name: str = "disk", *, read_only: bool = False) -> None:
+    def __init__(self, disk: Disk, name: str = "disk", *, size: int | None = None) -> None:
+        self.disk = disk
         self.name = name
-        self.read_only = read_only
-        self.fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
-        self.size = os.fstat(self.fd).st_size
+        self.size = disk.size if size is None else size
+        self.read_only = disk.read_only
+        self.preferred_block = disk.preferred_block
+        self.read_into = disk.read_nowait
+        self.read_blocking = disk.read_into
         self.clients = 0
-        self.batches = 0
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        while view:
-            count = os.preadv(self.fd, [view], offset)
-            if not count:
-                raise OSError(errno.EIO, "short")
-            if count == len(view):
-                return
-            view, offset = view[count:], offset + count
-
-    read_blocking = read_into
+        self.batches: list[list[batch.Operation]] = []
+        self.keep_batches = False
 
     def submit(self, work: WriteBatch) -> None:
-        self.batches += 1
+        if self.keep_batches:
+            self.batches.append(work.operations)
         work.finish(self.apply(work))
 
     def apply(self, work: WriteBatch) -> dict[int, int] | None:
+        """The errno of each operation that failed; None if all went well."""
         errors: dict[int, int] = {}
-        view, fd = work.buffer.view, self.fd
+        view, write = work.buffer.view, self.disk.write
         for index, (kind, offset, length, position, flags) in enumerate(work.operations):
             try:
                 if kind == batch.WRITE:
-                    written = os.pwrite(fd, view[position : position + length], offset)
-                    assert written == length
+                    write(offset, view[position : position + length])
                 else:
-                    self._clear(offset, length, flags)
+                    self._clear(kind, offset, length, flags)
             except OSError as error:
                 errors[index] = error.errno or errno.EIO
         if work.fua:
-            os.fdatasync(fd)
+            self.disk.flush()
         return errors or None
 
-    def _clear(self, offset: int, length: int, flags: int) -> None:
-        step = 1 << 20
-        if flags & batch.FAST_ZERO:
-            raise OSError(errno.EOPNOTSUPP, "not fast")
-        for start in range(offset, offset + length, step):
-            os.pwrite(self.fd, bytes(min(step, offset + length - start)), start)
+    def _clear(self, kind: int, offset: int, length: int, flags: int) -> None:
+        if kind == batch.DISCARD:
+            self.disk.discard(offset, length)
+        else:
+            may_unmap, fast = not flags & batch.NO_HOLE, bool(flags & batch.FAST_ZERO)
+            self.disk.zero(offset, length, may_unmap=may_unmap, fast=fast)
 
     def flush(self, done: Callable[[int], None]) -> None:
-        os.fdatasync(self.fd)
-        done(0)
+        try:
+            self.disk.flush()
+        except OSError as error:
+            done(error.errno or errno.EIO)
+        else:
+            done(0)
 
     def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        extents = []
-        position, end = offset, offset + length
-        while position < end:
-            try:
-                data = min(os.lseek(self.fd, position, os.SEEK_DATA), end)
-            except OSError:
-                data = end
-            if data > position:
-                extents.append((data - position, 3))
-                position = data
-            else:
-                hole = min(os.lseek(self.fd, position, os.SEEK_HOLE), end)
-                extents.append((hole - position, 0))
-                position = hole
-        return extents
+        return self.disk.extents(offset, length)
 
     def client_connected(self) -> None:
         self.clients += 1
@@ -89,5 +72,23 @@ class PlainVolume:
     def client_gone(self) -> None:
         self.clients -= 1
 
-    def close(self) -> None:
-        os.close(self.fd)
+
+class HeldVolume(PlainVolume):
+    """Batches and flushes are applied at once and answered when the test says so: what synchronous replication does."""
+
+    def __init__(self, disk: Disk, name: str = "disk") -> None:
+        super().__init__(disk, name)
+        self.held: list[Callable[[], None]] = []
+
+    def submit(self, work: WriteBatch) -> None:
+        errors = self.apply(work)
+        self.held.append(lambda: work.finish(errors))
+
+    def flush(self, done: Callable[[int], None]) -> None:
+        self.held.append(lambda: done(0))
+
+    def let_go(self, count: int | None = None) -> None:
+        """Answer the first ``count`` of those held, or all. To be called on the event loop."""
+        going, self.held = self.held[:count], self.held[count:] if count is not None else []
+        for answer in going:
+            answer()
