@@ -71,7 +71,7 @@ class Disk(Protocol):
         """Bytes of an I/O that suits the disk."""
 
     def fileno(self) -> int:
-        """A descriptor on which preadv and pwritev mean the same as the methods, or -1 if a layer wants to see calls."""
+        """A descriptor on which preadv means the same as ``read_into``, or -1 if a layer wants to see calls."""
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view``; may block."""

@@ -356,6 +356,9 @@ class PairHeader:
 
     def close(self) -> None:
         """Unmap, as far as nobody holds a view; give the ownership back."""
+        if self._fd >= 0:
+            # Explicitly: the mapping has a duplicate of the descriptor, and with it the lock, as long as a view lives.
+            self._lock(_LOCK_OWNER, fcntl.F_UNLCK)
         for name in ("words", "bytes"):
             view = self.__dict__.pop(name, None)
             if view is not None:

@@ -1,0 +1,228 @@
+"""Property test of the disk buffer: every operation in any order against the oracle, at every block size (I1, I2, I3).
+
+The machine also runs out of slots on both layers, steps over the epoch's wrap-around, restarts, fails over and commits in part.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common import limits
+from common.batch import DISCARD, ZERO
+from common.disk import Fault, FaultDisk
+from common.errors import NoSpaceError, OperationFailed
+from secondary import header as h
+from secondary.commit import CommitJob, failover_checkpoint, held_extents
+from secondary.header import Failure, Stage
+from tests.heart import Rig, pattern, u64
+
+BLOCKS = 24
+
+
+class BufferMachine(RuleBasedStateMachine):
+    """One volume; ``fresh`` and ``owned`` are the blocks that hidden and active disk must hold by now."""
+
+    rig: Rig
+    patch: pytest.MonkeyPatch
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="tandemdisk-test-"))
+        self.patch = pytest.MonkeyPatch()
+        self.hidden: set[int] = set()
+        self.active: set[int] = set()
+        self.seed = 0
+
+    @initialize(
+        block_size=st.sampled_from([512, 512, 1024, 4096, 4096, 65536, limits.MAX_BLOCK]),
+        tail=st.integers(1, 512),
+        slots=st.integers(2, BLOCKS + 2),
+        epoch=st.sampled_from([1, 1, 77, h.LAST_EPOCH - 3, h.LAST_EPOCH - 1]),
+    )
+    def start(self, block_size: int, tail: int, slots: int, epoch: int) -> None:
+        self.block = block_size
+        # Pools of a few slots need a smaller minimum than what a batch of the real stream requires.
+        self.patch.setattr(limits, "MIN_POOL", 2 * block_size)
+        size = BLOCKS * block_size + min(tail, block_size) - block_size // 2
+        self.rig = Rig(self.directory, (size,), block_size=block_size, buffer_bytes=2 * slots * block_size)
+        self.size = size
+        self.slots = min(slots, -(-size // block_size))
+        self.rig.buffer.header.store_state(Stage.RUNNING, epoch, syncing=False)
+        assert self.rig.buffer.volumes[0].hidden.slots == self.slots
+
+    def span(self, where: float, length: float) -> tuple[int, int]:
+        """An offset and a length of up to four blocks, in bytes, often on a block's border."""
+        offset = int(where * (self.size - 1))
+        if int(where * 1000) % 2:
+            offset -= offset % self.block
+        count = max(1, int(length * 4 * self.block))
+        if int(length * 1000) % 2:
+            count = max(self.block, count - count % self.block)
+        return offset, min(count, self.size - offset)
+
+    def blocks(self, offset: int, length: int) -> set[int]:
+        return set(range(offset // self.block, (offset + length - 1) // self.block + 1))
+
+    def data(self, length: int) -> bytes:
+        self.seed += 1
+        return pattern(length, self.seed)
+
+    @property
+    def stage(self) -> Stage:
+        return self.rig.buffer.header.stage
+
+    spans = {"where": st.floats(0, 1), "length": st.floats(0, 1)}
+
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule(**spans, kind=st.sampled_from(["write", "zero", "discard"]))
+    def stream(self, where: float, length: float, kind: str) -> None:
+        offset, count = self.span(where, length)
+        new = self.blocks(offset, count) - self.hidden
+        job, disk, oracle = self.rig.pair.jobs[0], self.rig.disks[0], self.rig.oracle
+        if len(self.hidden) + len(new) > self.slots:
+            with pytest.raises(NoSpaceError):
+                job.do_cow(u64(offset), u64(count))
+            return
+        assert job.do_cow(u64(offset), u64(count)) == len(new)
+        assert job.do_cow_nowait(u64(offset, offset), u64(count, count)) == 0
+        self.hidden |= new
+        if kind == "write":
+            data = self.data(count)
+            disk.write(offset, data)
+            oracle.stream(offset, data)
+        elif kind == "zero":
+            disk.zero(offset, count)
+            oracle.stream(offset, bytes(count))
+        else:
+            disk.discard(offset, count)
+            contents = bytearray(count)
+            disk.read_into(offset, memoryview(contents))  # what a discard leaves behind is the disk's choice
+            oracle.stream(offset, bytes(contents))
+
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule(**spans, kind=st.sampled_from(["write", "write", "zero", "discard"]))
+    def guest(self, where: float, length: float, kind: str) -> None:
+        offset, count = self.span(where, length)
+        guest = self.rig.guest
+        if kind == "discard":
+            guest.operate(DISCARD, offset, count)
+            return
+        new = self.blocks(offset, count) - self.active
+        data = self.data(count) if kind == "write" else bytes(count)
+        full = len(self.active) + len(new) > self.slots
+        try:
+            if kind == "write":
+                guest.write(offset, data)
+            else:
+                guest.operate(ZERO, offset, count)
+        except OSError as error:
+            assert full, error
+            assert error.errno == errno.ENOSPC
+            return
+        assert not full
+        self.active |= new
+        self.rig.oracle.guest(offset, data)
+
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule()
+    def checkpoint(self) -> None:
+        self.rig.checkpoint()
+        self.hidden.clear()
+        self.active.clear()
+        assert self.rig.buffer.header.checkpoint.number == self.rig.number
+        assert self.rig.buffer.header.epoch not in (0, h.LAST_EPOCH)
+
+    @rule()
+    def restart(self) -> None:
+        number = self.rig.buffer.header.checkpoint.number
+        self.rig.reopen()
+        assert self.rig.buffer.header.checkpoint.number == number
+
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule()
+    def failover(self) -> None:
+        failover_checkpoint(self.rig.pair)
+        held = {block for extent in held_extents(self.rig.buffer.volumes[0]) for block in self.blocks(*extent)}
+        assert held == self.hidden | self.active
+
+    @precondition(lambda self: self.stage > Stage.RUNNING)
+    @rule(**spans, kind=st.sampled_from(["write", "write", "zero", "discard"]))
+    def promoted_guest(self, where: float, length: float, kind: str) -> None:
+        offset, count = self.span(where, length)
+        guest, oracle = self.rig.guest, self.rig.oracle
+        if kind == "write":
+            data = self.data(count)
+            guest.write(offset, data)
+            oracle.guest(offset, data)
+        elif kind == "zero":
+            guest.operate(ZERO, offset, count)
+            oracle.guest(offset, bytes(count))
+        else:
+            guest.operate(DISCARD, offset, count)
+            after = self.rig.read(offset, count)
+            # Within the range anything goes; the invariant checks that nothing around it changed.
+            oracle.guest(offset, after)
+
+    @precondition(lambda self: self.stage > Stage.RUNNING)
+    @rule(after=st.integers(1, 6), fails=st.booleans())
+    def commit(self, after: int, fails: bool) -> None:
+        disk = FaultDisk(self.rig.disks[0])
+        job = CommitJob(self.rig.buffer, [disk])
+        steps = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal steps
+            steps += 1
+            assert 0 < done <= total
+            if steps == after:
+                job.stopping.set()
+
+        job.progress = progress
+        if fails and self.stage is not Stage.DONE:
+            disk.fail(Fault(frozenset({"write", "flush"}), errno.EIO, first=after))
+        try:
+            finished = job.run()
+        except OperationFailed:
+            assert fails
+            assert self.stage is Stage.FAILOVER_FAILED
+            error = self.rig.buffer.header.get_error()
+            assert error is not None
+            assert error.case is Failure.FAILOVER
+            return
+        assert finished == (self.stage is Stage.DONE)
+
+    @invariant()
+    def as_the_oracle_says(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        oracle, guest = self.rig.oracle, self.rig.guest
+        assert self.rig.read(0, self.size) == oracle.view
+        middle = self.size // 3
+        assert self.rig.read(middle, self.block) == oracle.view[middle : middle + self.block]
+        assert sum(length for length, _ in guest.block_status(0, self.size)) == self.size
+        if self.stage is Stage.RUNNING:
+            assert Path(self.rig.paths[0]).read_bytes() == oracle.disk
+            assert self.rig.pair.jobs[0].used_blocks == len(self.hidden)
+            assert self.rig.buffer.guest_has_written == bool(self.active)
+        elif self.stage is Stage.DONE:
+            assert Path(self.rig.paths[0]).read_bytes() == oracle.view
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.close()
+        self.patch.undo()
+        shutil.rmtree(self.directory)
+
+
+TestBuffer = BufferMachine.TestCase
+TestBuffer.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
