@@ -1,0 +1,107 @@
+"""A side's metadata in a running process: read by everybody, changed durably by whoever has a reason.
+
+``update`` returns when the change is on disk, and blocks for it: call it in a thread. ``update_soon`` is for what may be a
+little old after a crash (the number of the last checkpoint, say): it never blocks, and many calls become one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from common.errors import DiskError
+from common.generation import Generation, History
+from common.metadata import Metadata, save
+from common.settings import NodeSettings, Role
+
+
+class Record:
+    """The metadata in ``path``; ``value`` is always what was saved last or is being saved."""
+
+    def __init__(self, path: str, value: Metadata) -> None:
+        self.path = path
+        self.value = value
+        self._lock = threading.Lock()
+        self._soon: dict[str, Any] = {}
+        self._writing = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="metadata")
+
+    def update(self, **changes: Any) -> None:
+        """Change fields durably; blocks. DiskError if the file cannot be written: then nothing has changed."""
+        with self._lock:
+            value = dataclasses.replace(self.value, **changes)
+            save(self.path, value)
+            self.value = value
+
+    async def update_async(self, **changes: Any) -> None:
+        """``update`` for an event loop."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, lambda: self.update(**changes))
+
+    def update_soon(self, **changes: Any) -> None:
+        """Change fields some time soon; on the loop, never blocks. A failure surfaces at the next ``update``."""
+        self._soon |= changes
+        if not self._writing:
+            self._writing = True
+            self._write_soon()
+
+    def _write_soon(self) -> None:
+        changes, self._soon = self._soon, {}
+        future = asyncio.get_running_loop().run_in_executor(self._executor, lambda: self.update(**changes))
+        future.add_done_callback(self._written)
+
+    def _written(self, done: asyncio.Future[None]) -> None:
+        done.exception()  # looked at: the next durable update meets the same disk
+        if self._soon:
+            self._write_soon()
+        else:
+            self._writing = False
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._executor.shutdown(wait=True)
+
+
+def first_generation(pair_id: str) -> History:
+    """The generation of a pair whose disks are assumed equal: both sides come to the same one by themselves."""
+    return (Generation(xxh3_64_intdigest(pair_id.encode()) or 1, 1, "a"),)
+
+
+def initial_metadata(settings: NodeSettings, role: Role, sizes: list[int]) -> Metadata:
+    """The memory of a side that has none: its disk is new to the pair, or assumed equal to the peer's."""
+    assumed = settings.initial_sync == "assume"
+    return Metadata(
+        settings.pair_id,
+        settings.side,
+        role,
+        tuple((volume.name, size) for volume, size in zip(settings.volumes, sizes, strict=True)),
+        history=first_generation(settings.pair_id) if assumed else (),
+        consistent=assumed or role == "primary",
+        clean=True,
+        bases=((0, 0),) if assumed and role == "primary" else (),
+    )
+
+
+def check_metadata(settings: NodeSettings, metadata: Metadata, sizes: list[int]) -> None:
+    """DiskError unless the metadata is that of this side and of these disks."""
+    if (metadata.pair_id, metadata.side) != (settings.pair_id, settings.side):
+        raise DiskError(
+            f"The metadata in {settings.directory} is of side {metadata.side} of pair {metadata.pair_id}, not of side "
+            f"{settings.side} of pair {settings.pair_id}.",
+            hint="Correct `directory`, or remove the metadata file to start this side anew.",
+        )
+    volumes = tuple((volume.name, size) for volume, size in zip(settings.volumes, sizes, strict=True))
+    if metadata.volumes != volumes:
+        raise DiskError(
+            f"The metadata in {settings.directory} knows the volumes {_names(metadata.volumes)}; the disks are "
+            f"{_names(volumes)}.",
+            hint="Put the old disks back, or remove the metadata file to start this side anew.",
+        )
+
+
+def _names(volumes: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{name} ({size} bytes)" for name, size in volumes)

@@ -1,0 +1,140 @@
+"""The primary's connection to its secondary: a ZeroMQ socket and a timer around a ``PrimarySession``.
+
+Five beats, whatever happens: feed the session, carry out ``Send`` and ``Reconnect``, hand every other effect to the
+mirror, arm the timer again. Decisions are the session's; this file knows sockets and the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import zmq
+
+from common.keys import CurveKeys
+from common.port import Dialer
+from common.wire import Frames
+from primary.effects import Effect, Reconnect, Send
+from primary.session import PrimarySession
+
+log = logging.getLogger("link")
+
+
+class Link:
+    """Runs ``session`` against ``address``. ``handle(effect)`` gets what only the mirror can do."""
+
+    def __init__(
+        self,
+        session: PrimarySession,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        keys: CurveKeys | None,
+        handle: Callable[[Effect], None],
+    ) -> None:
+        self.session = session
+        self.address = address
+        self.trouble = ""
+        """Why there is no connection, as far as the transport can tell; empty while there is one."""
+        self._context = context
+        self._keys = keys
+        self._handle = handle
+        self._loop = asyncio.get_running_loop()
+        self._dialer: Dialer | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._greeted = False
+
+    def open(self) -> None:
+        """Begin to dial."""
+        self._dial()
+        self._arm()
+
+    def send(self, messages: Iterable[Frames]) -> None:
+        """Put messages of the session on the socket."""
+        dialer = self._dialer
+        assert dialer is not None, "a session that is not connected sends nothing"
+        for frames in messages:
+            if not dialer.send(frames):
+                self.perform(self.session.disconnected("the socket's queue is full", time.monotonic()))
+                return
+
+    def perform(self, effects: Iterable[Effect]) -> None:
+        """Carry out what the session answered, in order."""
+        for effect in effects:
+            if isinstance(effect, Send):
+                if self._dialer is not None:
+                    self._dialer.send(effect.frames)
+            elif isinstance(effect, Reconnect):
+                self._dial()
+            else:
+                self._handle(effect)
+
+    def settle(self, effects: Iterable[Effect]) -> None:
+        """``perform`` for what may have moved a deadline closer: arms the timer again."""
+        self.perform(effects)
+        self._arm()
+
+    def close(self) -> None:
+        """Close the socket; the session has said goodbye before."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._dialer is not None:
+            self._dialer.close()
+            self._dialer = None
+
+    def _dial(self) -> None:
+        if self._dialer is not None:
+            self._dialer.close()
+        self._greeted = False
+        self._dialer = Dialer(self._context, self.address, self._keys, self._received, self._drained, self)
+
+    # Watcher
+
+    def connection_up(self) -> None:
+        """The transport stands: greet the secondary, once a socket."""
+        if self._greeted:
+            # ZeroMQ reconnected by itself and dropped what was in flight: the session begins again on a clean socket
+            self.settle(self.session.disconnected("the connection was interrupted", time.monotonic()))
+            return
+        self._greeted = True
+        self.trouble = ""
+        self.settle(self.session.connect(time.monotonic()))
+
+    def connection_down(self, reason: str) -> None:
+        """The transport broke; the session decides when to try again."""
+        self.trouble = reason
+        if self._greeted:
+            self.settle(self.session.disconnected(reason, time.monotonic()))
+
+    # Traffic and time
+
+    def _received(self, frames: list[bytes]) -> None:
+        effects = self.session.receive(tuple(frames), time.monotonic())
+        if effects:
+            self.perform(effects)
+
+    def _drained(self) -> None:
+        pass
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.session.next_deadline()
+        if deadline is not None and self._dialer is not None:
+            self._timer = self._loop.call_at(self._loop.time() + max(0.0, deadline - time.monotonic()), self._ring)
+
+    def _ring(self) -> None:
+        """A deadline came. Most have moved on since the timer was set (every message heard moves one): then only set it anew."""
+        self._timer = None
+        self.settle(self.session.handle_timer(time.monotonic()))
+
+
+def describe(value: Any) -> str:
+    """An effect for the log: its name and its short fields."""
+    fields = value._asdict() if hasattr(value, "_asdict") else {}
+    shown = {name: item for name, item in fields.items() if isinstance(item, int | float | str | bool)}
+    return " ".join([type(value).__name__, *(f"{name}={item!r}" for name, item in shown.items())])

@@ -1,0 +1,284 @@
+"""The secondary's work, done strictly in the order of the stream: copy old contents, write, checkpoint, resync marks.
+
+The session hands out work; the applier queues it and does as much as it can in the same step of the loop. What would have
+to wait (for a guest's request in flight, for a cold read of old contents, for metadata to become durable) goes to one worker
+thread, and the queue stands still until it is back: nothing overtakes.
+
+A batch is done in three beats: ``do_cow`` for all of its extents, then its writes in order, then the one store of the
+applied sequence. A process killed in between repeats the batch: what is stamped is not copied again, and writing the
+same bytes again changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from common.batch import DISCARD, NO_HOLE, WRITE
+from common.disk import Disk
+from common.errors import TandemDiskError
+from common.flusher import Flusher
+from common.generation import History
+from common.wire import EXTENT_STRUCT, QUESTION, extents_array
+from secondary.backup import PairBackup
+from secondary.header import Failure, PairHeader
+from secondary.session import (
+    Apply,
+    BeginResync,
+    Checkpoint,
+    Effect,
+    EndResync,
+    SecondarySession,
+    Verify,
+    Work,
+)
+
+log = logging.getLogger("applier")
+
+VERIFY_PIECE: Final = 1 << 20
+
+
+class Ledger(Protocol):
+    """Keeps durably what the session must remember over a crash of this host; blocking calls, from the worker thread."""
+
+    def resync_begun(self, stream: int, sequence: int, *, keep_checkpoint: bool) -> None: ...
+
+    def resync_ended(self, history: History) -> None: ...
+
+    def checkpointed(self, number: int) -> None:
+        """Note a checkpoint; called on the loop, must not block."""
+
+
+class Applier:
+    """See the module. ``send`` carries out the effects that reports to the session bring."""
+
+    def __init__(
+        self,
+        session: SecondarySession,
+        backup: PairBackup,
+        disks: Sequence[Disk],
+        ledger: Ledger,
+        send: Callable[[Sequence[Effect]], None],
+    ) -> None:
+        self.session = session
+        self.backup = backup
+        self.bytes_written = 0
+        self.checkpoints = 0
+        self.waits = 0
+        """Times that work had to go to the thread."""
+        self._header: PairHeader = backup.header
+        self._jobs = backup.jobs
+        self._disks = disks
+        self._ledger = ledger
+        self._send = send
+        self._queue: deque[Work] = deque()
+        self._busy = False
+        self._stopped = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop = asyncio.get_running_loop()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="applier")
+        self._flusher = Flusher(list(disks), self._flush_failed)
+
+    # The queue
+
+    def put(self, work: Work) -> None:
+        """Take work over; ``drain`` does it."""
+        if not self._stopped:
+            self._queue.append(work)
+
+    def drain(self) -> None:
+        """Do all that can be done now, then acknowledge it in one message."""
+        queue = self._queue
+        while queue and not self._busy:
+            work = queue[0]
+            try:
+                self._do(work)
+            except BlockingIOError:
+                self._go_to_thread(work)
+                break
+            except (OSError, TandemDiskError) as error:
+                self._give_up(work, error)
+                break
+            queue.popleft()
+        self._send(self.session.acknowledge(self.free_blocks()))
+
+    def free_blocks(self) -> int:
+        """Free blocks in the fullest hidden disk."""
+        return min(job.free_blocks for job in self._jobs)
+
+    async def stop(self) -> None:
+        """Take no more work and wait until what was begun is done."""
+        self._stopped = True
+        while self._busy:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+        self._flusher.close()
+
+    # One piece of work, on the loop
+
+    def _do(self, work: Work) -> None:
+        if isinstance(work, Apply):
+            self._copy(work, wait=False)
+            self._write(work)
+            self._applied(work)
+        elif isinstance(work, Checkpoint):
+            started = time.perf_counter()
+            self.backup.do_checkpoint_nowait(work.number, work.sequence)
+            self._checkpointed(work, time.perf_counter() - started)
+        else:
+            raise BlockingIOError(errno.EAGAIN, "this work always waits for a device")
+
+    def _applied(self, work: Apply) -> None:
+        self._header.applied_sequence = work.sequence
+        self.session.applied(work.sequence)
+        if work.flush:
+            point = self.session.point()
+            self._flusher.request(lambda code: self._flushed(point, code))
+
+    def _checkpointed(self, work: Checkpoint, seconds: float) -> None:
+        self.checkpoints += 1
+        self._header.applied_sequence = work.sequence
+        self._ledger.checkpointed(work.number)
+        self._send(self.session.checkpointed(work.sequence, work.number, seconds))
+
+    # The same in the thread
+
+    def _go_to_thread(self, work: Work) -> None:
+        self._busy = True
+        self.waits += 1
+        future = self._loop.run_in_executor(self._executor, self._do_blocking, work)
+        future.add_done_callback(lambda done: self._back(work, done))
+
+    def _do_blocking(self, work: Work) -> Any:
+        started = time.perf_counter()
+        match work:
+            case Apply():
+                self._copy(work, wait=True)
+                self._write(work)
+                return None
+            case Checkpoint():
+                self.backup.do_checkpoint(work.number, work.sequence)
+                return time.perf_counter() - started
+            case BeginResync():
+                self._ledger.resync_begun(work.stream, work.sequence, keep_checkpoint=work.keep_checkpoint)
+                if not work.keep_checkpoint and not self._header.syncing:
+                    self.backup.begin_sync()
+                self._header.stream_id = work.stream
+                self._header.applied_sequence = work.sequence
+                return None
+            case EndResync():
+                for disk in self._disks:
+                    disk.flush()
+                self._ledger.resync_ended(work.history)
+                self._header.applied_sequence = work.sequence
+                return None
+            case Verify():
+                return self._compare(work.questions)
+
+    def _back(self, work: Work, done: asyncio.Future[Any]) -> None:
+        self._busy = False
+        self._idle.set()
+        error = done.exception()
+        if error is not None:
+            if not isinstance(error, OSError | TandemDiskError):
+                raise error
+            self._give_up(work, error)
+        else:
+            self._report(work, done.result())
+            self._queue.popleft()
+        self.drain()
+
+    def _report(self, work: Work, result: Any) -> None:
+        session = self.session
+        match work:
+            case Apply():
+                self._applied(work)
+            case Checkpoint():
+                self._checkpointed(work, result)
+            case BeginResync(sequence=sequence):
+                session.resync_begun(sequence, consistent=not self._header.syncing)
+            case EndResync(sequence=sequence, history=history):
+                session.resync_ended(sequence, history)
+            case Verify(sequence=sequence):
+                self._header.applied_sequence = sequence
+                self._send(session.verified(sequence, result))
+
+    def _give_up(self, work: Work, error: OSError | TandemDiskError) -> None:
+        """The work cannot be done: the session ends, and the next one starts again at what was applied."""
+        if isinstance(error, OSError):
+            code, sentence = error.errno or errno.EIO, f"the secondary disk failed: {error.strerror or error}"
+            recorded = self._header.get_error()
+            if recorded is None or recorded.case is not Failure.BACKUP:
+                self._header.set_error(Failure.SECONDARY_DISK, sentence)
+        else:
+            code, sentence = errno.EIO, str(error)
+        log.error("work failed sequence=%d kind=%s sentence=%r", work.sequence, type(work).__name__, sentence)
+        self._queue.clear()
+        self._send(self.session.failed_apply(work.sequence, code, sentence))
+
+    # Batches
+
+    def _copy(self, work: Apply, *, wait: bool) -> None:
+        """Copy-before-write for all extents of the batch."""
+        extents = extents_array(work.batch.extents)
+        if not len(extents):
+            return
+        jobs = self._jobs
+        if len(jobs) == 1:
+            parts = [(jobs[0], extents)]
+        else:
+            volumes = extents["volume"]
+            parts = [(jobs[index], extents[volumes == index]) for index in np.unique(volumes).tolist()]
+        for job, part in parts:
+            cow = job.do_cow if wait else job.do_cow_nowait
+            cow(part["offset"], part["length"].astype(np.uint64))
+
+    def _write(self, work: Apply) -> None:
+        payload = work.batch.payload
+        disks = self._disks
+        total = 0
+        for offset, length, position, volume, kind, flags, _ in EXTENT_STRUCT.iter_unpack(work.batch.extents):
+            total += length
+            if kind == WRITE:
+                disks[volume].write(offset, payload[position : position + length])
+            elif kind == DISCARD:
+                disks[volume].discard(offset, length)
+            else:
+                disks[volume].zero(offset, length, may_unmap=not flags & NO_HOLE)
+        self.bytes_written += total
+
+    def _compare(self, questions: bytes) -> bytes:
+        """One byte a question: 1 where the secondary disk's contents hash to something else."""
+        differing = bytearray()
+        for question in np.frombuffer(questions, dtype=QUESTION):
+            offset, length = int(question["offset"]), int(question["length"])
+            contents = memoryview(bytearray(length))
+            self._disks[int(question["volume"])].read_into(offset, contents)
+            differing.append(xxh3_64_intdigest(contents) != int(question["hash"]))
+        return bytes(differing)
+
+    # Durability
+
+    def _flushed(self, point: Any, code: int) -> None:
+        if code:
+            sentence = f"the secondary disk could not make writes durable: errno {code} ({errno.errorcode.get(code, '?')})"
+            self._send(self.session.failed_flush(point, code, sentence))
+            return
+        self.session.durable(point)
+        self._send(self.session.acknowledge(self.free_blocks()))
+
+    def _flush_failed(self, error: OSError) -> None:
+        self._header.set_error(Failure.SECONDARY_DISK, f"flush of the secondary disk failed: {error.strerror or error}")

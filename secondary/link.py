@@ -1,0 +1,94 @@
+"""The secondary's end of the stream: a ZeroMQ socket and a timer around a ``SecondarySession``.
+
+Messages go to the session, work that it hands out to the applier; when the socket is drained the applier does what it
+can and one acknowledgement covers it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from common.keys import CurveKeys
+from common.port import Frame, Listener
+from secondary.applier import Applier
+from secondary.session import Connected, Disconnected, Effect, Refused, SecondarySession, Send
+
+log = logging.getLogger("link")
+
+
+class Link:
+    """Listens on ``address``. ``on_change`` is called when a primary came or went."""
+
+    def __init__(
+        self,
+        session: SecondarySession,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        keys: CurveKeys | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.session = session
+        self.applier: Applier
+        self.last_refusal = ""
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self._listener = Listener(context, address, keys, self._received, self._drained)
+
+    def perform(self, effects: Sequence[Effect]) -> None:
+        """Carry out what the session answered, in order."""
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._listener.send(effect.peer, effect.frames)
+            elif isinstance(effect, Connected):
+                log.info("primary connected session=%x again=%s", effect.hello.session, effect.again)
+                self._arm()
+                self._on_change()
+            elif isinstance(effect, Disconnected):
+                log.warning("primary disconnected reason=%r", effect.reason)
+                self._on_change()
+            elif isinstance(effect, Refused):
+                if effect.sentence != self.last_refusal:
+                    log.warning("primary refused code=%s sentence=%r", effect.code, effect.sentence)
+                self.last_refusal = effect.sentence
+            else:
+                self.applier.put(effect)
+
+    def stop(self, reason: str) -> None:
+        """End the session and listen to nobody's work any more; still answers a HELLO, with the standing of the session."""
+        self._stopped = True
+        self.perform(self.session.close(reason))
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._listener.close()
+
+    def _received(self, peer: bytes, frames: list[Frame]) -> None:
+        effects = self.session.receive(peer, frames, time.monotonic())
+        if effects:
+            self.perform(effects)
+
+    def _drained(self) -> None:
+        if not self._stopped:
+            self.applier.drain()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.session.next_deadline()
+        if deadline is not None:
+            self._timer = self._loop.call_at(self._loop.time() + max(0.0, deadline - time.monotonic()), self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self.perform(self.session.handle_timer(time.monotonic()))
+        self._arm()

@@ -1,0 +1,433 @@
+"""The secondary process put together: disks, disk buffer, backup job, stream, export process, failover.
+
+What it finds decides how it starts:
+
+    metadata        disk buffer     starts as
+    --------        -----------     ---------
+    none            –               new side: a full synchronisation, or `assume` = both disks are equal
+    secondary       there           where it was, to the message (the buffer outlived the process)
+    secondary       gone, clean     where it was; the disk is the last checkpoint
+    secondary       gone, unclean   the disk is somewhere after what was recorded: a resync has to come first
+    primary         –               promoted: finishes the failover if that was interrupted, then serves the disk
+
+The export process is a child. It is started again whenever it dies, and dies with this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+from common.child import Child, exit_reason
+from common.control import ControlServer
+from common.disk import FileDisk
+from common.errors import OperationFailed, TandemDiskError
+from common.generation import History, extend
+from common.keys import CurveKeys, load_keys
+from common.metadata import Metadata, load
+from common.port import zmq_context
+from common.process import Lifecycle
+from common.record import Record, check_metadata, initial_metadata
+from common.settings import NodeSettings
+from secondary.applier import Applier
+from secondary.attach import BUFFER_LINK
+from secondary.backup import PairBackup
+from secondary.buffer import BufferVolume, DiskBuffer
+from secondary.commit import CommitJob, failover_checkpoint, failover_latest
+from secondary.failover import Situation, Target, decide, parse_target
+from secondary.header import FAILURE_WORDS, Failure, Stage
+from secondary.link import Link
+from secondary.session import Position, SecondaryConfig, SecondarySession
+
+RECORD_INTERVAL_S: Final = 5.0
+"""How often the applied position is made durable together with the disks, so that a crash of the host costs a small resync."""
+EXPORT_PAUSES_S: Final = (0.1, 0.5, 2.0, 5.0)
+"""Pauses before an export process that died is started again; the last one repeats."""
+
+log = logging.getLogger("secondary")
+
+
+class SecondaryNode:
+    """See the module. ``start`` it, wait, ``close`` it."""
+
+    def __init__(self, settings: NodeSettings, lifecycle: Lifecycle) -> None:
+        self.settings = settings
+        self._lifecycle = lifecycle
+        self._stack = AsyncExitStack()
+        self._loop = asyncio.get_running_loop()
+        self._export: Child | None = None
+        self._export_restarts = 0
+        self._export_uris: dict[str, list[str]] = {}
+        self._exporter: asyncio.Task[None] | None = None
+        self._recorder: asyncio.Task[None] | None = None
+        self._commit: CommitJob | None = None
+        self._committing: asyncio.Task[None] | None = None
+        self._failing_over = asyncio.Lock()
+        self._connected_at = 0.0
+
+    # Start
+
+    async def start(self) -> None:
+        """Open everything and serve. Whatever cannot be is a TandemDiskError, and nothing was touched."""
+        settings = self.settings
+        keys = self._keys()
+        context = self._stack.enter_context(zmq_context())
+        self.disks = [self._open(volume.disk) for volume in settings.volumes]
+        stored = load(f"{settings.directory}/metadata")
+        sizes = [disk.size for disk in self.disks]
+        metadata = stored or initial_metadata(settings, "secondary", sizes)
+        check_metadata(settings, metadata, sizes)
+        self.buffer, found = self._open_buffer(stored)
+        self._stack.callback(self.buffer.close)
+        self.backup = PairBackup(self.buffer, self.disks)
+        self.record = Record(f"{settings.directory}/metadata", metadata)
+        self._stack.callback(self.record.close)
+        position = self._position(metadata, found)
+        self._begin(metadata, found, position)
+        self._link_buffer()
+        await self.record.update_async(clean=False)
+        self._connect(context, keys, position)
+        control = ControlServer(
+            settings.control_path("secondary"),
+            {"status": self._status, "failover": self._failover_command, "stop": self._stop_command},
+        )
+        await control.start()
+        self._stack.push_async_callback(control.close)
+        await self._start_export()
+        self._exporter = self._lifecycle.critical(self._keep_export(), "export")
+        self._recorder = self._lifecycle.critical(self._keep_record(), "recorder")
+        if self.promoted:
+            await self._finish_failover()
+
+    def _keys(self) -> CurveKeys | None:
+        replication = self.settings.replication
+        if replication.secret_key is None or replication.peer_key is None:
+            return None
+        return load_keys(replication.secret_key, replication.peer_key)
+
+    def _open(self, path: str) -> FileDisk:
+        disk = FileDisk(path)
+        self._stack.callback(disk.close)
+        return disk
+
+    def _open_buffer(self, stored: Metadata | None) -> tuple[DiskBuffer, bool]:
+        """The buffer, and whether it was there already."""
+        settings = self.settings
+        directory = settings.buffer.directory
+        volumes = [
+            BufferVolume(volume.name, disk.size, os.path.abspath(volume.disk))
+            for volume, disk in zip(settings.volumes, self.disks, strict=True)
+        ]
+        if stored is not None and DiskBuffer.exists(directory):
+            buffer = DiskBuffer.attach(
+                directory,
+                pair_id=settings.pair_id,
+                block_size=settings.buffer.block_size,
+                volumes=[(volume.name, volume.size) for volume in volumes],
+                timeout_s=settings.request_timeout_s,
+            )
+            buffer.header.own()
+            if buffer.header.stage is not Stage.NONE:
+                return buffer, True
+            buffer.close()
+        buffer = DiskBuffer.create(
+            settings.buffer, volumes, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
+        )
+        return buffer, False
+
+    def _position(self, metadata: Metadata, found: bool) -> Position:
+        if found:
+            header = self.buffer.header
+            recorded = metadata.sequence if metadata.stream == header.stream_id else 0
+            return Position(
+                header.stream_id, header.applied_sequence, recorded, recorded, header.checkpoint.number, True,
+                metadata.syncing,
+            )  # fmt: skip
+        sequence = metadata.sequence
+        return Position(
+            metadata.stream, sequence, sequence, sequence, metadata.checkpoint, metadata.clean, metadata.syncing
+        )
+
+    def _begin(self, metadata: Metadata, found: bool, position: Position) -> None:
+        """A buffer that was just made starts in the stage that the metadata calls for."""
+        header = self.buffer.header
+        self.promoted = metadata.role == "primary"
+        if found:
+            return
+        usable = metadata.consistent and metadata.clean and not metadata.syncing
+        self.buffer.start(syncing=not usable, number=position.checkpoint, sequence=position.applied)
+        header.stream_id = position.stream
+        header.applied_sequence = position.applied
+        if self.promoted:
+            header.store_state(Stage.DONE, header.epoch, syncing=False)
+
+    def _link_buffer(self) -> None:
+        """Leave a trace of the buffer in the side's directory, for ``attach``."""
+        link = Path(self.settings.directory) / BUFFER_LINK
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.abspath(self.settings.buffer.directory))
+
+    def _connect(self, context: zmq.Context[zmq.Socket[bytes]], keys: CurveKeys | None, position: Position) -> None:
+        settings = self.settings
+        replication = settings.replication
+        if replication.listen is None:
+            raise OperationFailed("This side has no address to listen on.", hint="Set replication.listen.")
+        config = SecondaryConfig(
+            tuple((volume.name, disk.size) for volume, disk in zip(settings.volumes, self.disks, strict=True)),
+            settings.buffer.block_size,
+            min(layers.hidden.slots for layers in self.buffer.volumes),
+            replication.heartbeat_s,
+            replication.peer_timeout_s,
+        )
+        free = min(job.free_blocks for job in self.backup.jobs)
+        standing = self.record.value.standing()._replace(consistent=not self.buffer.header.syncing)
+        self.session = SecondarySession(config, standing, position, free_blocks=free)
+        self.link = Link(self.session, context, replication.listen, keys, self._connection_changed)
+        self._stack.callback(self.link.close)
+        self.applier = Applier(self.session, self.backup, self.disks, self, self.link.perform)
+        self._stack.callback(self.applier.close)
+        self.link.applier = self.applier
+
+    def _connection_changed(self) -> None:
+        self._connected_at = time.time() if self.session.connected else 0.0
+
+    # Ledger of the applier
+
+    def resync_begun(self, stream: int, sequence: int, *, keep_checkpoint: bool) -> None:
+        """Durably: the disk is between two states now."""
+        metadata = self.record.value
+        self.record.update(
+            stream=stream,
+            sequence=metadata.sequence if stream == metadata.stream else 0,
+            syncing=True,
+            consistent=keep_checkpoint and metadata.consistent,
+        )
+
+    def resync_ended(self, history: History) -> None:
+        """Durably: the disk is what the primary's was at this point."""
+        self.record.update(history=history, syncing=False)
+
+    def checkpointed(self, number: int) -> None:
+        """A checkpoint was taken; it may be noted late."""
+        self.record.update_soon(checkpoint=number, consistent=True)
+
+    async def _keep_record(self) -> None:
+        """Now and then make what is applied durable, and say so."""
+        while not self.promoted:
+            await asyncio.sleep(RECORD_INTERVAL_S)
+            if not self.promoted and self.session.point().sequence != self.record.value.sequence:
+                await self._record_now()
+
+    async def _record_now(self, **changes: Any) -> None:
+        point = self.session.point()
+        try:
+            for disk in self.disks:
+                await asyncio.to_thread(disk.flush)
+        except OSError as error:
+            sentence = f"flush of the secondary disk failed: {error.strerror or error}"
+            self.buffer.header.set_error(Failure.SECONDARY_DISK, sentence)
+            self.link.perform(self.session.failed_flush(point, error.errno or 5, sentence))
+            return
+        await self.record.update_async(stream=point.stream, sequence=point.sequence, **changes)
+        self.session.recorded(point)
+
+    # Export process
+
+    async def _start_export(self) -> None:
+        child = Child.start("secondary.guest", self.settings)
+        self._export = child
+        told = await child.wait_ready_async()
+        self._export_uris = told.get("uris", {})
+
+    async def _keep_export(self) -> None:
+        """Start the export process again whenever it dies."""
+        while True:
+            assert self._export is not None
+            started = time.monotonic()
+            code = await self._export.wait_async()
+            log.error("the export process ended reason=%r", exit_reason(code))
+            if time.monotonic() - started > 60:
+                self._export_restarts = 0
+            await asyncio.sleep(EXPORT_PAUSES_S[min(self._export_restarts, len(EXPORT_PAUSES_S) - 1)])
+            self._export_restarts += 1
+            try:
+                await self._start_export()
+            except TandemDiskError as error:
+                log.error("the export process does not start: %s", error)
+
+    # Failover
+
+    async def _failover_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        target = parse_target(args.get("to", "latest"))
+        async with self._failing_over:
+            started = time.perf_counter()
+            number = await self._failover(target, force=bool(args.get("force", False)))
+            return {
+                "to": target,
+                "generation": self.record.value.history[-1].number,
+                "checkpoint": number,
+                "seconds": time.perf_counter() - started,
+                "nbd_uri": self._uri(),
+                "state": self.buffer.header.stage.name,
+            }
+
+    async def _failover(self, target: Target, *, force: bool) -> int:
+        header = self.buffer.header
+        position = self.session.position
+        situation = Situation(
+            header.stage, not header.syncing, position.syncing, self.session.connected, self.buffer.guest_has_written
+        )
+        decide(target, force=force, situation=situation)
+        if header.stage is Stage.RUNNING:
+            log.warning("failover target=%s checkpoint=%d applied=%d", target, header.checkpoint.number, position.applied)
+            self.link.stop("this side takes over (failover)")
+            await self.applier.stop()
+            history = extend(self.record.value.history, secrets.randbits(64) or 1, self.settings.side)
+            await self.record.update_async(role="primary", history=history, failover=target, clean=False)
+            self.promoted = True
+            self.session.standing = self.session.standing._replace(role="primary", history=history, consistent=True)
+        await self._finish_failover(force=force)
+        return header.checkpoint.number
+
+    async def _finish_failover(self, *, force: bool = True) -> None:
+        """What is left to do once the promotion is durable; also after a crash in the middle."""
+        header = self.buffer.header
+        if header.stage is Stage.RUNNING:
+            if self.record.value.failover == "checkpoint":
+                await asyncio.to_thread(failover_checkpoint, self.backup)
+            else:
+                await asyncio.to_thread(lambda: failover_latest(self.backup, force=force))
+        if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and self._committing is None:
+            self._commit = CommitJob(self.buffer, self.disks)
+            self._committing = self._loop.create_task(self._run_commit(self._commit), name="commit")
+
+    async def _run_commit(self, job: CommitJob) -> None:
+        try:
+            await asyncio.to_thread(job.run)
+        except OperationFailed as error:
+            log.error("commit failed: %s", error)
+        finally:
+            self._committing = None
+
+    # Status
+
+    def _uri(self) -> str | None:
+        uris = self._export_uris.get(self.settings.volumes[0].name, [])
+        return uris[0] if uris else None
+
+    def _error(self) -> dict[str, Any] | None:
+        record = self.buffer.header.get_error()
+        if record is None:
+            return None
+        return {
+            "case": int(record.case),
+            "name": FAILURE_WORDS[record.case],
+            "sentence": record.sentence,
+            "time": record.wall_ns / 1e9,
+        }
+
+    async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
+        header, volumes = self.buffer.header, self.buffer.volumes
+        block, epoch = header.block_size, header.epoch
+        hidden = sum(volume.hidden.used(epoch) for volume in volumes) * block
+        active = sum(volume.active.used(epoch) for volume in volumes) * block
+        capacity = sum(volume.hidden.slots + volume.active.slots for volume in volumes) * block
+        statistics = self.session.statistics()
+        position = self.session.position
+        done, total = self._commit.statistics if self._commit is not None else (0, 0)
+        export = self._export
+        history = self.record.value.history
+        return {
+            "role": "primary" if self.promoted else "secondary",
+            "side": self.settings.side,
+            "pid": os.getpid(),
+            "export_pid": export.pid if export is not None and export.poll() is None else None,
+            "export_restarts": self._export_restarts,
+            "state": header.stage.name,
+            "protected": not header.syncing,
+            "resyncing": position.syncing,
+            "nbd_uri": self._uri(),
+            "checkpoint": header.checkpoint.number,
+            "checkpoint_time": header.checkpoint.wall_ns / 1e9 or None,
+            "generation": history[-1].number if history else 0,
+            "buffer": {
+                "bytes": hidden + active,
+                "percent": 100.0 * (hidden + active) / capacity,
+                "capacity_bytes": capacity,
+                "hidden_bytes": hidden,
+                "active_bytes": active,
+                "block_size": block,
+                "directory": self.buffer.directory,
+            },
+            "commit": {
+                "active": self._committing is not None,
+                "done_bytes": done * block,
+                "total_bytes": total * block,
+            },
+            "peer": {"connected": self.session.connected, "since": self._connected_at or None,
+                     "refused": self.link.last_refusal or None},
+            "counters": {
+                "batches": statistics.batches,
+                "payload_bytes": statistics.payload_bytes,
+                "written_bytes": self.applier.bytes_written,
+                "sessions": statistics.sessions,
+                "stale_messages": statistics.stale_messages,
+                "duplicates": statistics.duplicates,
+                "checkpoints": self.applier.checkpoints,
+                "waits": self.applier.waits,
+                "applied": statistics.applied,
+                "durable": position.durable,
+            },
+            "volumes": [
+                {
+                    "name": volume.name,
+                    "size": volume.size,
+                    "nbd_uri": next(iter(self._export_uris.get(volume.name, [])), None),
+                    "hidden_bytes": volume.hidden.used(epoch) * block,
+                    "active_bytes": volume.active.used(epoch) * block,
+                }
+                for volume in volumes
+            ],
+            "error": self._error(),
+        }  # fmt: skip
+
+    async def _stop_command(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._lifecycle.stop.set()
+        return {}
+
+    # End
+
+    async def close(self) -> None:
+        """Stop in good order: what was received is applied, made durable and noted as clean."""
+        for task in (self._exporter, self._recorder):
+            if task is not None:
+                task.cancel()
+        if self._export is not None:
+            await self._export.stop_async()
+        if "applier" in self.__dict__:
+            self.link.stop("the secondary stops")
+            await self.applier.stop()
+            if self._committing is not None and self._commit is not None:
+                self._commit.stopping.set()
+                await self._committing
+            await self._record_now(clean=self._lifecycle.failure is None)
+        await self._stack.aclose()
+
+
+async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:
+    """The process' life, for ``common.process.run``."""
+    node = SecondaryNode(settings, lifecycle)
+    try:
+        await node.start()
+        lifecycle.ready({"pid": os.getpid(), "nbd_uri": node._uri(), "stage": node.buffer.header.stage.name})
+        await lifecycle.stop.wait()
+    finally:
+        await node.close()
