@@ -81,7 +81,14 @@ def _orderly_end() -> Iterator[None]:
     "--directory", type=click.Path(path_type=Path), default=Path("/dev/shm"), show_default=True,
     help="Memory file system for disks and buffers.",
 )  # fmt: skip
-@click.option("--json", "json_path", metavar="FILE", help="Write every sample as JSON; - for standard output.")
+@click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Every sample as JSON, on standard output or into a file.",
+)
 @click.option(
     "--html", "html_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one HTML file."
 )
@@ -195,7 +202,9 @@ def _write(text: str, run: object, json_path: str | None, html_path: Path | None
     if json_path == "-":
         print(text)
     else:
-        report.show(run, Console())
+        console = Console()
+        # Into a file or a pipe, lines may be as long as they are.
+        report.show(run, console if console.is_terminal else Console(width=report.ROOM_FOR_RANGES))
         if json_path:
             Path(json_path).write_text(text, encoding="utf-8")
     if html_path is not None:

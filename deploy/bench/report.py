@@ -16,6 +16,8 @@ from deploy.bench.workloads import BY_NAME
 
 YARDSTICKS: Final = ("qemu-colo-unix", "qemu-colo-tcp", "qemu-nbd", "nbdkit")
 """Peers against which ratios are shown beside every figure."""
+ROOM_FOR_RANGES: Final = 180
+"""Columns of a console."""
 GOAL_COLUMNS: Final = ["", "", "goal", "reached (range)", "COLO unix", "COLO tcp", ""]
 
 
@@ -35,19 +37,19 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def times(spread: Spread | None) -> str:
+def times(spread: Spread | None, *, ranges: bool = True) -> str:
     """A ratio with its range: ``2.10x (1.90-2.30)``."""
     if spread is None:
         return "–"
-    span = f" ({spread.low:.2f}-{spread.high:.2f})" if spread.count > 1 else ""
+    span = f" ({spread.low:.2f}-{spread.high:.2f})" if spread.count > 1 and ranges else ""
     return f"{spread.median:.2f}x{span}"
 
 
-def whole(spread: Spread | None) -> str:
+def whole(spread: Spread | None, *, ranges: bool = True) -> str:
     """A count with its range: ``12,345 (11,900-12,700)``."""
     if spread is None:
         return "–"
-    span = f" ({spread.low:,.0f}-{spread.high:,.0f})" if spread.count > 1 else ""
+    span = f" ({spread.low:,.0f}-{spread.high:,.0f})" if spread.count > 1 and ranges else ""
     return f"{spread.median:,.0f}{span}"
 
 
@@ -55,33 +57,42 @@ def verdict(goal: Goal) -> str:
     return {True: "met", False: "not met", None: "not measured"}[goal.met]
 
 
-def job_rows(run: Run, job: str) -> Iterator[tuple[str, ...]]:
-    """One row a peer: title, IOPS, MiB/s, p50, p99, p99.9, CPU s/GiB, and the ratio to each yardstick there is."""
-    present = {sample.peer for sample in run.samples}
+def job_rows(run: Run, job: str, *, ranges: bool = True) -> Iterator[tuple[str, ...]]:
+    """One row a peer: name, IOPS, MiB/s, p50, p99, p99.9, CPU s/GiB, and the ratio to each yardstick there is."""
     for facts in run.peers:
         done = ratios.spread(run, job, facts.name, ratios.iops)
         if done is None:
             continue
-        latency = (
-            ratios.spread(run, job, facts.name, metric) for metric in (ratios.p50_us, ratios.p99_us, ratios.p999_us)
-        )
-        cells = [duration(spread.median / 1e6) if spread else "–" for spread in latency]
-        speed = ratios.spread(run, job, facts.name, ratios.mib_s)
-        cpu = ratios.spread(run, job, facts.name, ratios.cpu_s_per_gib)
-        against = [
-            "" if other == facts.name else times(ratios.ratio(run, job, facts.name, (other,), ratios.iops))
-            for other in YARDSTICKS if other in present
-        ]  # fmt: skip
-        yield (
-            facts.name, whole(done), f"{speed.median:,.0f}" if speed else "–", *cells,
-            f"{cpu.median:.2f}" if cpu else "–", *against,
-        )  # fmt: skip
+        cells = [whole(done, ranges=ranges)]
+        for metric, shown in (
+            (ratios.mib_s, "{:,.0f}".format),
+            (ratios.p50_us, _microseconds),
+            (ratios.p99_us, _microseconds),
+            (ratios.p999_us, _microseconds),
+            (ratios.cpu_s_per_gib, "{:.2f}".format),
+        ):
+            spread = ratios.spread(run, job, facts.name, metric)
+            assert spread is not None, "a sample has every metric"
+            cells.append(shown(spread.median))
+        for other in _yardsticks(run):
+            ratio = ratios.ratio(run, job, facts.name, (other,), ratios.iops)
+            cells.append("" if other == facts.name else times(ratio, ranges=ranges))
+        yield facts.name, *cells
+
+
+def _microseconds(value: float) -> str:
+    return duration(value / 1e6)
+
+
+def _yardsticks(run: Run) -> list[str]:
+    present = {sample.peer for sample in run.samples}
+    return [name for name in YARDSTICKS if name in present]
 
 
 def job_columns(run: Run) -> list[str]:
-    present = {sample.peer for sample in run.samples}
+    """Headings of ``job_rows``."""
     fixed = ["", "IOPS", "MiB/s", "p50", "p99", "p99.9", "CPU s/GiB"]
-    return [*fixed, *(f"/ {other}" for other in YARDSTICKS if other in present)]
+    return [*fixed, *(f"/ {name.replace('qemu-colo', 'colo')}" for name in _yardsticks(run))]
 
 
 def operation_rows(run: Run) -> Iterator[tuple[str, str, str, str]]:
@@ -115,10 +126,11 @@ def memory_rows(run: Run) -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def show(run: Run, console: Console) -> None:
-    """Everything, as tables."""
+    """Everything, as tables; the ranges of the figures only where the console has room for them."""
+    ranges = console.width >= ROOM_FOR_RANGES
     for job in jobs_of(run):
         table = _table(job_title(job), job_columns(run))
-        for row in job_rows(run, job):
+        for row in job_rows(run, job, ranges=ranges):
             table.add_row(*row)
         console.print(table)
     rows = list(operation_rows(run))
@@ -159,5 +171,5 @@ def _show_goals(run: Run, console: Console) -> None:
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or not column else "right", no_wrap=number > 0)
+        table.add_column(column, justify="left" if number == 0 or not column else "right", no_wrap=True)
     return table
