@@ -73,6 +73,14 @@ class Port:
         self._loop.add_reader(self.socket.FD, self._drain)
         self._look_again()
 
+    def _watch_connections(self, events: int) -> None:
+        self._monitor = self.socket.get_monitor_socket(events)
+        self._loop.add_reader(self._monitor.FD, self._monitored)
+        self._loop.call_soon(self._monitored)
+
+    def _monitored(self) -> None:
+        raise AssertionError("a subclass watches")
+
     def _look_again(self) -> None:
         if not self._drain_scheduled:
             self._drain_scheduled = True
@@ -122,6 +130,9 @@ class Port:
         """Drop whatever is unsent and close."""
         if not self._closed:
             self._closed = True
+            self._loop.remove_reader(self._monitor.FD)
+            self.socket.disable_monitor()
+            self._monitor.close(0)
             self._loop.remove_reader(self.socket.FD)
             self.socket.close(0)
 
@@ -149,14 +160,12 @@ class Dialer(Port):
             socket.curve_publickey = keys.public
             socket.curve_secretkey = keys.secret
             socket.curve_serverkey = keys.peer_public
-        self._monitor = socket.get_monitor_socket(
+        self._watch_connections(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        self._loop.add_reader(self._monitor.FD, self._monitored)
         socket.connect(address)
         self._watch()
-        self._loop.call_soon(self._monitored)
 
     def send(self, frames: Sequence[Frame]) -> bool:
         """Send one message; False if the queue is full, which a window below it rules out."""
@@ -182,13 +191,6 @@ class Dialer(Port):
             else:
                 self._watcher.connection_down("the peer's keys do not match ours")
 
-    def close(self) -> None:
-        if not self._closed:
-            self._loop.remove_reader(self._monitor.FD)
-            self.socket.disable_monitor()
-            self._monitor.close(0)
-            super().close()
-
 
 class Listener(Port):
     """The secondary's end: one ROUTER socket. ``on_frames(peer, frames)``; ``peer`` names the connection."""
@@ -200,10 +202,12 @@ class Listener(Port):
         keys: CurveKeys | None,
         on_frames: Callable[[bytes, list[Frame]], None],
         on_drained: Callable[[], None],
+        on_disconnected: Callable[[], None],
     ) -> None:
         super().__init__(zmq.ROUTER, context)
         self._on_frames = on_frames
         self._on_drained = on_drained
+        self._on_disconnected = on_disconnected
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._authenticator: ThreadAuthenticator | None = None
         if keys is not None:
@@ -215,6 +219,7 @@ class Listener(Port):
                 self._authenticator.stop()
             self.socket.close(0)
             raise
+        self._watch_connections(zmq.EVENT_DISCONNECTED)
         self._watch()
 
     def _authenticate(self, keys: CurveKeys) -> None:
@@ -229,6 +234,23 @@ class Listener(Port):
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Send one message to ``peer``; False if it is gone."""
         return self._send((peer, *frames))
+
+    def _monitored(self) -> None:
+        """A connection broke; ZeroMQ does not say whose. Everything that had arrived over it is taken first."""
+        broken = False
+        while not self._closed:
+            try:
+                zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            broken = True
+        while broken and not self._closed:
+            try:
+                self._receive_one()
+            except zmq.Again:
+                self._on_drained()
+                self._on_disconnected()
+                return
 
     def _receive_one(self) -> None:
         recv = self.socket.recv

@@ -39,13 +39,14 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
-        self._listener = Listener(context, address, keys, self._received, self._drained)
+        self._listener = Listener(context, address, keys, self._received, self._drained, self._connection_broke)
 
     def perform(self, effects: Sequence[Effect]) -> None:
         """Carry out what the session answered, in order."""
         for effect in effects:
             if isinstance(effect, Send):
-                self._listener.send(effect.peer, effect.frames)
+                if not self._listener.send(effect.peer, effect.frames):
+                    self.perform(self.session.disconnected(effect.peer, "the connection broke"))
             elif isinstance(effect, Connected):
                 log.info("primary connected session=%x again=%s", effect.hello.session, effect.again)
                 self._arm()
@@ -79,6 +80,10 @@ class Link:
     def _drained(self) -> None:
         if not self._stopped:
             self.applier.drain()
+
+    def _connection_broke(self) -> None:
+        """Some connection did. A message to the primary tells whether it was that one: to a peer that is gone none can be sent."""
+        self.perform(self.session.ping(time.monotonic()))
 
     def _arm(self) -> None:
         if self._timer is not None:

@@ -175,8 +175,10 @@ class SecondarySession:
         self._told = (position.applied, position.durable, position.recorded, free_blocks)
         """What the last ACK said, or would have said: a free count belongs to exactly one applied."""
         self._received = position.applied
-        self._work: deque[tuple[int, bool]] = deque()
-        """(sequence, counted) of what was handed out; not counted: the numbering has jumped since."""
+        self._work: deque[int] = deque()
+        """Sequences of what was handed out."""
+        self._uncounted = 0
+        """How many of these, from the left, belong to a numbering that has been left since."""
         self._aligned = False
         self._peer = b""
         self._session = 0
@@ -276,7 +278,7 @@ class SecondarySession:
             self._duplicates += 1
             return []
         if not same or message.sequence != self._received + 1 or not self._aligned:
-            self._work = deque((sequence, False) for sequence, _ in self._work)
+            self._uncounted = len(self._work)
             self._applied = message.sequence - 1
             if not same:
                 self._stream = message.stream
@@ -288,7 +290,7 @@ class SecondarySession:
 
     def _hand_out(self, sequence: int) -> None:
         self._received = sequence
-        self._work.append((sequence, True))
+        self._work.append(sequence)
 
     def _in_order(self, sequence: int) -> bool:
         """False for a message received before; WireError for a gap."""
@@ -362,9 +364,11 @@ class SecondarySession:
 
     def applied(self, sequence: int) -> None:
         """The oldest work handed out, which has this ``sequence``, is done."""
-        expected, counted = self._work.popleft()
+        expected = self._work.popleft()
         assert sequence == expected, (sequence, expected)
-        if counted:
+        if self._uncounted:
+            self._uncounted -= 1
+        else:
             self._applied = sequence
 
     def resync_begun(self, sequence: int, *, consistent: bool) -> None:
@@ -417,7 +421,8 @@ class SecondarySession:
         ``free_blocks``: left now in the fullest hidden pool.
         """
         state = (self._applied, self._durable, self._recorded, free_blocks)
-        if state == self._told:
+        if state == self._told or self._uncounted:
+            # uncounted work still takes blocks from the pool: no number in the new numbering goes with ``free_blocks``
             return []
         self._told = state
         if not self._session:
@@ -434,6 +439,7 @@ class SecondarySession:
         session ends, and the next one starts again at what was applied."""
         ended = self._end(sentence, "apply", sequence, errno)
         self._work.clear()
+        self._uncounted = 0
         self._received = self._applied
         self._checkpoint_received = self._checkpoint
         return ended
@@ -465,6 +471,20 @@ class SecondarySession:
             self._ping_at = now + self.config.heartbeat_s
             return [self._send(wire.Ping(self._session, 0, float(now)))]
         return []
+
+    def ping(self, now: float) -> list[Effect]:
+        """Ask the primary for a sign of life now; a shell that cannot send it knows more, and calls ``disconnected``."""
+        if not self._session:
+            return []
+        self._ping_at = now + self.config.heartbeat_s
+        return [self._send(wire.Ping(self._session, 0, float(now)))]
+
+    def disconnected(self, peer: bytes, reason: str) -> list[Effect]:
+        """The shell knows that the connection to ``peer`` is gone."""
+        if not self._session or peer != self._peer:
+            return []
+        self._session = 0
+        return [Disconnected(reason, False)]
 
     def close(self, reason: str) -> list[Effect]:
         """Say BYE; the work handed out may still be done."""

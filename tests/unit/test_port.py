@@ -73,7 +73,7 @@ def test_everything_arrives_in_order(tmp_path: Path, curve: bool) -> None:
     async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
         here, there = Log(), Log()
         address = f"ipc://{tmp_path}/s"
-        listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained)
+        listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained, there.on_drained)
         dialer = Dialer(context, address, mine, here.on_frames, here.on_drained, here)
         await here.until(lambda: here.ups == 1)
         sent = [[b"%d" % index, os.urandom(size)] for index, size in enumerate([0, 1, 4096, COPY_BELOW, 2 * COPY_BELOW] * 20)]
@@ -100,7 +100,7 @@ def test_a_wrong_key_stays_outside(tmp_path: Path) -> None:
     async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
         here, there = Log(), Log()
         address = f"ipc://{tmp_path}/s"
-        listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained)
+        listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained, there.on_drained)
         dialer = Dialer(context, address, wrong, here.on_frames, here.on_drained, here)
         dialer.send([b"let me in"])
         await here.until(lambda: bool(here.downs))
@@ -115,10 +115,10 @@ def test_a_wrong_key_stays_outside(tmp_path: Path) -> None:
 def test_a_second_listener_is_refused() -> None:
     async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
         log = Log()
-        first = Listener(context, "tcp://127.0.0.1:*", None, log.on_peer_frames, log.on_drained)
+        first = Listener(context, "tcp://127.0.0.1:*", None, log.on_peer_frames, log.on_drained, log.on_drained)
         address = first.socket.getsockopt(zmq.LAST_ENDPOINT).decode()
         with pytest.raises(AddressInUse, match="in use"):
-            Listener(context, address, None, log.on_peer_frames, log.on_drained)
+            Listener(context, address, None, log.on_peer_frames, log.on_drained, log.on_drained)
         first.close()
 
     run(test)
