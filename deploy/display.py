@@ -12,8 +12,19 @@ from rich.text import Text
 from common.config import format_size
 from deploy.pair import Pair
 
-GOOD: Final = frozenset({"protected", "running", "done"})
-BAD: Final = frozenset({"dead", "unresponsive", "failover_failed", "primary_lost", "secondary_lost", "error"})
+GOOD: Final = frozenset({"protected", "RUNNING", "DONE", "done"})
+BAD: Final = frozenset(
+    {
+        "dead",
+        "unresponsive",
+        "primary_lost",
+        "secondary_lost",
+        "refused",
+        "fenced",
+        "FAILOVER_FAILED",
+        "failover_failed",
+    }
+)
 
 
 def status_view(status: dict[str, Any]) -> RenderableType:

@@ -43,7 +43,7 @@ STOP_TIMEOUT_S: Final = 60.0
 """For a process to end by itself: the final checkpoint and flushing what is in flight included."""
 STATUS_TIMEOUT_S: Final = 5.0
 
-COMMIT_STAGES: Final = frozenset({"failover", "failover_failed"})
+COMMIT_STAGES: Final = frozenset({"FAILOVER", "FAILOVER_FAILED"})
 """States of a secondary in which its buffer holds what is not yet on its disk."""
 
 log = logging.getLogger("launcher")
@@ -72,7 +72,7 @@ class Supervisor:
             for role in ROLES:
                 if role not in roles or role not in self.settings or self._running(role):
                     continue
-                if role == "primary" and self._is_promoted("secondary"):
+                if role == "primary" and await self._is_promoted():
                     log.info("primary left alone reason='the secondary is promoted'")
                     continue
                 await self._start_one(role)
@@ -103,9 +103,10 @@ class Supervisor:
         child = self._children.get(role)
         return child is not None and child.poll() is None
 
-    def _is_promoted(self, role: Role) -> bool:
-        child = self._children.get(role)
-        return child is not None and child.info is not None and child.info.get("role") == "primary"
+    async def _is_promoted(self) -> bool:
+        """True if the side that starts as secondary says that it leads."""
+        status = await self._ask_secondary()
+        return status is not None and status.get("role") == "primary"
 
     # What is known about them
 
@@ -165,7 +166,9 @@ class Supervisor:
             if self._running("secondary"):
                 await self._stop_one("secondary", report)
             if "secondary" in self.settings:
-                report["buffers"].append(self._release_buffer(self.settings["secondary"], secondary, clean, purge))
+                report["buffers"].append(
+                    release_buffer(self.settings["secondary"], secondary, clean=clean, purge=purge)
+                )
             self._save()
             return report
 
@@ -198,19 +201,24 @@ class Supervisor:
         report["stopped" if code == 0 else "killed"].append(role)
         return code == 0 and asked
 
-    def _release_buffer(
-        self, settings: NodeSettings, status: dict[str, Any] | None, clean: bool, purge: bool
-    ) -> dict[str, Any]:
-        """Give the memory of the disk buffer back unless that would lose something; what was done, and why."""
-        directory = settings.buffer.directory
-        if not os.path.isdir(directory):
-            return {"directory": directory, "kept": False, "why": "there is none"}
-        why = _reason_to_keep(status, clean)
-        if why is None or purge:
-            remove_buffer(directory)
-        kept = os.path.isdir(directory)
-        log.info("buffer %s", fields({"directory": directory, "kept": kept, "why": why or "nothing in it matters"}))
-        return {"directory": directory, "kept": kept, "why": why}
+
+def release_buffer(
+    settings: NodeSettings, status: dict[str, Any] | None, *, clean: bool, purge: bool
+) -> dict[str, Any]:
+    """Give the memory of the disk buffer back unless that would lose something; what was done, and why.
+
+    ``status`` is the last one of the secondary, which has ended since; ``clean``: the primary ended in good order
+    before it.
+    """
+    directory = settings.buffer.directory
+    if not DiskBuffer.exists(directory):
+        return {"directory": directory, "kept": False, "why": None}
+    why = _reason_to_keep(status, clean)
+    if why is None or purge:
+        remove_buffer(directory)
+    kept = DiskBuffer.exists(directory)
+    log.info("buffer %s", fields({"directory": directory, "kept": kept, "why": why or "nothing in it matters"}))
+    return {"directory": directory, "kept": kept, "why": why}
 
 
 def _start_child(role: Role, settings: NodeSettings) -> Child:

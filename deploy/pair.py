@@ -8,7 +8,9 @@
 
 ``status`` merges what the processes say with what the supervisor knows of the dead ones:
 
-    {"state":      "protected" | "syncing" | … the primary's own word while it leads, else see ``merged_state``
+    {"state":      the primary's own word while it leads ("protected", "syncing", "alone" …), after a failover the
+    stage of
+                   the promoted side ("failover", "failover_failed", "done"), else see ``merged_state``
      "mode": "sync" | "async", "checkpoint": number or None, "generation": number or None,
      "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    "dead" and "stopped" come with "reason", pid None
      "secondary":  {"role", "pid", "export_pid", "state", "nbd_uri", "error", …}
@@ -33,15 +35,16 @@ from typing import Any, Final, Self
 
 from common.child import Child
 from common.control import ControlClient, error_from_dict
-from common.errors import ConfigError, NotRunning, OperationFailed, TandemDiskError, TimedOut
+from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
-from deploy.launcher import STOP_TIMEOUT_S, read_state, remove_buffer
-from deploy.layout import ROLES, SIDES, PairDirectory, PairOptions
+from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
+from deploy.layout import SIDES, PairDirectory, PairOptions
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
 
 COMMAND_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 120.0
+PEER_LOSS_TIMEOUT_S: Final = 30.0
 LOG_TAIL: Final = 12
 """Lines of a log that a failed start shows."""
 
@@ -167,26 +170,32 @@ class Pair:
         ``purge`` gives the memory of the buffer back even if it holds a checkpoint that exists nowhere else.
         """
         client = ControlClient(self.directory.supervisor_control, 4 * STOP_TIMEOUT_S)
-        report: dict[str, Any] = {"stopped": [], "killed": [], "buffers": []}
         try:
             report = client.call("stop", purge=purge)
         except NotRunning:
-            report["stopped"] = self._stop_unsupervised()
+            report = self._stop_unsupervised(purge)
         if self._supervisor is not None:
             self._supervisor.wait(STOP_TIMEOUT_S)
             self._supervisor = None
         self._wait_gone()
         return report
 
-    def _stop_unsupervised(self) -> list[Role]:
-        """Processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``)."""
+    def _stop_unsupervised(self, purge: bool) -> dict[str, Any]:
+        """Stop processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``), if any."""
         stopped: list[Role] = []
-        for role in reversed(ROLES):
-            with contextlib.suppress(TandemDiskError):
-                args = {"checkpoint": True} if role == "primary" else {}
-                self.client(role, STOP_TIMEOUT_S).call("stop", **args)
-                stopped.append(role)
-        return stopped
+        with contextlib.suppress(TandemDiskError):
+            self.client("primary", STOP_TIMEOUT_S).call("stop", checkpoint=True)
+            stopped.append("primary")
+        status: dict[str, Any] | None = None
+        with contextlib.suppress(TandemDiskError):
+            status = self.client("secondary", STOP_TIMEOUT_S).call("status")
+            self.client("secondary", STOP_TIMEOUT_S).call("stop")
+            stopped.append("secondary")
+        self._wait_gone()
+        buffers: list[dict[str, Any]] = []
+        with contextlib.suppress(TandemDiskError):
+            buffers.append(release_buffer(self.settings("secondary"), status, clean="primary" in stopped, purge=purge))
+        return {"stopped": stopped, "killed": [], "buffers": buffers}
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""
@@ -217,9 +226,28 @@ class Pair:
     def failover(self, to: str = "latest", *, force: bool = False) -> dict[str, Any]:
         """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.
 
-        Raises NeedsForce when the primary is alive and connected, or when guest writes would be lost.
+        Raises NeedsForce when the primary is alive and connected, or when guest writes would be lost. A primary whose
+        end the supervisor has seen is not alive, even while the secondary has yet to notice: no need to wait for it.
         """
-        return self.client("secondary").call("failover", to=to, force=force)
+        client = self.client("secondary")
+        dead = self._primary_is_dead()
+        try:
+            return client.call("failover", to=to, force=force, primary_dead=dead)
+        except NeedsForce:
+            if not dead or not self._connected():
+                raise
+        self.wait_for(lambda _: not self._connected(), "cut off from its dead primary", PEER_LOSS_TIMEOUT_S)
+        return client.call("failover", to=to, force=force, primary_dead=dead)
+
+    def _primary_is_dead(self) -> bool:
+        """True if the supervisor has seen the primary's process end, and no other one answers in its place."""
+        child = self._supervisor_status().get("children", {}).get("primary", {})
+        return (
+            child.get("alive") is False and child.get("pid") is not None and not _answers(self.client("primary").path)
+        )
+
+    def _connected(self) -> bool:
+        return bool(self.client("secondary").call("status")["peer"]["connected"])
 
     def status(self) -> dict[str, Any]:
         """Both sides, merged as the module says, whatever is dead. Raises ConfigError if there is no pair here."""
@@ -366,14 +394,14 @@ def merged_state(primary: dict[str, Any], secondary: dict[str, Any]) -> str:
     alive = [side.get("pid") is not None for side in (primary, secondary)]
     elsewhere = [side.get("state") == "elsewhere" for side in (primary, secondary)]
     if secondary.get("role") == "primary":
-        return str(secondary["state"])
+        return str(secondary["state"]).lower()
     if not any(alive):
         return "stopped"
     if not alive[0] and not elsewhere[0]:
         return "primary_lost"
     if not alive[1] and not elsewhere[1]:
         return "secondary_lost"
-    return str(secondary["state"] if elsewhere[0] else primary["state"])
+    return str(secondary["state"] if elsewhere[0] else primary["state"]).lower()
 
 
 def _volumes(primary: dict[str, Any], secondary: dict[str, Any], settings: NodeSettings) -> list[dict[str, Any]]:
