@@ -221,9 +221,11 @@ class SecondaryNode:
 
     async def _keep_record(self) -> None:
         """Now and then make what is applied durable, and say so."""
-        while not self.promoted:
+        while True:
             await asyncio.sleep(RECORD_INTERVAL_S)
-            if not self.promoted and self.session.point().sequence != self.record.value.sequence:
+            if self.promoted:
+                return
+            if self.session.point().sequence != self.record.value.sequence:
                 await self._record_now()
 
     async def _record_now(self, **changes: Any) -> None:

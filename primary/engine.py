@@ -1,0 +1,433 @@
+"""The primary at work, without its processes: stream, mirror, resync, checkpoints, and what to do when the secondary goes.
+
+    state         the secondary            writes                        leaves by
+    -----         -------------            ------                        ---------
+    connecting    not heard of yet         alone, marked dirty           established, resync, refused, lost
+    protected     has every acked write    in stream                     cut
+    syncing       is being brought in line in stream                     end of the resync, cut
+    reconnecting  connection cut           in stream, kept for replay    established, resync, lost
+    alone         lost, on_peer_loss =     alone, marked dirty           resync
+                  continue
+    blocked       lost, on_peer_loss =     wait                          established, resync
+                  block
+    refused       said that we two do not  alone, marked dirty           (an operator)
+                  belong together
+    fenced        was promoted             fail with EIO                 (rejoin)
+
+Going alone starts a new generation, durably, before the first write is acknowledged that the secondary lacks.
+
+The primary process runs an engine from its start (``primary.node``); the export process of a secondary begins one when that
+side was promoted and its commit is complete (``secondary.guest``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import zmq
+
+from common.disk import Disk
+from common.errors import OperationFailed, PeerRefused, TandemDiskError, TimedOut
+from common.generation import extend
+from common.keys import CurveKeys, load_keys
+from common.process import Lifecycle
+from common.record import Record
+from common.settings import NodeSettings
+from primary.effects import (
+    Acknowledged,
+    CheckpointDone,
+    CheckpointFailed,
+    Cut,
+    Effect,
+    Established,
+    FlushFailed,
+    Lost,
+    Pressure,
+    Refused,
+    ResyncNeeded,
+    Starved,
+    Verified,
+    WindowOpen,
+)
+from primary.link import Link, describe
+from primary.mirror import Mirror
+from primary.session import PrimaryConfig, PrimarySession
+from primary.synchroniser import Synchroniser
+from primary.window import Unacknowledged
+
+CHECKPOINT_TIMEOUT_S: Final = 60.0
+EIO: Final = 5
+
+log = logging.getLogger("primary")
+
+
+class Export(Protocol):
+    """The NBD server whose clients' writes the engine gets."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Engine:
+    """See the module. ``start`` it, ``settle``, use ``mirror.volumes``; ``close`` it at the end."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        record: Record,
+        volumes: Sequence[tuple[str, Disk]],
+        context: zmq.Context[zmq.Socket[bytes]],
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.settings = settings
+        self.record = record
+        self.state = "connecting"
+        self.reason = ""
+        """Why the state is not ``protected``."""
+        self.checkpoint = record.value.checkpoint
+        self.checkpoint_time = 0.0
+        self.checkpoint_seconds = 0.0
+        self.export: Export
+        self.serving = False
+        """Clients are served: a refusal is no reason any more to give up."""
+        self._lifecycle = lifecycle
+        self._loop = asyncio.get_running_loop()
+        self._settled = asyncio.Event()
+        """Set once it is known how this primary and its secondary stand to each other, or that nobody is there."""
+        self._refusal = ""
+        self._error: dict[str, Any] | None = None
+        self._synchroniser: Synchroniser | None = None
+        self._synchronising: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.mirror = Mirror(
+            volumes,
+            sync=settings.mode == "sync",
+            block_size=settings.buffer.block_size,
+            on_disk_error=self._disk_failed,
+        )
+        self.session = self._make_session()
+        address = settings.replication.connect
+        if address is None:
+            raise OperationFailed("This side does not know its secondary.", hint="Set replication.connect.")
+        self.link = Link(self.session, context, address, _keys(settings), self._handle)
+        self.mirror.carrier = self.link
+
+    def _make_session(self) -> PrimarySession:
+        settings, metadata = self.settings, self.record.value
+        replication = settings.replication
+        config = PrimaryConfig(
+            tuple((volume.name, volume.size) for volume in self.mirror.volumes),
+            replication.window_bytes,
+            replication.heartbeat_s,
+            replication.peer_timeout_s,
+            settings.on_peer_loss,
+        )
+        resumed = metadata.clean and metadata.stream != 0
+        return PrimarySession(
+            config,
+            metadata.standing(),
+            instance=random_number(32),
+            stream=metadata.stream if resumed else random_number(64),
+            next_sequence=metadata.sequence + 1 if resumed else 1,
+            checkpoint=metadata.checkpoint,
+            bases=dict(metadata.bases) if metadata.clean else {},
+        )
+
+    def start(self, export: Export) -> None:
+        """Begin to look for the secondary."""
+        self.export = export
+        self.mirror.pause = export.pause_reading
+        self.link.open()
+        if self.settings.checkpoint_interval_s > 0:
+            self._lifecycle.critical(self._checkpoint_now_and_then(), "checkpoints")
+
+    async def settle(self) -> None:
+        """Wait until the secondary answered, refused (PeerRefused), or is known to be away."""
+        try:
+            async with asyncio.timeout(self.settings.replication.peer_timeout_s):
+                await self._settled.wait()
+        except TimeoutError:
+            if self.link.trouble:
+                raise PeerRefused(
+                    f"No connection to the secondary at {self.link.address}: {self.link.trouble}.",
+                    hint="Each side needs the other's public key: see `tandemdisk keygen`.",
+                ) from None
+            log.warning("the secondary does not answer address=%s", self.link.address)
+            self._set_state("connecting", "the secondary does not answer")
+        if self._refusal:
+            raise PeerRefused(f"The secondary refused this primary: {self._refusal}.")
+
+    # Effects of the session
+
+    def _handle(self, effect: Effect) -> None:
+        if isinstance(effect, Acknowledged):
+            for pin in effect.pins:
+                pin.unpin()
+        elif isinstance(effect, WindowOpen):
+            self.export.resume_reading()
+        elif isinstance(effect, CheckpointDone):
+            self._checkpoint_done(effect)
+        else:
+            log.info("stream %s", describe(effect))
+            self._handle_rare(effect)
+
+    def _handle_rare(self, effect: Effect) -> None:
+        match effect:
+            case Established(peer=peer):
+                self.mirror.use_blocks(peer.block_size)
+                self._set_state("syncing" if self.session.syncing else "protected", "")
+            case ResyncNeeded():
+                self._resync(effect)
+            case Cut(reason=reason):
+                self._set_state("reconnecting", reason)
+            case Lost(reason=reason, unacknowledged=unacknowledged):
+                self._lost(reason, unacknowledged)
+            case Refused():
+                self._refused(effect)
+            case FlushFailed(errno=code, pins=pins):
+                for pin in pins:
+                    pin.fail(code)
+                    pin.unpin()
+            case CheckpointFailed(token=token, sentence=sentence):
+                if token is not None and not token.done():
+                    token.set_exception(OperationFailed(f"No checkpoint was taken: {sentence}."))
+            case Starved():
+                self._starved()
+            case Pressure() | Verified():
+                pass
+
+    def _set_state(self, state: str, reason: str) -> None:
+        if (state, reason) != (self.state, self.reason):
+            log.info("state %s -> %s %s", self.state, state, reason)
+        self.state, self.reason = state, reason
+        if state != "reconnecting":
+            self._settled.set()
+
+    def _checkpoint_done(self, effect: CheckpointDone) -> None:
+        self.checkpoint = effect.number
+        self.checkpoint_time = time.time()
+        self.checkpoint_seconds = effect.elapsed_s
+        self.record.update_soon(checkpoint=effect.number)
+        if self.state == "syncing" and not self.session.syncing:
+            self._set_state("protected", "")
+        if isinstance(effect.token, asyncio.Future) and not effect.token.done():
+            effect.token.set_result(effect)
+
+    # Resync
+
+    def _resync(self, effect: ResyncNeeded) -> None:
+        self._stop_synchroniser()
+        mirror = self.mirror
+        mirror.use_blocks(effect.peer.block_size)
+        full = effect.full or not effect.peer.exact
+        if full:
+            for bitmap in mirror.bitmaps:
+                bitmap.set_all()
+        dirty_blocks = sum(bitmap.count() for bitmap in mirror.bitmaps)
+        keep = dirty_blocks <= effect.peer.pool // 2
+        self._set_state("syncing", effect.reason)
+        self.link.perform(self.session.begin_resync(full=full, keep_checkpoint=keep, now=time.monotonic()))
+        self._synchroniser = Synchroniser(mirror)
+        self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
+
+    async def _synchronise(self, synchroniser: Synchroniser) -> None:
+        try:
+            await synchroniser.run()
+        except OSError as error:
+            self._disk_failed("read for the resync", error)
+            self.link.settle(self.session.lost(f"the primary disk cannot be read: {error.strerror}", time.monotonic()))
+            return
+        if self._synchroniser is synchroniser and self.session.syncing:
+            self.link.send(self.session.finish_resync(None, time.monotonic()))
+
+    def _stop_synchroniser(self) -> None:
+        if self._synchronising is not None:
+            self._synchronising.cancel()
+            self._synchronising = None
+        self._synchroniser = None
+
+    def _starved(self) -> None:
+        """The hidden disk is full and the session may not put a checkpoint: only a resync can have brought that about."""
+        if self.session.syncing:
+            self.link.send(self.session.give_up_checkpoint(time.monotonic()))
+        else:
+            self.link.send(self.session.checkpoint(None, time.monotonic()))
+
+    # Losing the secondary
+
+    def _lost(self, reason: str, unacknowledged: list[Unacknowledged]) -> None:
+        if self.session.attached:
+            self._set_state("blocked", reason)
+            return
+        self._stop_synchroniser()
+        self.export.resume_reading()
+        self._go_alone("alone", reason, unacknowledged)
+
+    def _refused(self, effect: Refused) -> None:
+        self._stop_synchroniser()
+        if not self.serving:
+            self._refusal = effect.sentence
+            self._set_state("refused", effect.sentence)
+            for batch in effect.unacknowledged:
+                batch.pin.unpin()
+            return
+        if effect.code == "rejoin":
+            self._fence(effect)
+            return
+        self.export.resume_reading()
+        self._go_alone("refused", effect.sentence, effect.unacknowledged)
+
+    def _fence(self, effect: Refused) -> None:
+        """The other side was promoted: nobody is told any more that a write was done here."""
+        self.mirror.fenced = True
+        self.export.resume_reading()
+        for batch in effect.unacknowledged:
+            self.mirror.mark_dirty(batch.extents)
+            if batch.pin is not None:
+                if hasattr(batch.pin, "fail"):
+                    batch.pin.fail(EIO)
+                batch.pin.unpin()
+        self._set_state("fenced", effect.sentence)
+
+    def _go_alone(self, state: str, reason: str, unacknowledged: list[Unacknowledged]) -> None:
+        """Mark what the secondary may lack, start a generation durably, then let the clients go on."""
+        for batch in unacknowledged:
+            self.mirror.mark_dirty(batch.extents)
+        self._set_state(state, reason)
+        history = self.record.value.history
+        if self.session.standing.base:
+            self._let_go(unacknowledged)  # alone already: this generation is ours
+            return
+        self.mirror.hold()
+        self.session.standing = self.session.standing._replace(
+            history=extend(history, random_number(64), self.settings.side), base=history[-1].identity
+        )
+        task = self._loop.create_task(self._new_generation(unacknowledged), name="generation")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _new_generation(self, unacknowledged: list[Unacknowledged]) -> None:
+        try:
+            await self.record.update_async(history=self.session.standing.history)
+        except TandemDiskError as error:
+            log.critical("cannot go on alone: %s", error)
+            self._lifecycle.fail(error)
+            return
+        self._let_go(unacknowledged)
+        self.mirror.release()
+
+    def _let_go(self, unacknowledged: list[Unacknowledged]) -> None:
+        for batch in unacknowledged:
+            if batch.pin is not None:
+                batch.pin.unpin()
+
+    # Checkpoints
+
+    async def take_checkpoint(self, timeout_s: float = CHECKPOINT_TIMEOUT_S) -> CheckpointDone:
+        """A barrier behind everything written so far; returns when the secondary has switched epochs."""
+        done: asyncio.Future[CheckpointDone] = self._loop.create_future()
+        self.link.send(self.session.checkpoint(done, time.monotonic()))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await done
+        except TimeoutError:
+            raise TimedOut(
+                f"The secondary did not take the checkpoint within {timeout_s:g} s.",
+                hint="`tandemdisk status` says what it waits for; the checkpoint is still under way.",
+            ) from None
+
+    async def _checkpoint_now_and_then(self) -> None:
+        interval = self.settings.checkpoint_interval_s
+        while True:
+            await asyncio.sleep(interval)
+            if self.state != "protected":
+                continue
+            try:
+                await self.take_checkpoint()
+            except TandemDiskError as error:
+                log.warning("checkpoint failed: %s", error)
+
+    # Status and end
+
+    def _disk_failed(self, what: str, error: OSError) -> None:
+        sentence = f"{what} failed: {error.strerror or error}"
+        log.error("primary disk: %s", sentence)
+        self._error = {"case": 1, "name": "I/O error on the primary disk", "sentence": sentence, "time": time.time()}
+
+    def status(self) -> dict[str, Any]:
+        """What ``status`` shows of a primary, without its export."""
+        statistics = self.session.statistics()
+        resync = self._synchroniser if self.session.syncing else None
+        history = self.session.standing.history
+        return {
+            "role": "primary",
+            "side": self.settings.side,
+            "state": self.state,
+            "reason": self.reason,
+            "mode": self.settings.mode,
+            "checkpoint": self.checkpoint,
+            "checkpoint_time": self.checkpoint_time or None,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "generation": history[-1].number if history else 0,
+            "lag": {"bytes": self.session.lag_bytes(), "seconds": self.session.lag_s(time.monotonic())},
+            "dirty_bytes": [bitmap.dirty_bytes() for bitmap in self.mirror.bitmaps],
+            "resync": {
+                "active": resync is not None,
+                "done_bytes": resync.done_bytes if resync is not None else 0,
+                "total_bytes": resync.total_bytes if resync is not None else 0,
+                "rate": resync.rate if resync is not None else 0.0,
+            },
+            "counters": {
+                "batches": statistics.batches,
+                "payload_bytes": statistics.payload_bytes,
+                "replayed": statistics.replayed,
+                "sessions": statistics.sessions,
+                "cuts": statistics.cuts,
+                "stale_messages": statistics.stale_messages,
+                "applied": statistics.applied,
+                "durable": statistics.durable,
+                "sequence": statistics.sequence,
+                "disk_errors": self.mirror.disk_errors,
+                "local_flushes": self.mirror.flusher.count,
+            },
+            "peer": {
+                "connected": self.state in ("protected", "syncing"),
+                "address": self.link.address,
+                "trouble": self.link.trouble,
+                "round_trip_seconds": statistics.round_trip_s,
+            },
+            "error": self._error,
+        }
+
+    async def close(self) -> None:
+        """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
+        self._stop_synchroniser()
+        clean = self.serving and self.session.idle and self.session.attached and self.state == "protected"
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        last = self.session.last_sequence
+        self.link.perform(self.session.close("the primary stops"))
+        if clean and self._lifecycle.failure is None:
+            await self.record.update_async(
+                clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number
+            )
+        self.link.close()
+        self.mirror.close()
+
+
+def random_number(bits: int) -> int:
+    """A random number that is not zero."""
+    return secrets.randbits(bits) or 1
+
+
+def _keys(settings: NodeSettings) -> CurveKeys | None:
+    replication = settings.replication
+    if replication.secret_key is None or replication.peer_key is None:
+        return None
+    return load_keys(replication.secret_key, replication.peer_key)
