@@ -173,6 +173,8 @@ class Pair:
         try:
             report = client.call("stop", purge=purge)
         except NotRunning:
+            if self._supervisor is not None:  # it lost its socket, or it is about to end by a signal
+                self._supervisor.stop(4 * STOP_TIMEOUT_S)
             report = self._stop_unsupervised(purge)
         if self._supervisor is not None:
             self._supervisor.wait(STOP_TIMEOUT_S)
