@@ -33,7 +33,7 @@ MAX_HISTORY: Final = 64
 
 
 class Generation(NamedTuple):
-    """One entry of a history. ``identity`` is random (u64), ``number`` counts up along a history, ``side`` started it."""
+    """One entry of a history: a random ``identity`` (u64), a ``number`` that counts up, the ``side`` that started it."""
 
     identity: int
     number: int
@@ -125,8 +125,8 @@ def decide(mine: Standing, theirs: Standing) -> Decision:
         return Unrelated(f"side {first.side} belongs to pair '{first.pair_id}', side {second.side} to pair "
                          f"'{second.pair_id}'")
     if first.side == second.side:
-        return Refused(f"both ends call themselves side {first.side} of pair '{first.pair_id}': a pair has two sides with "
-                       "different names")
+        return Refused(f"both ends call themselves side {first.side} of pair '{first.pair_id}': a pair has two sides "
+                       "with different names")
     if first.role == second.role == "secondary":
         return Refused(f"both sides ({first.side} and {second.side}) are secondary: one of them has to be promoted")
     if not first.history and not second.history:
@@ -143,8 +143,8 @@ def _compare(first: Standing, second: Standing) -> Decision:
         bare, other = (second, first) if not second.history else (first, second)
         if bare.role == "secondary":
             return PrimaryAhead(True, f"side {bare.side} has a new disk")
-        return Refused(f"side {bare.side} calls itself primary with a disk that has no history, and side {other.side} holds "
-                       f"{other.history[-1]} of the pair")
+        return Refused(f"side {bare.side} calls itself primary with a disk that has no history, and side {other.side} "
+                       f"holds {other.history[-1]} of the pair")
     mine, theirs = first.history[-1], second.history[-1]
     if mine.identity == theirs.identity:
         if both_primary:
@@ -170,8 +170,8 @@ def _position(standing: Standing, identity: int) -> int:
 
 def _left_behind(old: Standing, new: Standing) -> str:
     lost = _loss(old)
-    return (f"side {old.side} stands in {old.history[-1]} and side {new.side} has gone on to {new.history[-1]}: side {old.side} "
-            f"has to rejoin as secondary{lost}")
+    return (f"side {old.side} stands in {old.history[-1]} and side {new.side} has gone on to {new.history[-1]}: side "
+            f"{old.side} has to rejoin as secondary{lost}")
 
 
 def _loss(standing: Standing) -> str:
@@ -186,6 +186,6 @@ def _diverged(first: Standing, second: Standing) -> Decision:
     if not common:
         return Unrelated(f"the disks of side {first.side} ({first.history[-1]}) and side {second.side} "
                          f"({second.history[-1]}) have no common past")
-    parts = (f"side {side.side} went on to {side.history[-1]} and would lose {side.own_blocks} blocks ({side.own_bytes} bytes)"
-             for side in sorted((first, second), key=lambda standing: standing.side))
+    parts = (f"side {s.side} went on to {s.history[-1]} and would lose {s.own_blocks} blocks ({s.own_bytes} bytes)"
+             for s in sorted((first, second), key=lambda standing: standing.side))
     return SplitBrain(common[-1], f"split brain: both sides wrote since {common[-1]}: {'; '.join(parts)}")

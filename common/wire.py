@@ -6,9 +6,10 @@ seeded with the xxh3-64 of the payload. So every bit of both frames is covered, 
 hashes its header again but not its payload.
 
 ``session`` (u64) names one connection: the high half the primary's process, the low half its count of connections.
-``sequence`` numbers what must stay in order. Primary to secondary: BATCH, CHECKPOINT, RESYNC, SYNCED and VERIFY count on
-across sessions, for as long as the stream (u64, in HELLO) lives. Secondary to primary: ACK, CHECKPOINTED, PRESSURE,
-VERIFIED and FAILED count from 1 in every session. Everything else has sequence 0.
+``sequence`` numbers what must stay in order. Primary to secondary: BATCH, CHECKPOINT, RESYNC, SYNCED and VERIFY count
+on across sessions, for as long as the stream (u64, in HELLO) lives. Secondary to primary: ACK, CHECKPOINTED, PRESSURE,
+VERIFIED and FAILED count from 1 in every session. PING has the sequence of the last message before it, so that one that
+was lost is missed even if nothing follows. Everything else has sequence 0.
 
 Extents travel packed, 24 bytes each (``EXTENT``). ``position`` is where an extent's bytes are in the payload frame: the
 payload is the span of the receive buffer as it came from the NBD client, request headers between the data included.
@@ -107,6 +108,10 @@ class Ack(NamedTuple):
     free: int
 
 
+NOBODY: Final = Standing("", "", "primary", (), True)
+"""The standing in a HELLO of another protocol version, which cannot be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """First message of a session. ``stream`` names the numbering, ``next_sequence`` is the next number in it."""
@@ -117,7 +122,7 @@ class Hello:
     stream: int = 0
     next_sequence: int = 0
     volumes: tuple[tuple[str, int], ...] = ()
-    standing: Standing = Standing("", "", "primary", (), True)
+    standing: Standing = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +195,7 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Are you there? ``clock`` comes back in the PONG."""
+    """Are you there, and did you get everything up to ``sequence``? ``clock`` comes back in the PONG."""
 
     session: int
     sequence: int
@@ -242,7 +247,7 @@ class Synced:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Does the secondary disk hold, at this point of the stream, what these hashes say? ``questions``: QUESTION array."""
+    """Does the secondary disk hold, at this point of the stream, what these hashes (a QUESTION array) say?"""
 
     session: int
     sequence: int
@@ -285,7 +290,7 @@ _ACK: Final = struct.Struct(">BBBQBQBQBQBQBQ")
 # ... u64 checksum]
 _TAIL: Final = struct.Struct(">BQ")
 _ACK_SIZE: Final = _ACK.size + _TAIL.size
-assert _BATCH.size == 27 and _ACK.size == 56 and _TAIL.size == 9
+assert (_BATCH.size, _ACK.size, _TAIL.size) == (27, 56, 9)
 BATCH_OVERHEAD: Final = _BATCH.size + _TAIL.size
 _EMPTY: Final = memoryview(b"")
 
@@ -314,7 +319,7 @@ def _decode_batch(header: Frame, payload: memoryview) -> Batch:
     if (t1, t2, t3, t4) != (0xCF, 0xCF, 0xCC, 0xC6) or size != len(header) - BATCH_OVERHEAD or flags & ~BATCH_FLAGS:
         raise WireError("a batch header is not laid out as this protocol version lays it out")
     if size % 24 or size > limits.MAX_BATCH_EXTENTS * 24:
-        raise WireError(f"a batch has {size} bytes of extents; they come in 24s, and at most {limits.MAX_BATCH_EXTENTS}")
+        raise WireError(f"a batch has {size} bytes of extents, 24 each, and at most {limits.MAX_BATCH_EXTENTS} of them")
     return Batch(session, sequence, flags, memoryview(header)[_BATCH.size:-_TAIL.size], payload)
 
 
@@ -414,7 +419,8 @@ _ROLE: Final = _word("primary", "secondary")
 
 _LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
     HELLO: (Hello, (_integer(32), _I64, _I64, _volumes, _standing)),
-    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _integer(32), _flag, _flag, _standing)),
+    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _integer(32), _flag, _flag,
+                        _standing)),
     REFUSE: (Refuse, (_text(64), _SENTENCE)),
     CHECKPOINT: (Checkpoint, (_I64,)),
     CHECKPOINTED: (Checkpointed, (_I64, _I64, _seconds)),
@@ -436,7 +442,8 @@ for _cls, _checks in _LAYOUT.values():
 def encode(message: Message) -> Frames:
     """The frames of any message. Sentences that are too long are cut."""
     if isinstance(message, Batch):
-        head = encode_batch(message.session, message.sequence, message.flags, message.extents, payload_check(message.payload))
+        check = payload_check(message.payload)
+        head = encode_batch(message.session, message.sequence, message.flags, message.extents, check)
         return (head, message.payload) if len(message.payload) else (head,)
     if isinstance(message, Ack):
         return (encode_ack(*message),)
@@ -512,7 +519,7 @@ def extents_array(extents: Frame) -> Extents:
 
 
 def check_extents(extents: Frame, payload_length: int, sizes: Sequence[int]) -> None:
-    """WireError unless every extent has a known kind, lies on a volume of ``sizes`` and finds its bytes in the payload."""
+    """WireError unless each extent has a known kind, lies on a volume of ``sizes`` and has its bytes in the payload."""
     if len(extents) <= 8 * 24:
         for index, (offset, length, position, volume, kind, _, _) in enumerate(EXTENT_STRUCT.iter_unpack(extents)):
             if (volume >= len(sizes) or kind > DISCARD or not length or offset + length > sizes[volume]
@@ -533,8 +540,8 @@ def check_extents(extents: Frame, payload_length: int, sizes: Sequence[int]) -> 
 def _bad_extent(extents: Frame, index: int, payload_length: int, sizes: Sequence[int]) -> WireError:
     offset, length, position, volume, kind, _, _ = EXTENT_STRUCT.unpack_from(extents, index * 24)
     where = f"of {sizes[volume]} bytes" if volume < len(sizes) else "which does not exist"
-    return WireError(f"extent {index} of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} {where}, "
-                     f"at {position} of a payload of {payload_length} bytes")
+    return WireError(f"extent {index} of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} "
+                     f"{where}, at {position} of a payload of {payload_length} bytes")
 
 
 def check_questions(questions: bytes, sizes: Sequence[int]) -> None:

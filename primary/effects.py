@@ -30,7 +30,7 @@ class Acknowledged(NamedTuple):
 
 
 class FlushFailed(NamedTuple):
-    """The secondary could not make these durable: their clients get ``errno``. The peer is lost next (a ``Lost`` follows)."""
+    """The secondary could not make these durable: their clients get ``errno``. A ``Lost`` follows."""
 
     errno: int
     pins: list[Any]
@@ -38,7 +38,7 @@ class FlushFailed(NamedTuple):
 
 
 class CheckpointDone(NamedTuple):
-    """Checkpoint ``number`` is what a failover would go back to. ``token`` as given to ``checkpoint`` (None: automatic).
+    """Checkpoint ``number`` is what a failover would go back to; ``token`` as given to ``checkpoint`` (None: automatic).
 
     ``seconds`` on the secondary (0.0 if its answer was lost with a connection), ``elapsed_s`` since it was asked for.
     """

@@ -10,19 +10,18 @@ In every list the ``Send``s with sequence numbers come first: whoever handles an
 
 Who has the unacknowledged writes?
 * *Attached* (``attached``): every write goes through ``write``. It is in the window until the secondary has it.
-* A cut does not detach. The window keeps what is unacknowledged, ``write`` goes on accepting, and the next session on the
-  same stream replays what the secondary has not received. Nothing becomes dirty, nothing is resynchronised.
+* A cut does not detach. The window keeps what is unacknowledged, ``write`` goes on accepting, and the next session on
+  the same stream replays what the secondary has not received. Nothing becomes dirty, nothing is resynchronised.
 * If the peer stays away for ``peer_timeout_s`` (or is heard but makes no progress for as long after a cut, or cannot
-  write its disk, or said BYE) it is *lost*. With ``on_peer_loss = continue`` the session detaches and hands back everything
-  it held: the caller marks it dirty and goes on alone. With ``block`` it stays attached and the window fills up.
-* What was handed back is dirty and will never be replayed: the stream is *broken*, and the next WELCOME leads to a resync,
-  never to a replay with a hole in it.
-* A replay is right only if the secondary stands exactly at a point of this stream that the window reaches back to: same stream,
-  ``exact``, not before what was acknowledged, not after what was sent, and in the state (syncing or not) that the
-  stream has at that point. In every other case: ResyncNeeded. What is then still in the window is sent behind the RESYNC.
+  write its disk, or said BYE) it is *lost*. With ``on_peer_loss = continue`` the session detaches and hands back
+  everything it held: the caller marks it dirty and goes on alone. With ``block`` it stays attached, the window fills up.
+* What was handed back is dirty and will never be replayed: the stream is *broken*, and the next WELCOME leads to a
+  resync, never to a replay with a hole in it.
+* A WELCOME leads to a replay only if the secondary is at a point of this stream that the window reaches back to
+  (``primary.handshake``). Otherwise: ResyncNeeded. What is then still in the window is sent behind the RESYNC.
 
-So a write is at any time in the window, or dirty in the caller's bitmap, or applied by the secondary. Whether what was applied
-survives a secondary that loses its memory is the ``Ledger``'s business (primary.window).
+So a write is at any time in the window, or dirty in the caller's bitmap, or applied by the secondary. Whether what was
+applied survives a secondary that loses its memory is the ``Ledger``'s business (primary.window).
 
 ``now`` is any monotonic clock in seconds.
 """
@@ -35,13 +34,40 @@ from typing import Any, Final, Literal
 
 from common import wire
 from common.errors import OperationFailed, WireError
-from common.generation import CODES, InSync, PrimaryAhead, Standing, decide
-from common.wire import CHECKPOINT, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
+from common.generation import Standing
+from common.wire import BATCH, CHECKPOINT, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
 from primary.effects import (
-    Acknowledged, CheckpointDone, CheckpointFailed, Cut, Effect, Established, FlushFailed, Lost, Pressure, Reconnect,
-    Refused, ResyncNeeded, Send, Starved, Verified, WindowOpen,
+    Acknowledged,
+    CheckpointDone,
+    CheckpointFailed,
+    Cut,
+    Effect,
+    Established,
+    FlushFailed,
+    Lost,
+    Pressure,
+    Reconnect,
+    Refused,
+    ResyncNeeded,
+    Send,
+    Starved,
+    Verified,
+    WindowOpen,
 )
-from primary.window import BLOCKS, BODY, COST, KIND, SEQUENCE, Entry, Ledger, Window, batch_entry, control_entry
+from primary.handshake import Here, Refusal, Replay, Resync, judge
+from primary.window import (
+    BLOCKS,
+    BODY,
+    COST,
+    KIND,
+    SEQUENCE,
+    Entry,
+    Ledger,
+    Window,
+    barrier_entry,
+    batch_entry,
+    control_entry,
+)
 
 RETRY_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses before the first, second, ... attempt to reconnect; the last one repeats."""
@@ -97,8 +123,8 @@ class PrimaryStatistics:
 class PrimarySession:
     """See the module.
 
-    ``instance`` is a random u32 that names this process; ``stream`` a random u64 that names a numbering which continues at
-    ``next_sequence`` (a process that was stopped cleanly may go on with its stream; any other draws a new one).
+    ``instance`` is a random u32 that names this process; ``stream`` a random u64 that names a numbering which continues
+    at ``next_sequence`` (a process that was stopped cleanly may go on with its stream; any other draws a new one).
     ``bases``: streams of earlier processes -> the sequence from which on this side's bitmaps know every write.
     ``checkpoint``: number of the last checkpoint of this pair. ``broken``: why the stream cannot be continued, if so.
     """
@@ -116,7 +142,7 @@ class PrimarySession:
         ledger: Ledger | None = None,
         broken: str = "",
     ) -> None:
-        assert 0 < instance < 1 << 32 and 0 < stream < 1 << 64 and next_sequence > 0
+        assert 0 < instance < 1 << 32
         self.config = config
         self.standing = standing
         """Keep it up to date: the next HELLO carries it."""
@@ -127,7 +153,7 @@ class PrimarySession:
         """True from ``begin_resync`` to ``finish_resync``."""
         self.stream = stream
         self.peer: wire.Welcome | None = None
-        self._window = Window(config.window_bytes, next_sequence, ledger)
+        self._window = Window(config.window_bytes, next_sequence, ledger, config.checkpoint_on_pressure)
         self._window.checkpoint = checkpoint
         self._bases = bases or {}
         self._broken = broken
@@ -141,7 +167,6 @@ class PrimarySession:
         self._retries = 0
         self._lost_at: float | None = None
         self._established_at = 0.0
-        self._manual_barriers = 0
         self._starved = False
         self._refusal = ""
         self._batches = self._payload_bytes = self._replayed = self._cuts = self._stale = 0
@@ -170,6 +195,12 @@ class PrimarySession:
         window = self._window
         return not (window.in_flight or window.waiting or window.flushing)
 
+    def pending_extents(self) -> list[Frame]:
+        """Packed extents of every batch in the window: with bitmaps and ledger, all that the secondary may lack."""
+        window = self._window
+        entries = (*window.flushing, *window.in_flight, *window.waiting)
+        return [entry[BODY] for entry in entries if entry[KIND] == BATCH]
+
     def lag_bytes(self) -> int:
         """Bytes that the secondary has not confirmed (payload, extents and headers)."""
         return self._window.used
@@ -182,8 +213,8 @@ class PrimarySession:
     def write(self, extents: Frame, payload: Frame, blocks: int, flags: int, pin: Any, now: float) -> list[Frames]:
         """Replicate a batch; returns the messages to send now (none if it has to wait for window, credit or peer).
 
-        ``extents``: packed ``wire.EXTENT``s with positions relative to ``payload`` (bytes that stay as they are until the
-        batch comes back). ``blocks``: at least the number of blocks of ``peer.block_size`` that the extents touch.
+        ``extents``: packed ``wire.EXTENT``s with positions relative to ``payload`` (bytes that stay as they are until
+        the batch comes back). ``blocks``: at least the number of blocks of ``peer.block_size`` that the extents touch.
         ``pin``: anything but None; it comes back exactly once, in Acknowledged, FlushFailed, Lost or Refused. None if
         nobody waits.
         """
@@ -205,7 +236,7 @@ class PrimarySession:
         return self.write(b"", b"", 0, FLUSH, pin, now)
 
     def checkpoint(self, token: Any, now: float) -> list[Frames]:
-        """Put a checkpoint barrier behind everything written so far. CheckpointDone or CheckpointFailed brings ``token`` back.
+        """Put a checkpoint barrier behind everything written so far; ``token`` comes back in CheckpointDone or -Failed.
 
         OperationFailed if there is no secondary to take it, or it is being synchronised.
         """
@@ -228,11 +259,13 @@ class PrimarySession:
 
     def begin_resync(self, *, full: bool, keep_checkpoint: bool, now: float) -> list[Effect]:
         """Answer to ResyncNeeded. From here on writes go in-stream; the caller sends what differs by ``write`` with
-        RESYNC_DATA, and ends with ``finish_resync``. ``keep_checkpoint`` needs room in the pool for all that differs."""
-        assert self.state is State.WELCOMED and self.peer is not None
+        RESYNC_DATA and ends with ``finish_resync``. ``keep_checkpoint`` needs room in the pool for all that differs."""
+        assert self.state is State.WELCOMED
+        assert self.peer is not None
         same_stream = self.peer.stream == self.stream
         dropped = self._window.rebase(self.peer.received if same_stream else 0, self.peer.syncing)
         effects = self._disappoint(dropped, "the secondary has to be synchronised first")
+        self._window.sync_open = True
         self._broken = ""
         self.attached = self.syncing = True
         self.state = State.ESTABLISHED
@@ -242,14 +275,15 @@ class PrimarySession:
 
     def give_up_checkpoint(self, now: float) -> list[Frames]:
         """The pool is too small for this resync: tell the secondary to drop its checkpoint and stop copying."""
-        assert self.syncing
+        assert self._window.sync_open
+        self._starved = False
         self._window.waiting.appendleft(control_entry(RESYNC, [self.stream, False, False], now))
         return self._pump(now)
 
     def finish_resync(self, token: Any, now: float) -> list[Frames]:
-        """All that differed has been given to ``write``: the secondary is complete at this point, and takes a checkpoint
-        there (``token`` comes back in CheckpointDone)."""
-        assert self.syncing and self.attached
+        """All that differed has been given to ``write``: the secondary is complete at this point, and takes a
+        checkpoint there (``token`` comes back in CheckpointDone)."""
+        assert self.syncing
         self.syncing = False
         self._window.wait(control_entry(SYNCED, self.standing.history, now))
         return self._barrier(token, now)
@@ -323,11 +357,12 @@ class PrimarySession:
                 effects += self._lose(silence, now)
         if self._streaming and now >= self._ping_at:
             self._ping_at = now + self.config.heartbeat_s
-            effects.append(Send(wire.encode(wire.Ping(self._session, 0, float(now)))))
+            effects.append(Send(wire.encode(wire.Ping(self._session, self.last_sequence, float(now)))))
         if self._streaming and self.config.max_lag_s and self.lag_s(now) >= self.config.max_lag_s:
             effects += self.lost(f"the secondary is {self.lag_s(now):.1f} s behind", now)
+        effects += self._check_starved()
         if self._lost_at is not None and now >= self._lost_at:
-            effects += self._lose("the secondary did not come back in time", now)
+            effects += self.lost("the secondary did not come back, or got nothing done, in time", now)
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             effects.append(Reconnect())
@@ -371,7 +406,7 @@ class PrimarySession:
         before = window.applied, window.durable
         pins, controls = window.acknowledge(ack.applied, ack.durable, ack.recorded, ack.free)
         effects: list[Effect] = []
-        if window.waiting and self.state is State.ESTABLISHED:
+        if window.waiting:
             effects += map(Send, self._pump(now))
             effects += self._check_starved()
         if controls:
@@ -390,6 +425,8 @@ class PrimarySession:
             case wire.Refuse():
                 return self._refuse(message.code, message.sentence, now)
             case wire.Ping():
+                if message.sequence != self._peer_sequence:
+                    raise WireError(f"it has sent {message.sequence} messages, and {self._peer_sequence} arrived")
                 return [Send(wire.encode(wire.Pong(self._session, 0, message.clock)))]
             case wire.Pong():
                 self._round_trip_s = max(0.0, now - message.clock)
@@ -427,10 +464,10 @@ class PrimarySession:
 
     def _on_pressure(self, message: wire.Pressure, now: float) -> list[Effect]:
         window = self._window
-        under_way = window.barrier_in_flight or self._manual_barriers > 0
-        if self.state is State.ESTABLISHED and not self.syncing and not under_way and self.config.checkpoint_on_pressure:
-            window.waiting.appendleft(_barrier_entry(None, now))
-            self._manual_barriers += 1
+        under_way = window.barrier_in_flight or window.barriers_waiting > 0
+        ready = self.state is State.ESTABLISHED and not window.sync_open and not under_way
+        if ready and self.config.checkpoint_on_pressure:
+            window.put_barrier(now)
             return [*map(Send, self._pump(now)), Pressure(message.used, message.pool, True)]
         return [Pressure(message.used, message.pool, under_way)]
 
@@ -450,7 +487,7 @@ class PrimarySession:
         return [*effects, *self._cut(message.sentence, now), *self._lose(message.sentence, now)]
 
     def _answered(self, controls: list[Entry], now: float) -> list[Effect]:
-        """Control messages that are applied. An answer goes out before the ACK; if it did not come, a connection ate it."""
+        """Control messages that are applied. Answers come before the ACK; one that did not, a connection ate."""
         effects: list[Effect] = []
         for entry in controls:
             body = self._window.asked.pop(entry[SEQUENCE], None)
@@ -463,49 +500,26 @@ class PrimarySession:
     # -------------------------------------------------------------------------------------------------- handshake
 
     def _on_welcome(self, welcome: wire.Welcome, now: float) -> list[Effect]:
-        decision = decide(self.standing, welcome.standing)
-        if not isinstance(decision, InSync | PrimaryAhead):
-            bye = Send(wire.encode(wire.Bye(self._session, 0, decision.sentence)))
-            return [bye, *self._refuse(CODES[type(decision)], decision.sentence, now)]
         window = self._window
-        same_stream = welcome.stream == self.stream and welcome.exact
-        if same_stream and welcome.received >= window.next_sequence and not self._broken:
-            sentence = (f"the secondary has message {welcome.received} of a stream in which this primary has only sent "
-                        f"{window.next_sequence - 1}: this side's disk or metadata is an older copy")
-            bye = Send(wire.encode(wire.Bye(self._session, 0, sentence)))
-            return [bye, *self._refuse("older-copy", sentence, now)]
+        verdict = judge(Here(self.standing, self.stream, window.next_sequence, window.applied, window.recorded,
+                             self._broken, self._bases), welcome)
+        if isinstance(verdict, Refusal):
+            bye = Send(wire.encode(wire.Bye(self._session, 0, verdict.sentence)))
+            return [bye, *self._refuse(verdict.code, verdict.sentence, now)]
         self.peer = welcome
         self._refusal = ""
         self._established_at = now
         window.pool, window.block_size = welcome.pool, welcome.block_size
         window.checkpoint = max(window.checkpoint, welcome.checkpoint)
         self._starved = False
-        reason = self._obstacle(welcome, decision)
-        if not reason:
+        effects: list[Effect] = []
+        if isinstance(verdict, Replay):
             effects = self._resume(welcome, now)
-            if window.peer_syncing == welcome.syncing:
+            if self.state is State.ESTABLISHED:
                 return effects
-            reason = "the secondary stands in the middle of another resync"
+            verdict = Resync("the secondary stands in the middle of another resync", True)
         self.state = State.WELCOMED
-        base = window.recorded if welcome.stream == self.stream else self._bases.get(welcome.stream)
-        reaches = base is not None and (welcome.applied if welcome.exact else welcome.recorded) >= base
-        full = not reaches or (isinstance(decision, PrimaryAhead) and decision.full)
-        return [ResyncNeeded(reason, full, welcome)]
-
-    def _obstacle(self, welcome: wire.Welcome, decision: InSync | PrimaryAhead) -> str:
-        """Why the window cannot just be replayed; empty if it can."""
-        if isinstance(decision, PrimaryAhead):
-            return decision.sentence
-        if self._broken:
-            return f"writes went on without the secondary ({self._broken})"
-        if welcome.stream != self.stream:
-            return "the secondary follows another stream of writes"
-        if not welcome.exact:
-            return f"the secondary lost its memory of everything after message {welcome.recorded}"
-        if welcome.received < self._window.applied:
-            return (f"the secondary is at message {welcome.received} and had confirmed {self._window.applied}: its disk is "
-                    "an older copy")
-        return ""
+        return [*effects, ResyncNeeded(verdict.reason, verdict.full, welcome)]
 
     def _resume(self, welcome: wire.Welcome, now: float) -> list[Effect]:
         """Same stream, exact, within reach: drop what is applied, send again what was not received."""
@@ -519,7 +533,6 @@ class PrimarySession:
             return effects
         replayed = window.rewind(welcome.received, welcome.free)
         self._replayed += replayed
-        self._manual_barriers = sum(1 for entry in window.waiting if entry[KIND] == CHECKPOINT)
         self.attached = True
         self.state = State.ESTABLISHED
         if not window.in_flight and not window.waiting:
@@ -533,8 +546,7 @@ class PrimarySession:
     # ------------------------------------------------------------------------------------------------------ parts
 
     def _barrier(self, token: Any, now: float) -> list[Frames]:
-        self._window.wait(_barrier_entry(token, now))
-        self._manual_barriers += 1
+        self._window.wait(barrier_entry(token, now))
         return self._pump(now)
 
     def _checkpoint_done(self, body: list[Any], sequence: int, seconds: float, now: float) -> CheckpointDone:
@@ -542,47 +554,16 @@ class PrimarySession:
         return CheckpointDone(number, sequence, seconds, max(0.0, now - asked_at), token)
 
     def _pump(self, now: float) -> list[Frames]:
-        """Send what waits, as far as the credit allows."""
-        window = self._window
-        waiting = window.waiting
-        messages: list[Frames] = []
-        if self.state is not State.ESTABLISHED:
-            return messages
-        while waiting:
-            entry = waiting[0]
-            if entry[BLOCKS] > window.credit:
-                if entry[BLOCKS] > max(1, window.pool // 2):
-                    size = len(waiting)
-                    window.cut_head()
-                    if len(waiting) > size:
-                        continue
-                if not self._may_put_barrier():
-                    break
-                window.waiting.appendleft(_barrier_entry(None, now))
-                self._manual_barriers += 1
-                continue
-            waiting.popleft()
-            if entry[KIND] == CHECKPOINT:
-                self._manual_barriers -= 1
-            messages.append(window.send(self._session, entry))
-        return messages
-
-    def _may_put_barrier(self) -> bool:
-        """A checkpoint would make room, and none is on its way to do so."""
-        window = self._window
-        if window.barrier_in_flight or self.syncing or window.peer_syncing or window.credit >= window.pool:
-            return False
-        return self.config.checkpoint_on_pressure or self._manual_barriers > 0
+        """Send what waits, as far as session and credit allow."""
+        return self._window.pump(self._session, now) if self.state is State.ESTABLISHED else []
 
     def _check_starved(self) -> list[Effect]:
+        """Tell once if nothing can move any more."""
         window = self._window
-        if not window.waiting or window.in_flight:
-            self._starved = False
-            return []
-        if self._starved:
-            return []
-        self._starved = True
-        return [Starved(window.waiting[0][BLOCKS], window.credit)]
+        stuck = bool(window.waiting) and not window.in_flight and self.state is State.ESTABLISHED
+        news = stuck and not self._starved
+        self._starved = stuck
+        return [Starved(window.waiting[0][BLOCKS], window.credit)] if news else []
 
     def _cut(self, reason: str, now: float) -> list[Effect]:
         """The session is over; try again after a pause that grows while sessions stay short."""
@@ -626,7 +607,6 @@ class PrimarySession:
 
     def _disappoint(self, controls: list[Entry], reason: str) -> list[Effect]:
         """Tell those who wait for control messages that will never be answered."""
-        self._manual_barriers = 0
         effects: list[Effect] = []
         for entry in controls:
             if entry[KIND] == CHECKPOINT and entry[BODY][1] is not None:
@@ -645,9 +625,3 @@ class PrimarySession:
         if self.config.on_peer_loss == "continue":
             batches, effects = self._detach(sentence)
         return effects if again and not batches else [*effects, Refused(code, sentence, batches)]
-
-
-def _barrier_entry(token: Any, now: float) -> Entry:
-    """Body: [number, set when sent; token; when it was asked for]."""
-    return control_entry(CHECKPOINT, [0, token, now], now)
-

@@ -8,11 +8,11 @@ Two queues, in stream order:
 A message gets its sequence number when it is sent, not when it is accepted. So a checkpoint barrier can be put before a
 batch that waits, and after a reconnect everything that the secondary has not received just moves back to ``waiting``.
 
-Two limits hold messages back. The *window* counts bytes over both queues; when it is full the exports stop reading, but
-what they had read is still accepted. The *credit* counts blocks: a batch is sent only if the hidden disk is sure to have
-room for the old contents of all blocks that it touches. With F free blocks reported at sequence a, the credit is F minus
-the blocks of everything sent after a; behind a barrier in flight it is the whole pool minus what was sent behind that.
-A batch too large for the pool is cut into several. Zero pages of slack: the secondary's pool cannot overflow.
+Two limits hold messages back. The *window* counts bytes over both queues; when it is full the exports stop reading,
+but what they had read is still accepted. The *credit* counts blocks: a batch is sent only if the hidden disk is sure to
+have room for the old contents of all blocks that it touches. With F free blocks reported at sequence a, the credit is F
+minus the blocks of everything sent after a; behind a barrier in flight it is the whole pool minus what was sent behind
+that. A batch too large for the pool is cut into several. So the secondary's pool cannot overflow.
 
 Entries are plain tuples, because one is made per batch; their fields are the constants below.
 """
@@ -51,7 +51,7 @@ class Unacknowledged(NamedTuple):
 
 
 class Ledger(Protocol):
-    """Keeps account of which blocks the secondary may lack after losing its memory; ``primary.resync.Ledger`` is one."""
+    """Keeps account of which blocks the secondary may lack after losing its memory; see ``primary.ledger``."""
 
     def sent(self, sequence: int, extents: Frame) -> None:
         """A batch goes out under ``sequence``."""
@@ -74,10 +74,15 @@ def control_entry(kind: int, body: Any, now: float) -> Entry:
     return (0, kind, 0, 0, 0, body, b"", 0, None, now)
 
 
+def barrier_entry(token: Any, now: float) -> Entry:
+    """A checkpoint; its body: [number, set when it is sent; token; when it was asked for]."""
+    return control_entry(CHECKPOINT, [0, token, now], now)
+
+
 class Window:
     """See the module. ``used`` bytes of ``limit`` are taken; ``credit`` blocks may be sent."""
 
-    def __init__(self, limit: int, next_sequence: int, ledger: Ledger | None) -> None:
+    def __init__(self, limit: int, next_sequence: int, ledger: Ledger | None, auto_barriers: bool) -> None:
         self.limit = limit
         self.used = 0
         self.full = False
@@ -97,6 +102,10 @@ class Window:
         """Sequence of the last CHECKPOINT sent."""
         self.checkpoint = 0
         """Number of the last CHECKPOINT sent."""
+        self.barriers_waiting = 0
+        self.auto_barriers = auto_barriers
+        self.sync_open = False
+        """From the RESYNC's being queued to SYNCED's being sent: no checkpoint may be put in between."""
         self.peer_syncing = False
         """Whether the secondary, at ``applied``, stands between RESYNC and SYNCED."""
         self.asked: dict[int, Any] = {}
@@ -119,7 +128,46 @@ class Window:
         """Append to ``waiting``."""
         self.used += entry[COST]
         self.full = self.full or self.used >= self.limit
+        self.barriers_waiting += entry[KIND] == CHECKPOINT
         self.waiting.append(entry)
+
+    def put_barrier(self, now: float) -> None:
+        """A checkpoint that nobody asked for, ahead of everything that waits."""
+        self.barriers_waiting += 1
+        self.waiting.appendleft(barrier_entry(None, now))
+
+    def pump(self, session: int, now: float) -> list[Frames]:
+        """Send what waits, as far as the credit allows; puts a checkpoint before a batch that needs the room."""
+        messages: list[Frames] = []
+        while self.waiting:
+            entry = self.waiting[0]
+            if entry[BLOCKS] > self.credit:
+                if entry[BLOCKS] > max(1, self.pool // 2) and self._cut_head():
+                    continue
+                if not self._may_put_barrier():
+                    break
+                self.put_barrier(now)
+                continue
+            self.waiting.popleft()
+            messages.append(self.send(session, entry))
+        return messages
+
+    def _may_put_barrier(self) -> bool:
+        """A checkpoint would make room, and none is on its way to do so."""
+        if self.barrier_in_flight or self.sync_open or self.credit >= self.pool:
+            return False
+        return self.auto_barriers or self.barriers_waiting > 0
+
+    def _cut_head(self) -> bool:
+        """Replace the batch at the head of ``waiting`` by several that touch at most half a pool each, if that can be."""
+        entry = self.waiting[0]
+        pieces = split(entry, max(1, self.pool // 2), self.block_size)
+        if len(pieces) == 1 and pieces[0][BLOCKS] == entry[BLOCKS]:
+            return False
+        self.waiting.popleft()
+        self.used += sum(piece[COST] for piece in pieces) - entry[COST]
+        self.waiting.extendleft(reversed(pieces))
+        return True
 
     def send(self, session: int, entry: Entry) -> Frames:
         """Number an entry, put it in flight, encode it. The caller has checked the credit."""
@@ -138,6 +186,7 @@ class Window:
 
     def _send_control(self, session: int, sequence: int, kind: int, body: Any) -> Frames:
         if kind == CHECKPOINT:
+            self.barriers_waiting -= 1
             self.barrier = sequence
             self.checkpoint += 1
             body[0] = self.checkpoint
@@ -149,6 +198,7 @@ class Window:
         if kind == RESYNC:
             return wire.encode(wire.Resync(session, sequence, *body))
         if kind == SYNCED:
+            self.sync_open = False
             return wire.encode(wire.Synced(session, sequence, body))
         assert kind == VERIFY
         self.asked[sequence] = body
@@ -203,6 +253,8 @@ class Window:
             entry = self.in_flight.pop()
             self.blocks_in_flight -= entry[BLOCKS]
             self.asked.pop(entry[SEQUENCE], None)
+            self.barriers_waiting += entry[KIND] == CHECKPOINT
+            self.sync_open = self.sync_open or entry[KIND] == SYNCED
             self.waiting.appendleft((0, *entry[1:]))
             count += 1
         self.next_sequence = received + 1
@@ -224,12 +276,18 @@ class Window:
         Barriers, questions and the messages of an earlier resync are taken out and returned.
         """
         self.rewind(self.applied, 0)
+        if self.flushing:
+            # applied once, but perhaps no longer there: the empty flush of ``rewind`` makes way for the batches themselves
+            self.waiting.popleft()
+            self.used += sum(entry[COST] for entry in self.flushing)
+            self.waiting.extendleft((0, *entry[1:]) for entry in reversed(self.flushing))
+            self.flushing.clear()
         controls = [entry for entry in self.waiting if entry[KIND] != BATCH]
         self.waiting = deque(entry for entry in self.waiting if entry[KIND] == BATCH)
         self.next_sequence = max(self.next_sequence, self.applied + 1, received + 1)
         self.applied = self.next_sequence - 1
         self.peer_syncing = peer_syncing
-        self.credit = 0
+        self.credit = self.barriers_waiting = 0
         self.asked.clear()
         return controls
 
@@ -240,7 +298,8 @@ class Window:
         self.in_flight.clear()
         self.waiting.clear()
         self.asked.clear()
-        self.used = self.blocks_in_flight = self.barrier = 0
+        self.used = self.blocks_in_flight = self.barrier = self.barriers_waiting = 0
+        self.sync_open = False
         batches = [Unacknowledged(e[BODY], e[FLAGS], e[PIN]) for e in entries if e[KIND] == BATCH]
         return batches, [entry for entry in entries if entry[KIND] != BATCH]
 
@@ -249,13 +308,6 @@ class Window:
         failed = [e for e in self.flushing if e[SEQUENCE] <= sequence]
         self.flushing = deque(e for e in self.flushing if e[SEQUENCE] > sequence)
         return [entry[PIN] for entry in failed if entry[PIN] is not None]
-
-    def cut_head(self) -> None:
-        """Replace the batch at the head of ``waiting`` by several that touch at most half a pool each."""
-        entry = self.waiting.popleft()
-        pieces = split(entry, max(1, self.pool // 2), self.block_size)
-        self.used += sum(piece[COST] for piece in pieces) - entry[COST]
-        self.waiting.extendleft(reversed(pieces))
 
 
 def split(entry: Entry, blocks: int, block_size: int) -> list[Entry]:

@@ -237,6 +237,8 @@ class SecondarySession:
     def _on_message(self, message: wire.Message) -> list[Effect]:
         match message:
             case wire.Ping():
+                if self._aligned and message.sequence != self._received:
+                    raise WireError(f"messages up to {message.sequence} were sent, and {self._received} was the last")
                 return [self._send(wire.Pong(self._session, 0, message.clock))]
             case wire.Pong():
                 return []
@@ -469,7 +471,7 @@ class SecondarySession:
             return self._end(f"the primary has not been heard for {now - self._heard:.1f} s")
         if now >= self._ping_at:
             self._ping_at = now + self.config.heartbeat_s
-            return [self._send(wire.Ping(self._session, 0, float(now)))]
+            return [self._send(wire.Ping(self._session, self._sequence, float(now)))]
         return []
 
     def ping(self, now: float) -> list[Effect]:
