@@ -29,6 +29,7 @@ from common.errors import ConfigError, TandemDiskError
 from common.keys import generate_keys
 from common.settings import Role
 from deploy import __version__
+from deploy.bench.command import bench
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -351,6 +352,10 @@ def demo(size: int) -> None:
     if size < 64 << 20:
         raise ConfigError(f"The demo writes to a disk of at least 64 MiB, not {format_size(size)}.")
     sys.exit(run(console, size))
+
+
+bench.callback = reporting(bench.callback) if bench.callback is not None else None
+main.add_command(bench)
 
 
 if __name__ == "__main__":

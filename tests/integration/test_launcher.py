@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from common.child import python_environment
-from common.errors import AddressInUse, ConfigError, NoSpaceError, NotRunning, TandemDiskError
+from common.errors import AddressInUse, ConfigError, NeedsForce, NoSpaceError, NotRunning, TandemDiskError
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -220,3 +220,74 @@ def test_down_is_quick(pair: Pair) -> None:
     begin = time.monotonic()
     pair.down()
     assert time.monotonic() - begin < 15
+
+
+def test_failover_while_the_primary_is_alive_needs_force(pair: Pair) -> None:
+    refused = tandemdisk("failover", "--dir", pair.directory.path, "--json")
+    assert refused.returncode == 6
+    assert json.loads(refused.stdout)["error"]["exit_code"] == 6
+    assert "--force" in refused.stderr
+    assert pair.status()["state"] == "protected"
+
+
+def test_latest_with_guest_writes_needs_force(pair: Pair) -> None:
+    status = pair.status()
+    with NbdClient(status["secondary"]["nbd_uri"]) as guest:
+        guest.write(0, b"guest" * 100)
+    os.kill(status["primary"]["pid"], signal.SIGKILL)
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+    with pytest.raises(NeedsForce, match="guest"):
+        pair.failover("latest")
+    pair.failover("checkpoint")
+    with NbdClient(status["secondary"]["nbd_uri"]) as guest:
+        assert guest.read(0, 500) == b"guest" * 100
+
+
+@pytest.mark.parametrize("target", ["latest", "checkpoint"])
+def test_a_promoted_side_goes_on_alone(pair: Pair, target: str) -> None:
+    """Failover, then down and up: the old primary stays away, the disk is what the failover made of it."""
+    before = pair.status()
+    with NbdClient(before["primary"]["nbd_uri"]) as client:
+        client.write(0, b"1" * 4096)
+        pair.checkpoint()
+        client.write(0, b"2" * 4096)
+    os.kill(before["primary"]["pid"], signal.SIGKILL)
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+    pair.failover(target)
+    now = pair.wait_for(lambda now: now["state"] == "done", "committed", 20)
+    assert now["secondary"]["role"] == "primary"
+    assert now["generation"] > before["generation"]
+    expected = (b"2" if target == "latest" else b"1") * 4096
+    with NbdClient(now["secondary"]["nbd_uri"]) as client:
+        assert client.read(0, 4096) == expected
+        client.write(8192, b"3" * 512)
+        client.flush()
+
+    up = tandemdisk("up", "--dir", pair.directory.path, "--detach")
+    assert up.returncode == 0, up.stderr
+    assert "The old primary stays down" in up.stdout
+    pair.down()
+    pair.up()
+    again = pair.status()
+    assert again["primary"]["pid"] is None
+    assert again["secondary"]["role"] == "primary"
+    with NbdClient(again["secondary"]["nbd_uri"]) as client:
+        assert client.read(0, 4096) == expected
+        assert client.read(8192, 512) == b"3" * 512
+
+
+def test_a_buffer_with_a_checkpoint_survives_down_without_a_primary(pair: Pair) -> None:
+    status = pair.status()
+    with NbdClient(status["primary"]["nbd_uri"]) as client:
+        client.write(0, b"1" * 4096)
+        pair.checkpoint()
+        client.write(0, b"2" * 4096)
+    os.kill(status["primary"]["pid"], signal.SIGKILL)
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+    (buffer,) = pair.down()["buffers"]
+    assert buffer["kept"]
+    assert "last checkpoint" in buffer["why"]
+    assert Path(buffer["directory"]).is_dir()
+    (purged,) = pair.down(purge=True)["buffers"]
+    assert not purged["kept"]
+    assert not Path(buffer["directory"]).exists()
