@@ -6,6 +6,7 @@ The machine also runs out of slots on both layers, steps over the epoch's wrap-a
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,6 +26,10 @@ from secondary.header import Failure, Stage
 from tests.heart import Rig, pattern, u64
 
 BLOCKS = 24
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+SPAN = {"where": st.integers(0, 1 << 40), "length": st.integers(0, 1 << 40)}
 
 
 class BufferMachine(RuleBasedStateMachine):
@@ -35,7 +40,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(prefix="tandemdisk-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="tandemdisk-test-", dir=MEMORY))
         self.patch = pytest.MonkeyPatch()
         self.hidden: set[int] = set()
         self.active: set[int] = set()
@@ -45,27 +50,42 @@ class BufferMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([512, 512, 1024, 4096, 4096, 65536, limits.MAX_BLOCK]),
         tail=st.integers(1, 512),
         slots=st.integers(2, BLOCKS + 2),
-        epoch=st.sampled_from([1, 1, 77, h.LAST_EPOCH - 3, h.LAST_EPOCH - 1]),
+        epoch=st.sampled_from([1, 1, 2, 77, h.LAST_EPOCH - 3]),
+        before=st.lists(st.tuples(st.booleans(), *SPAN.values()), max_size=10),
+        promote=st.booleans(),
     )
-    def start(self, block_size: int, tail: int, slots: int, epoch: int) -> None:
+    def start(
+        self,
+        block_size: int,
+        tail: int,
+        slots: int,
+        epoch: int,
+        before: list[tuple[bool, int, int]],
+        promote: bool,
+    ) -> None:
         self.block = block_size
+        blocks = BLOCKS if block_size < limits.MAX_BLOCK else 5
         # Pools of a few slots need a smaller minimum than what a batch of the real stream requires.
         self.patch.setattr(limits, "MIN_POOL", 2 * block_size)
-        size = BLOCKS * block_size + min(tail, block_size) - block_size // 2
+        size = blocks * block_size + min(tail, block_size) - block_size // 2
         self.rig = Rig(self.directory, (size,), block_size=block_size, buffer_bytes=2 * slots * block_size)
         self.size = size
         self.slots = min(slots, -(-size // block_size))
         self.rig.buffer.header.store_state(Stage.RUNNING, epoch, syncing=False)
         assert self.rig.buffer.volumes[0].hidden.slots == self.slots
+        for from_guest, where, length in before:
+            (self.guest if from_guest else self.stream)(where, length, "write")
+        if promote:
+            self.failover()
 
-    def span(self, where: float, length: float) -> tuple[int, int]:
-        """An offset and a length of up to four blocks, in bytes, often on a block's border."""
-        offset = int(where * (self.size - 1))
-        if int(where * 1000) % 2:
+    def span(self, where: int, length: int) -> tuple[int, int]:
+        """An offset and a length of up to five blocks, in bytes, on a block's border as often as not."""
+        offset = where % self.size
+        if where % 2:
             offset -= offset % self.block
-        count = max(1, int(length * 4 * self.block))
-        if int(length * 1000) % 2:
-            count = max(self.block, count - count % self.block)
+        count = 1 + length % (5 * self.block)
+        if length % 2:
+            count = self.block * (1 + length % 5)
         return offset, min(count, self.size - offset)
 
     def blocks(self, offset: int, length: int) -> set[int]:
@@ -79,11 +99,14 @@ class BufferMachine(RuleBasedStateMachine):
     def stage(self) -> Stage:
         return self.rig.buffer.header.stage
 
-    spans = {"where": st.floats(0, 1), "length": st.floats(0, 1)}
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule(**SPAN)
+    def stream_write(self, where: int, length: int) -> None:
+        self.stream(where, length, "write")
 
     @precondition(lambda self: self.stage is Stage.RUNNING)
-    @rule(**spans, kind=st.sampled_from(["write", "zero", "discard"]))
-    def stream(self, where: float, length: float, kind: str) -> None:
+    @rule(**SPAN, kind=st.sampled_from(["write", "zero", "discard"]))
+    def stream(self, where: int, length: int, kind: str) -> None:
         offset, count = self.span(where, length)
         new = self.blocks(offset, count) - self.hidden
         job, disk, oracle = self.rig.pair.jobs[0], self.rig.disks[0], self.rig.oracle
@@ -108,8 +131,13 @@ class BufferMachine(RuleBasedStateMachine):
             oracle.stream(offset, bytes(contents))
 
     @precondition(lambda self: self.stage is Stage.RUNNING)
-    @rule(**spans, kind=st.sampled_from(["write", "write", "zero", "discard"]))
-    def guest(self, where: float, length: float, kind: str) -> None:
+    @rule(**SPAN)
+    def guest_write(self, where: int, length: int) -> None:
+        self.guest(where, length, "write")
+
+    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @rule(**SPAN, kind=st.sampled_from(["write", "zero", "discard"]))
+    def guest(self, where: int, length: int, kind: str) -> None:
         offset, count = self.span(where, length)
         guest = self.rig.guest
         if kind == "discard":
@@ -131,22 +159,28 @@ class BufferMachine(RuleBasedStateMachine):
         self.active |= new
         self.rig.oracle.guest(offset, data)
 
-    @precondition(lambda self: self.stage is Stage.RUNNING)
-    @rule()
-    def checkpoint(self) -> None:
+    @precondition(lambda self: self.stage is Stage.RUNNING and bool(self.hidden or self.active))
+    @rule(years_pass=st.booleans())
+    def checkpoint(self, years_pass: bool) -> None:
+        header = self.rig.buffer.header
+        if years_pass:
+            # What four billion checkpoints leave behind: entries and pointers of the same small epochs that come again.
+            self.rig.checkpoint()
+            header.store_state(Stage.RUNNING, h.LAST_EPOCH - 1, syncing=False)
         self.rig.checkpoint()
         self.hidden.clear()
         self.active.clear()
-        assert self.rig.buffer.header.checkpoint.number == self.rig.number
-        assert self.rig.buffer.header.epoch not in (0, h.LAST_EPOCH)
+        assert header.checkpoint.number == self.rig.number
+        assert header.epoch not in (0, h.LAST_EPOCH)
 
+    @precondition(lambda self: bool(self.hidden or self.active))
     @rule()
     def restart(self) -> None:
         number = self.rig.buffer.header.checkpoint.number
         self.rig.reopen()
         assert self.rig.buffer.header.checkpoint.number == number
 
-    @precondition(lambda self: self.stage is Stage.RUNNING)
+    @precondition(lambda self: self.stage is Stage.RUNNING and len(self.hidden | self.active) > 2)
     @rule()
     def failover(self) -> None:
         failover_checkpoint(self.rig.pair)
@@ -154,8 +188,13 @@ class BufferMachine(RuleBasedStateMachine):
         assert held == self.hidden | self.active
 
     @precondition(lambda self: self.stage > Stage.RUNNING)
-    @rule(**spans, kind=st.sampled_from(["write", "write", "zero", "discard"]))
-    def promoted_guest(self, where: float, length: float, kind: str) -> None:
+    @rule(**SPAN)
+    def promoted_guest_write(self, where: int, length: int) -> None:
+        self.promoted_guest(where, length, "write")
+
+    @precondition(lambda self: self.stage > Stage.RUNNING)
+    @rule(**SPAN, kind=st.sampled_from(["write", "zero", "discard"]))
+    def promoted_guest(self, where: int, length: int, kind: str) -> None:
         offset, count = self.span(where, length)
         guest, oracle = self.rig.guest, self.rig.oracle
         if kind == "write":
@@ -172,7 +211,7 @@ class BufferMachine(RuleBasedStateMachine):
             oracle.guest(offset, after)
 
     @precondition(lambda self: self.stage > Stage.RUNNING)
-    @rule(after=st.integers(1, 6), fails=st.booleans())
+    @rule(after=st.integers(1, 3), fails=st.booleans())
     def commit(self, after: int, fails: bool) -> None:
         disk = FaultDisk(self.rig.disks[0])
         job = CommitJob(self.rig.buffer, [disk])
@@ -224,5 +263,5 @@ class BufferMachine(RuleBasedStateMachine):
 
 TestBuffer = BufferMachine.TestCase
 TestBuffer.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
