@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import psutil
 import pytest
 
 from common.child import python_environment
-from common.errors import AddressInUse, ConfigError, NeedsForce, NoSpaceError, NotRunning, TandemDiskError
+from common.config import write_config
+from common.errors import AddressInUse, ConfigError, NeedsForce, NoSpaceError, NotRunning, PeerRefused, TandemDiskError
+from common.keys import generate_keys
 from common.nbd_client import NbdClient
+from common.settings import Role
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from tests.conftest import wait_until
@@ -291,3 +295,38 @@ def test_a_buffer_with_a_checkpoint_survives_down_without_a_primary(pair: Pair) 
     (purged,) = pair.down(purge=True)["buffers"]
     assert not purged["kept"]
     assert not Path(buffer["directory"]).exists()
+
+
+def with_keys(pair: Pair, directory: Path, peer_of_secondary: str) -> None:
+    """Have the pair talk over TCP with CURVE; the secondary expects the key called ``peer_of_secondary``."""
+    for name in ("a", "b", "stranger"):
+        generate_keys(directory, name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    keys: dict[Role, tuple[str, str]] = {"primary": ("a", "b"), "secondary": ("b", peer_of_secondary)}
+    for role, (own, peer) in keys.items():
+        settings = pair.settings(role)
+        replication = replace(
+            settings.replication,
+            listen=address if role == "secondary" else None,
+            connect=address if role == "primary" else None,
+            secret_key=str(directory / f"{own}.key_secret"),
+            peer_key=str(directory / f"{peer}.key"),
+        )
+        write_config(replace(settings, replication=replication), pair.directory.config(role), role)
+
+
+def test_keys_that_match(short_dir: Path) -> None:
+    with Pair.create(short_dir / "p", OPTIONS) as pair:
+        with_keys(pair, short_dir / "keys", "a")
+        pair.up()
+        pair.wait_protected(30)
+        assert pair.checkpoint().number > 0
+
+
+def test_keys_that_do_not_match(short_dir: Path) -> None:
+    with Pair.create(short_dir / "p", OPTIONS) as pair:
+        with_keys(pair, short_dir / "keys", "stranger")
+        with pytest.raises(PeerRefused, match="tandemdisk keygen"):
+            pair.up()
+        assert pair.status()["state"] == "stopped"
