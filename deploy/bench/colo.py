@@ -31,12 +31,19 @@ COMMIT_TIMEOUT_S: Final = 60.0
 
 
 class Qmp:
-    """A client of QEMU's machine protocol over a Unix socket: one JSON object a line, one command at a time."""
+    """A client of QEMU's machine protocol over a Unix socket: one JSON object a line, one command at a time.
+
+    Making one raises FileNotFoundError or ConnectionRefusedError while QEMU does not listen yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(COMMAND_TIMEOUT_S)
-        self._socket.connect(str(path))
+        try:
+            self._socket.settimeout(COMMAND_TIMEOUT_S)
+            self._socket.connect(str(path))
+        except BaseException:
+            self._socket.close()
+            raise
         self._lines = self._socket.makefile("rb")
         self._line()
         self.run("qmp_capabilities")
@@ -118,9 +125,17 @@ class QemuColo(Peer):
     def _qemu(self, name: str, *drives: str) -> Qmp:
         path = self.directory / f"{name}.qmp"
         bare = [QEMU, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off"]
-        self.servers.start(name, [*bare, *(word for drive in drives for word in ("-drive", drive))], ready=path)
-        self._qmp[name] = Qmp(path)
+        command = [*bare, *(word for drive in drives for word in ("-drive", drive))]
+        self.servers.start(name, command, ready=lambda: self._connect(name, path))
         return self._qmp[name]
+
+    def _connect(self, name: str, path: Path) -> bool:
+        """Whether QEMU listens; its monitor takes one client, so the first connection is the one that is kept."""
+        try:
+            self._qmp[name] = Qmp(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
     def _start_secondary(self, disk: Path) -> None:
         qmp = self._qemu(

@@ -95,19 +95,15 @@ def load_pair(directory: Path, progress: Callable[[str], None]) -> list[Loaded]:
                 peer.checkpoint()
                 pids = peer.pids()
                 before = {name: thread_uses(pid) for name, pid in pids.items()}
-                batches = _batches(peer)
+                batches = peer.batches()
                 (figures,) = engine.run([Stream(Load("random", 0, 4096, depth), peer.uri, SIZE, LOAD_S)], directory)
                 peer.settle()
                 uses = dict(_differences(before, pids))
-                batches = _batches(peer) - batches
+                batches = peer.batches() - batches
                 found.append(Loaded(mode, depth, figures.iops, figures.requests, batches, uses))
         finally:
             peer.stop()
     return found
-
-
-def _batches(peer: TandemDisk) -> int:
-    return int(peer.pair.client("primary").call("status")["counters"]["batches"])
 
 
 def _differences(

@@ -21,10 +21,11 @@ from typing import ClassVar, Final, Literal
 import psutil
 
 from common import limits
+from common.control import ControlClient
 from common.errors import ConfigError, NeedsForce, NotRunning
 from common.settings import Mode
 from deploy.bench import scratch
-from deploy.bench.servers import Servers, wait_until
+from deploy.bench.servers import Servers, listens, wait_until
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 
@@ -111,7 +112,7 @@ class QemuNbd(Peer):
         (disk,) = self.disks(1)
         socket = directory / "nbd.sock"
         command = ["qemu-nbd", "-t", "-k", str(socket), "-f", "raw", "--cache=writeback", "--shared=16", str(disk)]
-        self.servers.start("server", command, ready=socket)
+        self.servers.start("server", command, ready=lambda: listens(socket))
         self.uri = f"nbd+unix:///?socket={socket}"
 
 
@@ -125,7 +126,9 @@ class Nbdkit(Peer):
         super().start(directory, size)
         (disk,) = self.disks(1)
         socket = directory / "nbd.sock"
-        self.servers.start("server", ["nbdkit", "-f", "-U", str(socket), "file", str(disk)], ready=socket)
+        self.servers.start(
+            "server", ["nbdkit", "-f", "-U", str(socket), "file", str(disk)], ready=lambda: listens(socket)
+        )
         self.uri = f"nbd+unix:///?socket={socket}"
 
 
@@ -142,6 +145,8 @@ class TandemDisk(Peer):
         super().__init__(f"tandemdisk-{mode}", f"tandemdisk, {mode}")
         self._mode: Mode = mode
         self._pair: Pair | None = None
+        self._primary: ControlClient
+        self._secondary: ControlClient
         self._known: dict[str, int] = {}
 
     @staticmethod
@@ -168,6 +173,9 @@ class TandemDisk(Peer):
         self._pair = Pair.create(directory / "pair", options)
         self._pair.up()
         self._pair.wait_protected()
+        # Kept, as a program that makes checkpoints would: a new client reads the pair's configuration first.
+        self._primary = self._pair.client("primary")
+        self._secondary = self._pair.client("secondary")
         status = self._pair.status()
         self.uri = status["primary"]["nbd_uri"]
         self.guest_uri = status["secondary"]["nbd_uri"]
@@ -195,11 +203,17 @@ class TandemDisk(Peer):
         )
 
     def checkpoint(self) -> None:
-        self.pair.checkpoint()
+        self._primary.call("checkpoint")
 
     def settle(self) -> None:
-        primary = self.pair.client("primary")
-        wait_until(lambda: not primary.call("status")["lag"]["bytes"], SETTLE_TIMEOUT_S, f"{self.title}: settling")
+        def settled() -> bool:
+            return not self._primary.call("status")["lag"]["bytes"]
+
+        wait_until(settled, SETTLE_TIMEOUT_S, f"{self.title}: settling")
+
+    def batches(self) -> int:
+        """Batches that the primary has sent so far."""
+        return int(self._primary.call("status")["counters"]["batches"])
 
     def kill_primary(self) -> None:
         os.kill(self._known["primary"], signal.SIGKILL)
@@ -209,7 +223,7 @@ class TandemDisk(Peer):
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
             try:
-                self.pair.failover(target)
+                self._secondary.call("failover", to=target, force=False)
             except NeedsForce:
                 if time.monotonic() > deadline:
                     raise
@@ -218,10 +232,8 @@ class TandemDisk(Peer):
                 return
 
     def wait_committed(self) -> None:
-        secondary = self.pair.client("secondary")
-
         def committed() -> bool:
-            status = secondary.call("status")
+            status = self._secondary.call("status")
             return status["role"] == "primary" and not (status.get("commit") or {}).get("active")
 
         wait_until(committed, SETTLE_TIMEOUT_S, f"{self.title}: the commit")

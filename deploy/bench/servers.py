@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +82,16 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         time.sleep(0.005)
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody takes connections at the Unix socket ``path``."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False  # not bound, or bound and not listening yet
+    return True
+
+
 class Servers:
     """The processes of one peer, by name. Leaving the context kills and reaps all of them."""
 
@@ -90,8 +101,8 @@ class Servers:
         self.commands: list[str] = []
         """The command lines, for the report."""
 
-    def start(self, name: str, command: Sequence[str], *, ready: Path) -> int:
-        """Start ``command``, wait for its socket ``ready``; its pid. OperationFailed with what it said if it ends."""
+    def start(self, name: str, command: Sequence[str], *, ready: Callable[[], bool]) -> int:
+        """Start ``command`` and wait until it is ``ready``; its pid. OperationFailed with what it said if it ends."""
         log = self._directory / f"{name}.log"
         with log.open("wb") as output:
             child = subprocess.Popen(
@@ -104,7 +115,7 @@ class Servers:
             if child.poll() is not None:
                 said = log.read_text(errors="replace").strip()
                 raise OperationFailed(f"{command[0]} ended with {child.returncode}: {said}")
-            return ready.exists()
+            return ready()
 
         wait_until(listening, START_TIMEOUT_S, f"The start of {name}")
         return child.pid

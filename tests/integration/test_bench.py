@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from common.nbd_client import NbdClient
-from deploy.bench import scratch
+from deploy.bench import hotpath, runner, scratch
 from deploy.bench.colo import Between, QemuColo
 from deploy.bench.engines import BuiltIn, Engine, choose_engine
 from deploy.bench.peers import TOOLS
@@ -17,6 +19,11 @@ from deploy.bench.runner import Options, Runner
 
 MIB = 1 << 20
 SIZE = 64 * MIB
+
+
+@pytest.fixture(autouse=True)
+def one_probe_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PROBE_ROUNDS", 1)
 
 
 def require(*peers: str) -> None:
@@ -88,6 +95,28 @@ def test_a_short_run_of_unreplicated_servers_with_the_built_in_client(shm_dir: P
 def test_a_short_run_of_qemus_pair(shm_dir: Path) -> None:
     require("qemu-colo-unix")
     short_run(shm_dir, choose_engine(), "qemu-colo-unix")
+
+
+def test_a_short_run_of_our_own_pair_with_the_built_in_client(shm_dir: Path) -> None:
+    short_run(shm_dir, BuiltIn(), "tandemdisk-sync")  # the hot path's test has the other mode
+
+
+def test_the_hot_path_is_told_step_by_step(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotpath, "LOAD_S", 0.3)
+    monkeypatch.setattr(hotpath, "ROUND_TRIPS", 100)
+    console = Console(file=io.StringIO(), width=200)
+    hotpath.show_hot_path(console, shm_dir)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for expected in (
+        "| primary ",
+        "| secondary ",
+        "COW: lock and unlock",
+        "ZMQbg/IO",
+        "async, depth 32",
+        "over ZeroMQ",
+    ):
+        assert expected in text, expected
+    assert list(shm_dir.iterdir()) == []
 
 
 def test_fio_has_its_nbd_engine() -> None:
