@@ -49,8 +49,10 @@ log = logging.getLogger("process")
 class Lifecycle:
     """A process' life as its ``main`` sees it: say ``ready``, wait for ``stop``."""
 
-    def __init__(self, name: str, ready_fd: int | None = None) -> None:
+    def __init__(self, name: str, ready_fd: int | None = None, *, top_level: bool = True) -> None:
         self.name = name
+        self.top_level = top_level
+        """True if no process of ours started this one: then it is the one that systemd asked about."""
         self.stop = asyncio.Event()
         """Set when the process shall wind down: by a signal, by a control command, or by ``fail``."""
         self.failure: BaseException | None = None
@@ -63,7 +65,8 @@ class Lifecycle:
         assert not self.is_ready, "readiness is told once"
         self.is_ready = True
         self._tell({"ready": True, **(info or {})})
-        notify_systemd(f"READY=1\nMAINPID={os.getpid()}")
+        if self.top_level:
+            notify_systemd(f"READY=1\nMAINPID={os.getpid()}")
         log.info("ready %s", fields(info or {}))
 
     def fail(self, error: BaseException) -> None:
@@ -133,7 +136,7 @@ def live(
         die_with_parent(parent)
     if ready_fd is not None:
         os.set_inheritable(ready_fd, False)
-    lifecycle = Lifecycle(name, ready_fd)
+    lifecycle = Lifecycle(name, ready_fd, top_level=parent is None)
     try:
         asyncio.run(_live(main, lifecycle))
         code = 0 if lifecycle.failure is None else lifecycle.failed(lifecycle.failure)
@@ -158,7 +161,8 @@ async def _live(main: Callable[[Lifecycle], Awaitable[None]], lifecycle: Lifecyc
 def _stop_by_signal(lifecycle: Lifecycle, number: signal.Signals) -> None:
     if not lifecycle.stop.is_set():
         log.info("stopping signal=%s", number.name)
-        notify_systemd("STOPPING=1")
+        if lifecycle.top_level:
+            notify_systemd("STOPPING=1")
     lifecycle.stop.set()
 
 

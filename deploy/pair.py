@@ -33,6 +33,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import psutil
+
 from common.child import Child
 from common.control import ControlClient, error_from_dict
 from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
@@ -108,6 +110,7 @@ class Pair:
         client = ControlClient(self.directory.supervisor_control, START_TIMEOUT_S)
         with contextlib.suppress(NotRunning):
             return client.call("start")
+        self._wait_for_orphans()
         arguments = ["--dir", str(self.directory.path)]
         with self.directory.supervisor_log.open("ab") as log:
             child = Child.launch("deploy.launcher", arguments, stderr=log, outlives_us=detach)
@@ -198,6 +201,14 @@ class Pair:
         with contextlib.suppress(TandemDiskError):
             buffers.append(release_buffer(self.settings("secondary"), status, clean="primary" in stopped, purge=purge))
         return {"stopped": stopped, "killed": [], "buffers": buffers}
+
+    def _wait_for_orphans(self) -> None:
+        """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
+        for role, child in read_state(self.directory).get("children", {}).items():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process = psutil.Process(child["pid"]) if child.get("alive") else None
+                if process is not None and role in process.cmdline():
+                    psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""

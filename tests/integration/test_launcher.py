@@ -146,6 +146,15 @@ def test_children_die_with_their_supervisor(pair: Pair) -> None:
     assert pair.status()["state"] == "stopped"
 
 
+def test_up_right_after_the_supervisor_was_killed(pair: Pair) -> None:
+    os.kill(pair.status()["supervisor"]["pid"], signal.SIGKILL)
+    again = Pair(pair.directory.path)
+    wait_until(lambda: again.status()["supervisor"]["pid"] is None, 20, "the supervisor's end")
+    again.up()
+    again.wait_protected(30)
+    again.down()
+
+
 def test_a_start_that_fails_leaves_nothing(short_dir: Path) -> None:
     huge = PairOptions(size=1 << 40, buffer_bytes=1 << 40)
     with pytest.raises(NoSpaceError) as caught:

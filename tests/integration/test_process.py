@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.child import Child, exit_reason, python_environment
+from common.child import Child, exit_reason, python_command, python_environment, settings_memfd
 from common.control import ControlClient
 from common.errors import ConfigError, OperationFailed
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
@@ -117,16 +117,23 @@ def test_a_child_dies_with_its_parent_however_that_dies(short_dir: Path, number:
     assert "stopping signal=SIGTERM" in log_of(short_dir)
 
 
-def test_systemd_is_told(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_is_told_by_the_process_that_it_started(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(short_dir / "notify"))
         notify.settimeout(20)
         monkeypatch.setenv("NOTIFY_SOCKET", str(short_dir / "notify"))
-        child = start(short_dir, "serve")
+        child = start(short_dir, "serve")  # one of ours: what it says would be taken for its parent's word
         child.wait_ready(20)
-        assert notify.recv(4096).decode().split("\n") == ["READY=1", f"MAINPID={child.pid}"]
         child.stop(20)
+        fd = settings_memfd(settings(short_dir, "serve"))
+        command = [*python_command(TOY), "--settings-fd", str(fd)]
+        with (short_dir / "log").open("ab") as log:
+            service = subprocess.Popen(command, pass_fds=(fd,), stderr=log, env=python_environment())
+        os.close(fd)
+        assert notify.recv(4096).decode().split("\n") == ["READY=1", f"MAINPID={service.pid}"]
+        service.terminate()
         assert notify.recv(4096) == b"STOPPING=1"
+        assert service.wait(20) == 0
 
 
 def test_a_folder_of_the_user_is_not_imported(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
