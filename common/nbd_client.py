@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ class NbdClient(NbdStream):
             return
         try:
             self._queue(nbd.NBD_CMD_DISC, 0, 0, 0)
-            self._send()
+            self.send()
         except (OSError, NbdError, TimedOut):
             pass  # the server is gone, which is what was wanted
         self._socket.close()
@@ -203,7 +202,7 @@ class NbdClient(NbdStream):
         self._outgoing.append(data)
         self._outgoing_bytes += len(data)
         if self._outgoing_bytes >= _SEND:
-            self._send()
+            self.send()
         return cookie
 
     def submit_zero(
@@ -228,11 +227,15 @@ class NbdClient(NbdStream):
 
         Fewer come back only if fewer are in flight. An error of the server is in its completion, not raised.
         """
-        self._send()
+        self.send()
         while len(self._done) < minimum and self._requests:
             self._receive()
         done, self._done = self._done, []
         return done
+
+    def collect_all(self) -> list[Completion]:
+        """Send what is queued and wait for everything in flight; the completions that were not collected yet."""
+        return self.collect(len(self._requests) + len(self._done))
 
     def write_many(self, writes: Iterable[tuple[int, Data]], *, depth: int = 32, fua: bool = False) -> int:
         """Write all (offset, data), up to ``depth`` in flight; how many. The first error is raised at the end."""
@@ -245,9 +248,9 @@ class NbdClient(NbdStream):
                 failed = failed or _first_error(self.collect(max(1, depth // 2)))
                 if failed:
                     break
-        failed = failed or _first_error(self.collect(len(self._requests)))
+        rest = self.collect_all()
+        failed = failed or _first_error(rest)
         if failed:
-            self.collect(len(self._requests))
             raise failed
         return count
 
@@ -288,14 +291,15 @@ class NbdClient(NbdStream):
         self._outgoing_bytes += nbd.REQUEST.size
         return number
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Send all that is queued; receive while the socket takes nothing."""
         while self._outgoing:
             parts = self._outgoing[:_IOV]
             try:
-                sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sent = self._socket.sendmsg(parts)
             except (BlockingIOError, InterruptedError):
-                self._wait(select.POLLIN | select.POLLOUT)
+                if self._wait(select.POLLIN | select.POLLOUT) & ~select.POLLOUT:
+                    self._receive()
                 continue
             except OSError as error:
                 raise NbdError(f"The server hung up: {error.strerror or error}.") from None
@@ -307,16 +311,6 @@ class NbdClient(NbdStream):
             del self._outgoing[:whole]
             if sent:
                 self._outgoing[0] = memoryview(self._outgoing[0])[sent:]
-
-    def _wait(self, events: int) -> None:
-        """Wait for the socket; takes in what came if it is readable."""
-        poll = select.poll()
-        poll.register(self._socket, events)
-        ready = poll.poll(self.timeout_s * 1000)
-        if not ready:
-            raise self._timed_out()
-        if ready[0][1] & (select.POLLIN | select.POLLHUP | select.POLLERR):
-            self._receive()
 
     # Receiving
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from typing import Final
 
@@ -38,12 +39,23 @@ class NbdStream:
         self._send_all(nbd.CLIENT_FLAGS.pack(nbd.NBD_FLAG_C_FIXED_NEWSTYLE | (flags & nbd.NBD_FLAG_C_NO_ZEROES)))
 
     def _send_all(self, data: bytes) -> None:
-        try:
-            self._socket.sendall(data)
-        except TimeoutError:
-            raise self._timed_out() from None
-        except OSError as error:
-            raise NbdError(f"The NBD server hung up: {error.strerror or error}.") from None
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._socket.send(view) :]
+            except (BlockingIOError, InterruptedError):
+                self._wait(select.POLLOUT)
+            except OSError as error:
+                raise NbdError(f"The NBD server hung up: {error.strerror or error}.") from None
+
+    def _wait(self, events: int) -> int:
+        """The events, of ``events`` or errors, that came; TimedOut if none did."""
+        poll = select.poll()
+        poll.register(self._socket, events)
+        ready = poll.poll(self.timeout_s * 1000)
+        if not ready:
+            raise TimedOut(f"The NBD server at {self.uri} did not answer within {self.timeout_s:g} s.")
+        return ready[0][1]
 
     def option(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """Send an option; its replies as (type, data), the final one last."""
@@ -82,17 +94,17 @@ class NbdStream:
 
     def _receive_into(self, view: memoryview) -> int:
         try:
-            count = self._socket.recv_into(view)
-        except TimeoutError:
-            raise self._timed_out() from None
+            while True:
+                try:
+                    count = self._socket.recv_into(view)
+                    break
+                except (BlockingIOError, InterruptedError):
+                    self._wait(select.POLLIN)
         except OSError as error:
             raise NbdError(f"The connection to the NBD server broke: {error.strerror or error}.") from None
         if not count:
             raise NbdError("The NBD server closed the connection.")
         return count
-
-    def _timed_out(self) -> TimedOut:
-        return TimedOut(f"The NBD server at {self.uri} did not answer within {self.timeout_s:g} s.")
 
 
 def _connect(uri: NbdUri, timeout_s: float) -> socket.socket:
@@ -113,6 +125,9 @@ def _connect(uri: NbdUri, timeout_s: float) -> socket.socket:
         raise TimedOut(f"The NBD server at {uri} did not accept a connection within {timeout_s:g} s.") from None
     except OSError as error:
         raise NotRunning(f"No NBD server answers at {uri}: {error.strerror or error}.") from None
+    connection.setblocking(
+        False
+    )  # with a timeout of Python's each call would poll first, and a full socket would block
     return connection
 
 

@@ -117,7 +117,7 @@ def qemu_img_bench(uri: str, *, count: int = 2000, depth: int = 32, write: bool 
 
 
 def qemu_io(uri: str, *commands: str, read_only: bool = False, fails: bool = False) -> str:
-    """Run ``commands`` in one ``qemu-io``; its output. Patterns that do not match are ClientFailed, unless ``fails``."""
+    """Run ``commands`` in one ``qemu-io``; its output. What fails is ClientFailed; with ``fails``, what does not."""
     require("qemu-io")
     words: list[str] = [word for command in commands for word in ("-c", command)]
     output = run(["qemu-io", "-f", "raw", *(["-r"] if read_only else []), *words, uri], status=None)
@@ -141,9 +141,8 @@ def fio_verify(
     text = (directory / "fio.json").read_text()
     job = json.loads(text[text.index("{") :])["jobs"][0]  # fio may print a line before its JSON
     if job["error"] or not job["write"]["total_ios"] or not job["read"]["total_ios"]:
-        raise ClientFailed(
-            f"fio wrote {job['write']['total_ios']}, read {job['read']['total_ios']}, error {job['error']}"
-        )
+        counts = f"wrote {job['write']['total_ios']}, read {job['read']['total_ios']}"
+        raise ClientFailed(f"fio {counts}, error {job['error']}")
 
 
 def libnbd_python(uri: str, script: str) -> str:
