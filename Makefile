@@ -28,7 +28,7 @@ $(VENV)/.demo: $(SOURCES) | $(VENV)/.made
 	@rm -f $(VENV)/.test && touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@rm -f $(VENV)/.demo && touch $@
 
 $(VENV)/.made:

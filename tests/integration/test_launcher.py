@@ -43,6 +43,7 @@ def tandemdisk(*arguments: str | Path, timeout_s: float = 60) -> subprocess.Comp
 def pair(short_dir: Path) -> Iterator[Pair]:
     with Pair.create(short_dir / "p", OPTIONS) as made:
         made.up()
+        made.wait_protected()
         yield made
 
 
