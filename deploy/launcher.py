@@ -125,10 +125,16 @@ class Supervisor:
     def _describe_children(self) -> dict[str, Any]:
         described: dict[str, Any] = {}
         for role in self.settings:
-            if self._running(role):
-                described[role] = {"alive": True, "pid": self._children[role].pid}
+            child = self._children.get(role)
+            code = None if child is None else child.poll()
+            if child is not None and code is None:
+                described[role] = {"alive": True, "pid": child.pid}
             elif role in self._deaths:
                 described[role] = {"alive": False, **self._deaths[role]}
+            elif child is not None and code is not None:  # it ended just now: its death is not recorded yet
+                described[role] = {
+                    "alive": False, "pid": child.pid, "exit_code": code, "reason": exit_reason(code), "at": _now()
+                }  # fmt: skip
             else:
                 described[role] = {"alive": False, "pid": None, "exit_code": None, "reason": "not started", "at": None}
         return described
