@@ -339,6 +339,8 @@ class SecondaryNode:
     async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
         header, volumes = self.buffer.header, self.buffer.volumes
         block, epoch = header.block_size, header.epoch
+        if header.stage is Stage.DONE:
+            epoch += 1  # what a commit left in the pools counts no more
         hidden = sum(volume.hidden.used(epoch) for volume in volumes) * block
         active = sum(volume.active.used(epoch) for volume in volumes) * block
         capacity = sum(volume.hidden.slots + volume.active.slots for volume in volumes) * block
