@@ -27,7 +27,7 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4
 table { border-collapse: collapse; font-size: .84rem; margin: .3rem 0 1rem; width: 100%; }
 th { text-align: right; font-weight: 500; color: #5d6470; border-bottom: 1px solid #c9cdd3; padding: .2rem .5rem; }
 td { text-align: right; padding: .18rem .5rem; border-bottom: 1px solid #eef0f2; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, .left td, .left th { text-align: left; padding-left: 0; }
+th:first-child, td:first-child, .left td, .left th, .text { text-align: left; padding-left: 0; }
 .met { color: #17703a; font-weight: 600; } .missed { color: #b3261e; font-weight: 600; } .open { color: #5d6470; }
 .warning { border-left: 4px solid #b3261e; padding: .2rem .8rem; background: #fdf1f0; }
 svg { width: 100%; height: auto; } code { font-size: .8rem; word-break: break-all; }
@@ -56,7 +56,7 @@ def _head(run: Run) -> Iterable[str]:
     options, around = run.options, run.environment
     sentences = (
         f"Disks of {int(options['size']) >> 20} MiB in memory, prefilled with incompressible data.",
-        f"Jobs of {options['seconds']:g} s in {options['rounds']} rounds, each job on all peers in turn.",
+        f"Rounds: {options['rounds']}, each job {options['seconds']:g} s on all peers in turn.",
         f"{around.get('CPUs', '?')} CPUs ({around.get('processor', '?')}), {around.get('kernel', '')},",
         f"load from {around.get('engine', '')}; the run took {run.seconds / 60:.0f} minutes.",
         "Figures are medians; ratios are taken between neighbours in the same round.",
@@ -175,6 +175,10 @@ def _surroundings(run: Run) -> Iterable[str]:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """``rows`` are HTML already."""
+    # Columns without a heading hold words.
+    kinds = ["<td>" if column else "<td class='text'>" for column in columns]
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(f'{kind}{cell}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>" for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"

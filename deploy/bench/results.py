@@ -88,7 +88,7 @@ class Run:
     checkpoints: list[CheckpointSample] = field(default_factory=list)
     failovers: list[FailoverSample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """Sentences: what went wrong, and what was left out because the time was up."""
+    """Sentences: what went wrong, what was left out because the time was up, and that the machine was busy."""
     seconds: float = 0.0
 
     def title(self, peer: str) -> str:

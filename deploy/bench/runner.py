@@ -25,6 +25,8 @@ from deploy.bench.workloads import BY_NAME, WARM_UP, Job, Load
 
 WARM_UP_S: Final = 0.5
 PROBE_ROUNDS: Final = 3
+BUSY_LOAD: Final = 0.3
+"""Load average a CPU from which on other work shows in the figures."""
 _PEER_ERRORS: Final = (TandemDiskError, OSError, subprocess.SubprocessError, psutil.Error)
 
 
@@ -63,6 +65,7 @@ class Runner:
         """Everything, in order; what cannot be had is a sentence in ``failures``, never an exception of a peer."""
         begun = time.monotonic()
         self._deadline = begun + self._options.limit_s
+        self._note_other_work()
         footprint = sum(make_peer(name).footprint(self._options.size) for name in self._options.peers)
         with scratch.scratch_directory(Path(self._options.directory)) as self._directory:
             scratch.require_space(self._directory, footprint)
@@ -79,6 +82,13 @@ class Runner:
                 self._stop_peers()
         self.found.seconds = time.monotonic() - begun
         return self.found
+
+    def _note_other_work(self) -> None:
+        """Ratios of neighbours bear a busy machine, figures do not: say that it was busy."""
+        load = os.getloadavg()[0]
+        if load > BUSY_LOAD * len(os.sched_getaffinity(0)):
+            sentence = f"The machine was busy with other work when the run began: its load average was {load:.1f}."
+            self.found.failures.append(sentence)
 
     def _start_peers(self) -> None:
         for name in self._options.peers:

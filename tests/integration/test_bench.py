@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from common.child import python_command, python_environment
 from common.nbd_client import NbdClient
 from deploy.bench import hotpath, runner, scratch
 from deploy.bench.colo import Between, QemuColo
@@ -22,8 +24,9 @@ SIZE = 64 * MIB
 
 
 @pytest.fixture(autouse=True)
-def one_probe_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_probe_each_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "PROBE_ROUNDS", 1)
+    monkeypatch.setattr(runner, "BUSY_LOAD", float("inf"))
 
 
 def require(*peers: str) -> None:
@@ -117,6 +120,25 @@ def test_the_hot_path_is_told_step_by_step(shm_dir: Path, monkeypatch: pytest.Mo
     ):
         assert expected in text, expected
     assert list(shm_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_no_process(shm_dir: Path, number: signal.Signals) -> None:
+    """The fixture ``no_process_survives`` looks after the processes; the disks of a SIGKILL go with the next run."""
+    command = [*python_command("deploy"), "bench", "--only", "tandemdisk-sync", "--size", "64M", "--engine", "built-in",
+               "--directory", str(shm_dir)]  # fmt: skip
+    with subprocess.Popen(command, env=python_environment(), stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "round 1" in line:
+                break
+        child.send_signal(number)
+        child.stderr.close()
+        child.wait(30)
+    left = list(shm_dir.iterdir())
+    assert bool(left) == (number == signal.SIGKILL)
+    with scratch.scratch_directory(shm_dir) as fresh:
+        assert list(shm_dir.iterdir()) == [fresh]
 
 
 def test_fio_has_its_nbd_engine() -> None:

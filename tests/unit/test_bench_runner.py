@@ -52,6 +52,11 @@ class PaperPeer(Peer):
         super().stop()
 
 
+@pytest.fixture(autouse=True)
+def idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "BUSY_LOAD", float("inf"))
+
+
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the paper peers that were stopped; two of them, ``left`` and ``right``, are all there is."""
@@ -172,6 +177,12 @@ def test_left_overs_of_a_killed_run_go_with_the_next(tmp_path: Path) -> None:
         with scratch.scratch_directory(tmp_path):
             assert running.exists()  # a run that lives is left alone
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_busy_machine_is_said_so(tmp_path: Path, stopped: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "BUSY_LOAD", -1.0)
+    run = Runner(options(tmp_path, rounds=1), InstantEngine(), quiet).run()
+    assert "busy with other work" in run.failures[0]
 
 
 def test_the_environment_says_what_figures_depend_on() -> None:
