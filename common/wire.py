@@ -375,6 +375,12 @@ def _seconds(value: Any) -> float:
     return value
 
 
+def _block_size(value: Any) -> int:
+    if type(value) is not int or not limits.MIN_BLOCK <= value <= limits.MAX_BLOCK or value & (value - 1):
+        raise WireError(f"expected a block size, got {_short(value)}")
+    return value
+
+
 def _packed(size: int) -> Check:
     def check(value: Any) -> bytes:
         if type(value) is not bytes or len(value) % size or len(value) > limits.MAX_BATCH_EXTENTS * 24:
@@ -419,7 +425,7 @@ _ROLE: Final = _word("primary", "secondary")
 
 _LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
     HELLO: (Hello, (_integer(32), _I64, _I64, _volumes, _standing)),
-    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _integer(32), _flag, _flag,
+    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _block_size, _flag, _flag,
                         _standing)),
     REFUSE: (Refuse, (_text(64), _SENTENCE)),
     CHECKPOINT: (Checkpoint, (_I64,)),

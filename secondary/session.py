@@ -440,22 +440,26 @@ class SecondarySession:
         """The work ``sequence`` could not be done (a disk or pool error). The shell drops everything in its queue; the
         session ends, and the next one starts again at what was applied."""
         ended = self._end(sentence, "apply", sequence, errno)
-        self._work.clear()
-        self._uncounted = 0
-        self._received = self._applied
-        self._checkpoint_received = self._checkpoint
+        self._drop_work()
         return ended
 
     def failed_flush(self, point: Point, errno: int, sentence: str) -> list[Effect]:
         """What was applied up to ``point`` could not be made durable, and the kernel may have forgotten it: from now on
-        the disk is not exact, and only a resync makes it so again."""
-        if point.stream != self._stream:
-            return []
-        ended = self._end(sentence, "flush", point.sequence, errno)
+        the disk is not exact, and only a resync makes it so again. The shell drops everything in its queue (no
+        checkpoint may be taken of such a disk) and decides what the last checkpoint is still worth."""
+        barrier = point.sequence if point.stream == self._stream else self._applied
+        ended = self._end(sentence, "flush", barrier, errno)
+        self._drop_work()
         self._durable = self._recorded
         self._exact = False
         self._told = (self._applied, self._durable, self._recorded, self._told[3])
         return ended
+
+    def _drop_work(self) -> None:
+        self._work.clear()
+        self._uncounted = 0
+        self._received = self._applied
+        self._checkpoint_received = self._checkpoint
 
     # -------------------------------------------------------------------------------------------------------- time
 

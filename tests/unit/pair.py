@@ -23,7 +23,7 @@ from primary.ledger import Ledger, mark
 from primary.session import PrimaryConfig, PrimarySession, State
 from secondary import session as down
 
-BLOCK = 16
+BLOCK = 512
 OLD_PEER = b"old"
 
 
@@ -112,7 +112,7 @@ class Pair:
             self.stream = self.rng.getrandbits(63) + 1
         self.ledger = Ledger([self.blocks * BLOCK], BLOCK)
         standing = Standing("pair", "a", "primary", self.history, True, self.base)
-        config = PrimaryConfig((("v", self.blocks * BLOCK),), 2000, on_peer_loss=self.loss,  # type: ignore[arg-type]
+        config = PrimaryConfig((("v", self.blocks * BLOCK),), 24_000, on_peer_loss=self.loss,  # type: ignore[arg-type]
                                checkpoint_on_pressure=True)
         self.primary = PrimarySession(
             config, standing, instance=self.instances, stream=self.stream, next_sequence=next_sequence, ledger=self.ledger,
@@ -381,7 +381,9 @@ class Pair:
         if self.fail_flush:
             self.fail_flush = False
             lost = self.rng.random() < 0.5
-            self.on_secondary(self.secondary.failed_flush(point, 5, "the secondary could not flush its disk"))
+            effects = self.secondary.failed_flush(point, 5, "the secondary could not flush its disk")
+            self.queue.clear()
+            self.on_secondary(effects)
             if lost:
                 self.host.cache = list(self.host.stable)
                 self.forgot = True
@@ -444,7 +446,7 @@ class Pair:
         if token is not None:
             expected = [versions[bisect_right(versions, token) - 1] for versions in self.writes]
             assert snapshot == expected
-        if self.host.old is not None and number == max(self.checkpoints):
+        if self.host.old is not None and number == max(self.checkpoints) and not self.forgot:
             assert self.host.checkpoint_view() == snapshot
 
     # -------------------------------------------------------------------------------------------------------- link

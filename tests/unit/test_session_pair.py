@@ -82,9 +82,19 @@ def corrupt(pair: Pair) -> None:
             queue[at], queue[at + 1] = queue[at + 1], queue[at]
 
 
-@pytest.mark.parametrize("seed", range(int(__import__("os").environ.get("SEEDS","120"))))
+@pytest.mark.parametrize("seed", range(120))
 def test_random_traffic_and_faults_converge_and_never_lie(seed: int) -> None:
     """I2, I3 and I4 hold at every step (the pair checks them), and after healing both disks are equal."""
+    run(seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(120, 4000))
+def test_more_random_traffic(seed: int) -> None:
+    run(seed)
+
+
+def run(seed: int) -> None:
     print("seed", seed)
     pair = Pair(seed, pool=(24, 48, 8)[seed % 3], loss="block" if seed % 4 == 3 else "continue")
     for _ in range(1500):
