@@ -2,8 +2,9 @@
 
 Not ``zmq.asyncio``: its futures cost more than the messages. ZeroMQ shows its state on one descriptor (``zmq.FD``) that is
 *edge-triggered*: any call on the socket, a send too, may consume the edge that told of a received message. So whoever
-touched the socket looks at it again: every ``send`` schedules one drain for the current turn of the loop, however many
-sends there are in it.
+touched the socket looks at it again. A send looks for events only if the socket was left alone for about a millisecond before
+(ZeroMQ reads its clock to decide), and what it swallows then is a message that happened to arrive in that instant. So one
+look ``LOOK_AGAIN_S`` later is enough: one per millisecond under load instead of one a send, and each costs as much as a message.
 
 Copy or not: a payload that is sent without a copy costs a message object, a reference that ZeroMQ's I/O thread gives
 back through another socket, and a wake-up for that. Measured on two cores (``ipc``, two processes): 128 KiB a message
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import zmq
+import zmq.backend
 import zmq.utils.monitor
 from zmq.auth.thread import ThreadAuthenticator
 
@@ -33,10 +35,19 @@ from common.keys import CurveKeys
 
 Frame = bytes | bytearray | memoryview
 
+# Plain integers: combining the enum members costs more than the call that takes them.
+DONTWAIT: Final = int(zmq.DONTWAIT)
+SNDMORE: Final = int(zmq.SNDMORE)
+
+# What zmq.Socket.send and .recv end in. The methods in between serve options that are not used here, at 1 to 2 us a frame.
+_send: Final = zmq.backend.Socket.send
+_recv: Final = zmq.backend.Socket.recv
+
 COPY_BELOW: Final = 512 * limits.KIB
 MESSAGES_PER_TURN: Final = 64
 QUEUED_MESSAGES: Final = 16384
 """High-water mark of a socket: above what a window can hold, so that the window, not ZeroMQ, is what bounds memory."""
+LOOK_AGAIN_S: Final = 0.001
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 1000
 
@@ -71,7 +82,7 @@ class Port:
 
     def _watch(self) -> None:
         self._loop.add_reader(self.socket.FD, self._drain)
-        self._look_again()
+        self._loop.call_soon(self._drain)
 
     def _watch_connections(self, events: int) -> None:
         self._monitor = self.socket.get_monitor_socket(events)
@@ -84,7 +95,7 @@ class Port:
     def _look_again(self) -> None:
         if not self._drain_scheduled:
             self._drain_scheduled = True
-            self._loop.call_soon(self._drain_once)
+            self._loop.call_later(LOOK_AGAIN_S, self._drain_once)
 
     def _drain_once(self) -> None:
         self._drain_scheduled = False
@@ -102,7 +113,7 @@ class Port:
                 return
             if self._closed:
                 return
-        self._look_again()
+        self._loop.call_soon(self._drain)
         self._drained()
 
     def _receive_one(self) -> None:
@@ -113,12 +124,15 @@ class Port:
 
     def _send(self, frames: Sequence[Frame]) -> bool:
         """Hand the frames to ZeroMQ; False if its queue is full or the peer unknown (then nothing was sent)."""
-        send = self.socket.send
+        socket = self.socket
         last = len(frames) - 1
         try:
             for index, frame in enumerate(frames):
-                flags = zmq.DONTWAIT | zmq.SNDMORE if index < last else zmq.DONTWAIT
-                send(frame, flags, len(frame) < COPY_BELOW)
+                flags = DONTWAIT | SNDMORE if index < last else DONTWAIT
+                if len(frame) < COPY_BELOW:
+                    _send(socket, frame, flags)
+                else:
+                    _send(socket, frame, flags, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, errno.EHOSTUNREACH):
                 raise
@@ -172,7 +186,13 @@ class Dialer(Port):
         return self._send(frames)
 
     def _receive_one(self) -> None:
-        self._on_frames(self.socket.recv_multipart(zmq.DONTWAIT))
+        socket = self.socket
+        frame = _recv(socket, DONTWAIT, False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = _recv(socket, 0, False)
+            frames.append(frame.bytes)
+        self._on_frames(frames)
 
     def _drained(self) -> None:
         self._on_drained()
@@ -180,7 +200,7 @@ class Dialer(Port):
     def _monitored(self) -> None:
         while not self._closed:
             try:
-                event = zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.DONTWAIT)
+                event = zmq.utils.monitor.recv_monitor_message(self._monitor, DONTWAIT)
             except zmq.Again:
                 return
             kind = event["event"]
@@ -240,7 +260,7 @@ class Listener(Port):
         broken = False
         while not self._closed:
             try:
-                zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.DONTWAIT)
+                zmq.utils.monitor.recv_monitor_message(self._monitor, DONTWAIT)
             except zmq.Again:
                 break
             broken = True
@@ -253,14 +273,13 @@ class Listener(Port):
                 return
 
     def _receive_one(self) -> None:
-        recv = self.socket.recv
-        peer = recv(zmq.DONTWAIT)
+        socket = self.socket
+        frame = _recv(socket, DONTWAIT, False)
+        peer = frame.bytes
         frames: list[Frame] = []
-        more = self.socket.rcvmore
-        while more:
-            frame = recv(0, False)
+        while frame.more:
+            frame = _recv(socket, 0, False)
             frames.append(frame.buffer)
-            more = frame.more
         self._on_frames(peer, frames)
 
     def _drained(self) -> None:
