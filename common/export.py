@@ -35,9 +35,9 @@ MAX_CONNECTIONS: Final = 256
 """Clients at once. Each may hold a receive buffer and a reply buffer."""
 READ_THREADS: Final = 8
 REPLY_BUFFERS_KEPT: Final = 4
-SOCKET_BUFFER: Final = 4 * limits.MIB
-"""Asked of the kernel for both directions, which gives what net.core.{w,r}mem_max allow. With the default of 208 KiB a
-depth of 32 reads of 4 KiB just does not fit in one send."""
+SOCKET_BUFFER: Final = 2 * limits.MIB
+"""Asked of the kernel for replies; it gives what net.core.wmem_max allows. With the usual default of 208 KiB the
+replies to 32 reads of 4 KiB just do not fit in one send."""
 CLOSE_TIMEOUT_S: Final = 5.0
 _ACCEPT_AGAIN_S: Final = 1.0
 _BACKLOG: Final = 128

@@ -51,6 +51,9 @@ CHEAP_MOVE: Final = 16 * limits.KIB
 """A partial request of at most this length moves to the front of its buffer, which keeps the buffer in the caches."""
 MAX_DEFERRED: Final = limits.MAX_PAYLOAD
 """Bytes of one connection's reads that may be with threads before it is not read any more."""
+STATUS_SPAN: Final = 256 * limits.MIB
+"""A block status request is answered for at most this much, so that a fragmented file does not hold the loop up for
+long; the client asks on from there."""
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 IOV: Final = 64
 
@@ -388,6 +391,7 @@ class Connection:
         else:
             assert kind == nbd.NBD_CMD_BLOCK_STATUS
             self.counters.others += 1
+            length = min(length, STATUS_SPAN)
             try:
                 extents = volume.block_status(offset, length)
             except (OSError, TandemDiskError) as error:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import random
 import socket
 import stat
 import struct
@@ -160,6 +161,50 @@ def test_reads_and_writes_both_ways_at_full_speed_do_not_lock_up(served: Served)
         completions = client.collect(80)
         assert len(completions) == 80
         assert not [completion for completion in completions if completion.error]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_requests_against_a_model(served: Served, seed: int) -> None:
+    """Every kind of request, any alignment, two connections in turn; the model is a bytearray."""
+    rng = random.Random(seed)
+    span = 3 * MIB
+    model = bytearray(span)
+    with NbdClient(served.uri()) as one, NbdClient(served.uri(), structured=False) as other:
+        for _ in range(600):
+            client = rng.choice((one, other))
+            length = min(int(rng.paretovariate(0.5)), MIB)
+            offset = rng.randrange(span - length)
+            match rng.randrange(6):
+                case 0 | 1:
+                    data = rng.randbytes(length)
+                    client.write(offset, data, fua=rng.random() < 0.05)
+                    model[offset : offset + length] = data
+                case 2:
+                    client.zero(offset, length, no_hole=rng.random() < 0.5)
+                    model[offset : offset + length] = bytes(length)
+                case 3:
+                    client.trim(offset, length)  # FileDisk punches holes, so the contents are known
+                    model[offset : offset + length] = bytes(length)
+                case 4:
+                    extents = list(one.extents(offset, length))
+                    assert sum(extent[1] for extent in extents) == length
+                    for start, size, flags in extents:
+                        assert not flags & nbd.NBD_STATE_ZERO or not any(model[start : start + size])
+                case _:
+                    assert client.read(offset, length) == model[offset : offset + length]
+        assert one.read(0, span) == model
+
+
+def test_block_status_of_much_is_told_in_steps(short_dir: Path, shm_dir: Path) -> None:
+    path = shm_dir / "huge"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    huge = FileDisk(str(path))
+    huge.write(1 << 39, b"x" * 4096)
+    with serving(short_dir, PlainVolume(huge)) as served, NbdClient(served.uri()) as client:
+        assert client.block_status(0, 1 << 31) == [(nbd_connection.STATUS_SPAN, 3)]
+        assert client.block_status(1 << 39, 1 << 20) == [(4096, 0), ((1 << 20) - 4096, 3)]
+    huge.close()
 
 
 def test_several_exports(short_dir: Path, shm_dir: Path, plain: PlainVolume) -> None:
