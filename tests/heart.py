@@ -1,7 +1,7 @@
 """What the tests of the secondary's heart share: a pair without its processes, and the oracle.
 
-The oracle is the most stupid thing that can be right: two byte strings a volume. ``disk`` is what the secondary disk must hold,
-``view`` what the guest must see; a checkpoint copies one to the other.
+The oracle is the most stupid thing that can be right: two byte strings a volume. ``disk`` is what the secondary disk
+must hold, ``view`` what the guest must see; a checkpoint copies one to the other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Oracle:
 
 
 class Rig:
-    """A secondary's heart in one process: disks in files, buffer, backup jobs, guest views, an oracle for each volume."""
+    """A secondary's heart in one process.
+
+    Disks in files, buffer, backup jobs, guest views, an oracle for each volume.
+    """
 
     def __init__(
         self,
@@ -68,7 +71,8 @@ class Rig:
             Path(path).write_bytes(oracle.disk)
         self.settings = BufferSettings(str(directory / "buffer"), buffer_bytes, block_size)
         self.volumes = [
-            BufferVolume(f"disk{index}", size, path) for index, (size, path) in enumerate(zip(sizes, self.paths, strict=True))
+            BufferVolume(f"disk{index}", size, path)
+            for index, (size, path) in enumerate(zip(sizes, self.paths, strict=True))
         ]
         self.timeout_s = timeout_s
         self.buffer = DiskBuffer.create(self.settings, self.volumes, pair_id="rig", timeout_s=timeout_s)
@@ -126,7 +130,9 @@ class Rig:
     def check(self) -> None:
         """Everything is as the oracle says: the guest's view of every volume, and the secondary disks."""
         for index, oracle in enumerate(self.oracles):
-            assert self.read(0, len(oracle.view), index) == oracle.view
+            contents = bytearray(len(oracle.view))
+            self.guests[index].read_blocking(0, memoryview(contents))
+            assert contents == oracle.view
             assert Path(self.paths[index]).read_bytes() == oracle.disk
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def test_too_little_memory_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> N
 
 
 def test_a_full_file_system_found_out_late_is_the_same_sentence(tmp_path: Path) -> None:
-    """The file size limit of a process stands in for a file system that fills up between the look and the allocation."""
+    """A file size limit stands in for a file system that fills up between the look and the allocation."""
     code = (
         "import resource, signal, sys\n"
         "from common.settings import BufferSettings\n"

@@ -119,7 +119,7 @@ def test_a_commit_that_is_stopped_or_killed_goes_on_where_it_was(pair: Rig) -> N
     runs = 0
     for _ in range(1000):
         job = CommitJob(pair.buffer, pair.disks)
-        job.progress = lambda done, total, job=job: job.stopping.set()  # type: ignore[misc]
+        job.progress = lambda done, total, job=job: job.stopping.set()
         runs += 1
         if job.run():
             break

@@ -64,7 +64,15 @@ def failure(pair: Rig) -> Failure | None:
 
 def test_writes_at_any_offset_and_length_overlay_the_checkpoint(pair: Rig) -> None:
     pair.stream(0, pattern(300_000, 1))
-    for offset, length in [(0, 1), (511, 2), (4095, 2), (70_000, 1), (65_535, 70_000), (SIZE - 1, 1), (SIZE - 5000, 5000)]:
+    for offset, length in [
+        (0, 1),
+        (511, 2),
+        (4095, 2),
+        (70_000, 1),
+        (65_535, 70_000),
+        (SIZE - 1, 1),
+        (SIZE - 5000, 5000),
+    ]:
         pair.guest_write(offset, pattern(length, offset))
         pair.check()
     pair.stream(60_000, pattern(SIZE - 60_000, 2))
@@ -114,7 +122,9 @@ def test_a_full_active_disk_is_enospc_for_what_no_longer_fits(tmp_path: Path, mo
     done = Collected()
     data = pattern(8 * BLOCK, 1)
     made.guest.submit(
-        done.batch([(WRITE, 0, 3 * BLOCK, 0, 0), (WRITE, 50 * BLOCK, 2 * BLOCK, 0, 0), (WRITE, 90 * BLOCK, 1, 0, 0)], data)
+        done.batch(
+            [(WRITE, 0, 3 * BLOCK, 0, 0), (WRITE, 50 * BLOCK, 2 * BLOCK, 0, 0), (WRITE, 90 * BLOCK, 1, 0, 0)], data
+        )
     )
     assert done.answers == [{1: errno.ENOSPC}]
     made.oracle.guest(0, data[: 3 * BLOCK])
@@ -360,6 +370,7 @@ def test_with_its_last_client_the_export_stops_being_in_the_backup_job_s_way(tmp
 
 def test_guest_writers_in_several_threads_never_get_the_same_slot(tmp_path: Path) -> None:
     with rig(tmp_path / "rig", (1 << 22,)) as made:
+
         def write(me: int) -> None:
             for block in range(me, 1024, 4):
                 made.guest.write(block * BLOCK, pattern(BLOCK, block))
