@@ -1,0 +1,251 @@
+"""What the acceptance tests of running pairs share: starting them, loading them, and records of what was written.
+
+Real processes only. The oracle of a load is the plainest there is: the list of its writes in the order in which they
+were sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.child import Child, python_environment, settings_memfd
+from common.errors import TandemDiskError
+from common.nbd_client import NbdClient, NbdClientError
+from common.settings import Role
+from deploy.pair import Pair, PairOptions
+from tests.conftest import wait_until
+
+MIB = 1 << 20
+QUICK: Mapping[str, Any] = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 2.0}}
+"""For tests that wait until a side is given up: two seconds instead of five."""
+PIECE = 1 * MIB
+
+
+@contextlib.contextmanager
+def running(directory: Path, options: PairOptions) -> Iterator[Pair]:
+    """A protected pair in ``directory``; stopped on leaving, its memory given back."""
+    with Pair.create(directory, options) as pair:
+        pair.up()
+        pair.wait_protected()
+        yield pair
+
+
+def primary_uri(pair: Pair, volume: int = 0) -> str:
+    """The primary's export of a volume."""
+    return str(pair.status()["volumes"][volume]["primary_uri"])
+
+
+def guest_uri(pair: Pair, volume: int = 0) -> str:
+    """The secondary's export of a volume."""
+    return str(pair.status()["volumes"][volume]["secondary_uri"])
+
+
+def primary_disk(pair: Pair, volume: int = 0) -> Path:
+    return Path(pair.settings("primary").volumes[volume].disk)
+
+
+def secondary_disk(pair: Pair, volume: int = 0) -> Path:
+    return Path(pair.settings("secondary").volumes[volume].disk)
+
+
+def compare_disks(pair: Pair) -> None:
+    """AssertionError unless both disks of every volume are equal, byte by byte, by the word of cmp(1)."""
+    for volume in range(len(pair.settings("primary").volumes)):
+        one, other = primary_disk(pair, volume), secondary_disk(pair, volume)
+        done = subprocess.run(["cmp", one, other], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def contents(uri: str) -> bytes:
+    """All of an export, read through our own client."""
+    with NbdClient(uri) as client:
+        return read_all(client)
+
+
+def read_all(client: NbdClient) -> bytes:
+    """All of the export, over a connection that exists."""
+    size = client.size
+    found = bytearray(size)
+    for offset, data in client.read_many(((o, min(PIECE, size - o)) for o in range(0, size, PIECE)), depth=8):
+        found[offset : offset + len(data)] = data
+    return bytes(found)
+
+
+def write_all(client: NbdClient, data: bytes) -> None:
+    """Write ``data`` from offset 0 on."""
+    view = memoryview(data)
+    client.write_many(((offset, view[offset : offset + PIECE]) for offset in range(0, len(data), PIECE)), depth=8)
+
+
+def random_bytes(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_primary(pair: Pair) -> None:
+    """SIGKILL, and wait until its end is seen."""
+    kill(pair.status()["primary"]["pid"])
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+
+
+class Load:
+    """A thread that writes at random over one connection until it is stopped or cut off, and remembers every write.
+
+    Offsets and lengths are any number of bytes, requests overlap, ``depth`` of them are in flight. ``writes`` is in the
+    order in which they were sent; the first ``answered`` of them were acknowledged to the client.
+    """
+
+    def __init__(self, uri: str, *, seed: int = 1, depth: int = 32, span: tuple[int, int] | None = None) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+        self.answered = 0
+        self.errors: list[NbdClientError] = []
+        self.end: TandemDiskError | None = None
+        """What cut it off."""
+        self._chance = random.Random(seed)
+        self._depth = depth
+        self._stopping = threading.Event()
+        self._client = NbdClient(uri)
+        self._first = 0
+        self._span = span or (0, self._client.size)
+        self._thread = threading.Thread(target=self._run, name="load")
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Wait for the answers that are due, and end."""
+        self._stopping.set()
+        self.join()
+
+    def join(self) -> None:
+        """Until it ended by itself: the server is gone."""
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the load hangs"
+
+    def wait_for(self, count: int) -> None:
+        """Until ``count`` writes were answered."""
+        wait_until(lambda: self.answered >= count or self.end, 30, f"{count} writes answered")
+        assert self.answered >= count, self.end
+
+    def check(self, found: bytes, before: bytes | None = None) -> int:
+        """How many of the writes ``found`` holds: a beginning of their order, with all that were answered.
+
+        ``before``: the contents before the first write (zeroes). AssertionError if there is no such number.
+        """
+        model = np.frombuffer(before if before is not None else bytes(len(found)), np.uint8).copy()
+        is_there = np.frombuffer(found, np.uint8)
+        for offset, data in self.writes[: self.answered]:
+            model[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        wrong = int(np.count_nonzero(model != is_there))
+        for number in range(self.answered, len(self.writes) + 1):
+            if wrong == 0:
+                return number
+            if number < len(self.writes):
+                offset, data = self.writes[number]
+                part = slice(offset, offset + len(data))
+                wrong -= int(np.count_nonzero(model[part] != is_there[part]))
+                model[part] = np.frombuffer(data, np.uint8)
+                wrong += int(np.count_nonzero(model[part] != is_there[part]))
+        different = np.flatnonzero(model != is_there)
+        raise AssertionError(
+            f"no prefix of the {len(self.writes)} writes, {self.answered} of them answered, makes what was found: "
+            f"{len(different)} bytes differ from {different[0]} to {different[-1]}"
+        )
+
+    def model(self, before: bytes | None = None, size: int = 0) -> bytes:
+        """What the disk holds after all writes; for a load that was stopped and got every answer."""
+        assert self.answered == len(self.writes)
+        assert not self.errors
+        result = bytearray(before if before is not None else bytes(size))
+        for offset, data in self.writes:
+            result[offset : offset + len(data)] = data
+        return bytes(result)
+
+    def _run(self) -> None:
+        with self._client as client:
+            try:
+                while not self._stopping.is_set():
+                    self._submit(client)
+                    if client.in_flight >= self._depth:
+                        self._note(client, self._depth // 2)
+                self._note(client, client.in_flight)
+            except TandemDiskError as error:
+                self.end = error
+
+    def _submit(self, client: NbdClient) -> None:
+        first, last = self._span
+        offset = self._chance.randrange(first, last)
+        data = self._chance.randbytes(min(self._chance.choice((1, 512, 700, 4096, 4096, 4096, 20000)), last - offset))
+        self.writes.append((offset, data))
+        cookie = client.submit_write(offset, data)
+        self._first = self._first or cookie
+
+    def _note(self, client: NbdClient, minimum: int) -> None:
+        for completion in client.collect(minimum):
+            if completion.error:
+                self.errors.append(completion.error)
+            self.answered = max(self.answered, completion.cookie - self._first + 1)
+
+
+def tandemdisk(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """The command, as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "deploy", *map(str, arguments)],
+        env=python_environment(), capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(pair: Pair, *roles: Role) -> Iterator[dict[Role, Child]]:
+    """Sides of a pair as processes by themselves whose disks fail when ``Faults`` says so; no supervisor.
+
+    A test may take a child out of the mapping after it has ended, and put another one in.
+    """
+    children: dict[Role, Child] = {}
+    try:
+        for role in roles:
+            children[role] = start_side(pair, role)
+        yield children
+    finally:
+        with contextlib.suppress(TandemDiskError):
+            pair.down(purge=True)
+        for child in children.values():
+            child.stop(10)
+
+
+def start_side(pair: Pair, role: Role) -> Child:
+    """Start one side as in ``started``; it is ready on return. Raises what it reported."""
+    settings = pair.settings(role)
+    Path(settings.directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = settings_memfd(settings)
+    try:
+        with open(f"{settings.directory}/log", "ab") as log:
+            child = Child.launch(
+                "tests.faulty_process", [role, "--settings-fd", str(fd)], pass_fds=(fd,), stderr=log
+            )
+    finally:
+        os.close(fd)
+    try:
+        child.wait_ready()
+    except BaseException:
+        child.stop(10)
+        raise
+    return child
