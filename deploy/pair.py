@@ -204,11 +204,12 @@ class Pair:
 
     def _wait_for_orphans(self) -> None:
         """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
-        for role, child in read_state(self.directory).get("children", {}).items():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                process = psutil.Process(child["pid"]) if child.get("alive") else None
-                if process is not None and role in process.cmdline():
-                    psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
+        state = read_state(self.directory)
+        if _process(state.get("pid"), "deploy.launcher") is not None:
+            return  # it lives, though it does not answer: it will refuse the one that is about to start
+        for role, child in state.get("children", {}).items():
+            if child.get("alive") and (orphan := _process(child["pid"], role)) is not None:
+                psutil.wait_procs([orphan], timeout=STOP_TIMEOUT_S)
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""
@@ -358,6 +359,15 @@ class Pair:
             if path.exists():
                 parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
         return "\n".join(parts)
+
+
+def _process(pid: int | None, module: str) -> psutil.Process | None:
+    """The process ``pid`` if it runs and is still the one that runs ``module``."""
+    try:
+        process = psutil.Process(pid) if pid else None
+        return process if process is not None and module in process.cmdline() else None
+    except psutil.Error:
+        return None
 
 
 def _answers(path: str) -> bool:
