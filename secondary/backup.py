@@ -38,7 +38,8 @@ from common.errors import DiskError, NoSpaceError, TandemDiskError
 from secondary import header as h
 from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
 from secondary.header import Failure, Stage
-from secondary.requests import HOLD, CowRequest, Description, Ranges, RequestTable
+from secondary.holders import Ranges
+from secondary.requests import HOLD, CowRequest, Description, RequestTable
 
 SMALL: Final = 64
 """Extents of a batch up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""

@@ -40,7 +40,8 @@ from common.errors import TandemDiskError
 from secondary import header as h
 from secondary.buffer import Layer, VolumeBuffer
 from secondary.header import Failure, Stage
-from secondary.requests import ALLOCATION, Ranges
+from secondary.holders import Ranges
+from secondary.requests import ALLOCATION
 from secondary.view import DISK, SMALL, TOP, VolumeView
 
 

@@ -47,15 +47,16 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
 from typing import Final
 
 from common.disk import FLOCK
 from common.errors import TimedOut
+from secondary.holders import Ranges, find_holders
 
 INTENT: Final = 1 << 61
 """Offset of the space in which waiters announce themselves."""
@@ -78,9 +79,6 @@ _WRLCK: Final = fcntl.F_WRLCK
 _pack = FLOCK.pack
 _fcntl = fcntl.fcntl
 UNLOCK_ALL: Final = FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
-
-Ranges = Sequence[tuple[int, int]]
-"""Disjoint [start, end) byte ranges in ascending order, rounded out to blocks."""
 
 
 class Description:
@@ -208,38 +206,7 @@ class RequestTable:
             return self.try_begin(start, end, shared=shared)
         except BlockingIOError:
             pass
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[CowRequest] = loop.create_future()
-
-        def settle(request: CowRequest | None, error: BaseException | None) -> None:
-            if future.done():
-                if request is not None:
-                    request.end()
-            elif request is not None:
-                future.set_result(request)
-            elif error is not None:
-                future.set_exception(error)
-
-        def wait() -> None:
-            request: CowRequest | None = None
-            problem: BaseException | None = None
-            try:
-                request = self.cow_request_begin(start, end, shared=shared)
-            except Exception as error:
-                problem = error
-            try:
-                loop.call_soon_threadsafe(settle, request, problem)
-            except RuntimeError:  # the loop closed meanwhile
-                if request is not None:
-                    request.end()
-
-        threading.Thread(target=wait, name=f"cow request {self.name}", daemon=True).start()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().end()
-            raise
+        return await _AsyncWait(self, start, end, shared).result()
 
     # What the layers of the secondary use: several ranges at once, no object a request
 
@@ -434,6 +401,49 @@ class RequestTable:
         self._drop()
 
 
+class _AsyncWait:
+    """One contended begin of an event loop: a thread begins, the task awaits, and whoever comes last cleans up."""
+
+    def __init__(self, table: RequestTable, start: int, end: int, shared: bool) -> None:
+        self._begin = functools.partial(table.cow_request_begin, start, end, shared=shared)
+        self._name = table.name
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._request: CowRequest | None = None
+        self._error: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+
+    async def result(self) -> CowRequest:
+        threading.Thread(target=self._run, name=f"cow request {self._name}", daemon=True).start()
+        try:
+            await self._done.wait()
+        except asyncio.CancelledError:
+            with self._lock:
+                self._cancelled = True
+                if self._request is not None:
+                    self._request.end()
+            raise
+        if self._error is not None:
+            raise self._error
+        assert self._request is not None
+        return self._request
+
+    def _run(self) -> None:
+        request: CowRequest | None = None
+        try:
+            request = self._begin()
+        except Exception as error:
+            self._error = error
+        with self._lock:
+            # A loop that ends may never run what is scheduled here: a cancelled request is ended by this thread.
+            if self._cancelled and request is not None:
+                request.end()
+            self._request = request
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._done.set)
+
+
 class _Wait:
     """One contended begin: a helper thread in the kernel's queue, and the caller that keeps the time."""
 
@@ -454,6 +464,20 @@ class _Wait:
     def result(self, limit_s: float) -> Description:
         self._table.announce()
         threading.Thread(target=self._run, name=f"cow wait {self._table.name}", daemon=True).start()
+        try:
+            self._keep_time(limit_s)
+        except BaseException:
+            self._abandon()
+            if self._granted is not None:
+                self._table.release(self._granted)
+            raise
+        if self._error is not None:
+            raise self._error
+        if self._granted is None:
+            raise self._table.timed_out(self._ranges)
+        return self._granted
+
+    def _keep_time(self, limit_s: float) -> None:
         start = time.monotonic()
         queued_at = 0.0
         intents_held = True
@@ -469,11 +493,6 @@ class _Wait:
                 queued_at = now
             if intents_held:
                 self._table.announce()
-        if self._error is not None:
-            raise self._error
-        if self._granted is None:
-            raise self._table.timed_out(self._ranges)
-        return self._granted
 
     def _run(self) -> None:
         granted = False
@@ -522,44 +541,6 @@ class _Wait:
 
 def _lock_waiting(fd: int, kind: int, start: int, length: int) -> None:
     _fcntl(fd, fcntl.F_OFD_SETLKW, _pack(kind, 0, start, length, 0))
-
-
-def find_holders(path: str, ranges: Ranges) -> list[tuple[int, str]]:
-    """(pid, command) of the processes that hold an OFD lock overlapping ``ranges`` of the file, from /proc/PID/fdinfo.
-
-    The kernel does not tell the pid of an OFD lock's holder (l_pid is -1), but shows the locks of each descriptor
-    of the processes that we may look at (proc_pid_fdinfo(5)). This process itself may be among them.
-    """
-    status = os.stat(path)
-    found: dict[int, str] = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            if any(_overlaps(line, status.st_ino, ranges) for line in _lock_lines(f"/proc/{entry}", status)):
-                with open(f"/proc/{entry}/comm") as file:
-                    found[int(entry)] = file.read().strip()
-    return sorted(found.items())
-
-
-def _lock_lines(process: str, status: os.stat_result) -> Iterator[str]:
-    for fd in os.listdir(f"{process}/fd"):
-        with contextlib.suppress(OSError):
-            target = os.stat(f"{process}/fd/{fd}")
-            if (target.st_dev, target.st_ino) != (status.st_dev, status.st_ino):
-                continue
-            with open(f"{process}/fdinfo/{fd}") as file:
-                yield from (line for line in file if line.startswith("lock:"))
-
-
-def _overlaps(line: str, inode: int, ranges: Ranges) -> bool:
-    """``lock:  1: OFDLCK ADVISORY WRITE -1 00:19:1234 0 4095``: the last two are first and last byte, or EOF."""
-    fields = line.split()
-    if len(fields) < 9 or fields[2] != "OFDLCK" or not fields[6].endswith(f":{inode}"):
-        return False
-    first = int(fields[7])
-    last = 1 << 63 if fields[8] == "EOF" else int(fields[8])
-    return any(first < end and last >= start for start, end in ranges)
 
 
 # What a fork must find: register_at_fork has no way to take a hook back, so there is one for all tables.

@@ -20,7 +20,8 @@ from common.errors import DiskError
 from secondary import header as h
 from secondary.buffer import VolumeBuffer
 from secondary.header import Failure, Stage
-from secondary.requests import CowRequest, Description, Ranges
+from secondary.holders import Ranges
+from secondary.requests import CowRequest, Description
 
 SMALL: Final = 32
 """Blocks of one operation up to which plain integers beat NumPy."""

@@ -18,7 +18,8 @@ import pytest
 
 from common.errors import TimedOut
 from secondary import requests
-from secondary.requests import PRESENCE, RequestTable, find_holders
+from secondary.holders import find_holders
+from secondary.requests import PRESENCE, RequestTable
 from tests.conftest import wait_until
 
 BLOCK = 4096
