@@ -483,7 +483,7 @@ class SecondarySession:
         if not self._session:
             return []
         self._ping_at = now + self.config.heartbeat_s
-        return [self._send(wire.Ping(self._session, 0, float(now)))]
+        return [self._send(wire.Ping(self._session, self._sequence, float(now)))]
 
     def disconnected(self, peer: bytes, reason: str) -> list[Effect]:
         """The shell knows that the connection to ``peer`` is gone."""
