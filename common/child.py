@@ -70,15 +70,22 @@ class Child:
         self._line = bytearray()
 
     @classmethod
-    def start(cls, module: str, settings: NodeSettings, *, stderr: int | IO[bytes] | None = None) -> Child:
+    def start(
+        cls,
+        module: str,
+        settings: NodeSettings,
+        *,
+        stderr: int | IO[bytes] | None = None,
+        prefix: tuple[str, ...] = (),
+    ) -> Child:
         """Start ``python -m module`` with ``settings``; it dies with this process.
 
         Call it on a thread that lives as long as this process (see ``common.process``). ``stderr`` takes the child's
-        log; None: this process' own.
+        log; None: this process' own. ``prefix``: a command that becomes the child, say in another namespace.
         """
         fd = settings_memfd(settings)
         try:
-            return cls.launch(module, ["--settings-fd", str(fd)], pass_fds=(fd,), stderr=stderr)
+            return cls.launch(module, ["--settings-fd", str(fd)], pass_fds=(fd,), stderr=stderr, prefix=prefix)
         finally:
             os.close(fd)
 
@@ -91,12 +98,13 @@ class Child:
         pass_fds: tuple[int, ...] = (),
         stderr: int | IO[bytes] | None = None,
         outlives_us: bool = False,
+        prefix: tuple[str, ...] = (),
     ) -> Child:
         """Start ``python -m module`` with ``arguments`` and a ready descriptor; unless it ``outlives_us``, it dies
-        with us.
+        with us. ``prefix`` must exec the command, not fork it.
         """
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-        command = [*python_command(module), *arguments, "--ready-fd", str(write_fd)]
+        command = [*prefix, *python_command(module), *arguments, "--ready-fd", str(write_fd)]
         if not outlives_us:
             command += ["--parent", str(os.getpid())]
         try:

@@ -150,6 +150,7 @@ class _Replication(_Table):
     peer_timeout_s: Duration = 5.0
     secret_key: PathText | None = None
     peer_key: PathText | None = None
+    plaintext: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -161,11 +162,13 @@ class _Replication(_Table):
         if (self.secret_key is None) != (self.peer_key is None):
             problems.append("secret_key and peer_key go together: our own secret key and the public key of the peer")
         far = [address for address in (self.listen, self.connect) if address is not None and not is_local(address)]
-        if self.secret_key is None and far:
+        if self.secret_key is None and far and not self.plaintext:
             problems.append(
                 f"{' and '.join(far)} leaves this machine, so the stream must be encrypted: make keys on each side "
                 "with `tandemdisk keygen`, exchange the public ones, and set secret_key and peer_key"
             )
+        if self.secret_key is not None and self.plaintext:
+            problems.append("plaintext and secret_key contradict each other: leave one out")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -372,6 +375,8 @@ def format_config(settings: NodeSettings, role: Role) -> str:
         names = [name for name in _TABLES[table].model_fields if getattr(values, name) is not None]
         if table == "export" and values.host is None:
             names.remove("port")
+        if table == "replication" and not values.plaintext:
+            names.remove("plaintext")
         lines += [_line(name, getattr(values, name)) for name in names]
     return "\n".join(lines) + "\n"
 
@@ -380,4 +385,6 @@ def _line(name: str, value: str | float) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML basic string, save for DEL, which TOML wants escaped.
         return f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return f"{name} = {str(value).lower()}"
     return f"{name} = {value!r}"

@@ -47,6 +47,8 @@ class ReplicationSettings:
     peer_timeout_s: float = 5.0
     secret_key: str | None = None
     peer_key: str | None = None
+    plaintext: bool = False
+    """The stream may leave this machine without CURVE: for a network that is trusted, or that encrypts by itself."""
 
 
 @dataclass(frozen=True, slots=True)

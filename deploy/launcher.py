@@ -81,7 +81,8 @@ class Supervisor:
 
     async def _start_one(self, role: Role) -> None:
         settings = self.settings[role]
-        child = _start_child(role, settings)
+        prefix = self.directory.prefix(role)
+        child = _start_child(role, settings, prefix)
         self._children[role] = child
         log.info("started %s", fields({"role": role, "pid": child.pid}))
         try:
@@ -227,12 +228,12 @@ def release_buffer(
     return {"directory": directory, "kept": kept, "why": why}
 
 
-def _start_child(role: Role, settings: NodeSettings) -> Child:
+def _start_child(role: Role, settings: NodeSettings, prefix: tuple[str, ...]) -> Child:
     directory = Path(settings.directory)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (directory / "log").open("ab") as file:
-            return Child.start(role, settings, stderr=file)
+            return Child.start(role, settings, stderr=file, prefix=prefix)
     except OSError as error:
         raise OperationFailed(f"Cannot start the {role} in {directory}: {error.strerror}.") from error
 
@@ -280,7 +281,7 @@ def _now() -> str:
 async def supervise(path: Path, lifecycle: Lifecycle) -> None:
     """Be the supervisor of the pair in ``path`` until told to stop."""
     directory = PairDirectory(path)
-    with _locked(directory):
+    with _locked(directory), directory.hosts_held():
         supervisor = Supervisor(directory, lifecycle)
         loop = asyncio.get_running_loop()
 

@@ -1,7 +1,8 @@
 """A pair's directory: what ``tandemdisk up --dir DIR`` writes, and where everything in it is.
 
 DIR/primary.toml, DIR/secondary.toml     one configuration a side; each may move to a host of its own
-DIR/a/, DIR/b/                           the sides' directories: images (with --size), metadata, sockets, log
+DIR/a/, DIR/b/                           the sides' directories: images (with --size), metadata, sockets, keys, log
+DIR/hosts.json                           which hosts the sides run on, unless both run on this machine as it is
 DIR/supervisor.{json,control,lock,log}   the launcher's
 /dev/shm/tandemdisk-PAIR-b/              the disk buffer of the secondary
 """
@@ -9,23 +10,29 @@ DIR/supervisor.{json,control,lock,log}   the launcher's
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from common import limits
 from common.config import load_config, make_settings, write_config
 from common.errors import ConfigError, DiskError
+from common.keys import generate_keys
 from common.settings import Mode, NodeSettings, Role
+from deploy.hosts import REPLICATION_PORT, NetnsHosts, Side, parse_rate, require_root
 
-SIDES: Final[dict[Role, str]] = {"primary": "a", "secondary": "b"}
+SIDES: Final[dict[Role, Side]] = {"primary": "a", "secondary": "b"}
 ROLES: Final[tuple[Role, Role]] = ("secondary", "primary")
 """In the order in which they start."""
+HOSTS_VARIABLE: Final = "TANDEMDISK_HOSTS"
+"""Environment: the hosts of new pairs whose maker does not name any. How all tests run in another topology."""
+NETNS: Final = "netns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,14 @@ class PairOptions:
     buffer_bytes: int | None = None
     listen: tuple[str, int] | None = None
     """TCP address of the primary's export, beside its Unix socket."""
+    hosts: str | None = None
+    """``local``: both sides on this machine; ``netns``: each in a network namespace of its own, with a cable between
+    them; ``netns:TAG``: in namespaces that ``tandemdisk hosts up`` made. None: as $TANDEMDISK_HOSTS says, or local.
+    """
+    rate: str | None = None
+    """What the cable carries (``100mbit``); None: no limit."""
+    encrypt: bool = True
+    """CURVE on a stream between hosts."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the configuration file for both sides, tables merged: ``{"replication": {"heartbeat_s":
     0.2}}``.
@@ -75,6 +90,34 @@ class PairDirectory:
     def supervisor_log(self) -> Path:
         return self.path / "supervisor.log"
 
+    @property
+    def hosts_file(self) -> Path:
+        return self.path / "hosts.json"
+
+    def hosts(self) -> NetnsHosts | None:
+        """The hosts that the sides run on; None: this machine as it is."""
+        try:
+            raw = json.loads(self.hosts_file.read_text(encoding="utf-8"))
+            return NetnsHosts(raw["tag"], raw["rate"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.hosts_file} does not name hosts: {error}.", hint="Correct or delete it."
+            ) from None
+
+    @contextlib.contextmanager
+    def hosts_held(self) -> Iterator[None]:
+        """The hosts are there for the time of the context."""
+        hosts = self.hosts()
+        with hosts.held() if hosts is not None else contextlib.nullcontext():
+            yield
+
+    def prefix(self, role: Role) -> tuple[str, ...]:
+        """What has to stand before a command so that it runs on the host of the side that starts as ``role``."""
+        hosts = self.hosts()
+        return hosts.hosts[SIDES[role]].prefix() if hosts is not None else ()
+
     def holds_a_pair(self) -> bool:
         """True if at least one side is configured here."""
         return any(self.config(role).exists() for role in ROLES)
@@ -100,15 +143,21 @@ class PairDirectory:
 
     def create(self, options: PairOptions) -> dict[Role, NodeSettings]:
         """Make directories, images and configurations. On any error nothing stays behind."""
-        plan = self._plan(options)
+        hosts = _hosts(options)
+        plan = self._plan(options, hosts)
         existed = self.path.exists()
         if existed and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for side in SIDES.values():
+                (self.path / side).mkdir(mode=0o700)
+            if hosts is not None:
+                self.hosts_file.write_text(json.dumps({"tag": hosts.tag, "rate": hosts.rate}))
+                if options.encrypt:
+                    plan = self._with_keys(plan)
             for role in ROLES:
                 settings = plan[role]
-                Path(settings.directory).mkdir(mode=0o700)
                 if options.size is not None:
                     for volume in settings.volumes:
                         _make_image(Path(volume.disk), options.size)
@@ -123,17 +172,34 @@ class PairDirectory:
             raise
         return plan
 
+    def _with_keys(self, plan: dict[Role, NodeSettings]) -> dict[Role, NodeSettings]:
+        """Keys for both sides, made here; each side's directory gets its secret and the public key of its peer."""
+        for side in SIDES.values():
+            public, _ = generate_keys(self.path / side, side)
+            shutil.copy(public, self.path / ("b" if side == "a" else "a"))
+        keyed: dict[Role, NodeSettings] = {}
+        for role, settings in plan.items():
+            peer = "b" if settings.side == "a" else "a"
+            replication = replace(
+                settings.replication,
+                plaintext=False,
+                secret_key=f"{settings.directory}/{settings.side}.key_secret",
+                peer_key=f"{settings.directory}/{peer}.key",
+            )
+            keyed[role] = replace(settings, replication=replication)
+        return keyed
+
     def remove(self, *, keep_directory: bool = False) -> None:
         """Delete everything that ``create`` and the processes made here (disks elsewhere are never touched)."""
         for side in SIDES.values():
             shutil.rmtree(self.path / side, ignore_errors=True)
-        for path in (*self.path.glob("supervisor.*"), *map(self.config, ROLES)):
+        for path in (*self.path.glob("supervisor.*"), *map(self.config, ROLES), self.hosts_file):
             path.unlink(missing_ok=True)
         if not keep_directory:
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 self.path.rmdir()
 
-    def _plan(self, options: PairOptions) -> dict[Role, NodeSettings]:
+    def _plan(self, options: PairOptions, hosts: NetnsHosts | None) -> dict[Role, NodeSettings]:
         disks, size = self._disks(options)
         pair_id = secrets.token_hex(8)
         count = len(disks["primary"])
@@ -141,7 +207,7 @@ class PairDirectory:
         plan: dict[Role, NodeSettings] = {}
         for role, side in SIDES.items():
             directory = self.path / side
-            peer = self.path / SIDES["secondary" if role == "primary" else "primary"]
+            peer: Side = "b" if side == "a" else "a"
             raw: dict[str, Any] = {
                 "pair_id": pair_id,
                 "side": side,
@@ -151,16 +217,21 @@ class PairDirectory:
                 "initial_sync": "assume" if options.size is not None or options.assume_synced else "full",
                 "volumes": [{"name": f"disk{i}", "disk": str(disk)} for i, disk in enumerate(disks[role])],
                 "export": {"unix": f"{directory}/nbd.sock"},
-                "replication": {
-                    "listen": f"ipc://{directory}/replication.sock",
-                    "connect": f"ipc://{peer}/replication.sock",
-                },
+                "replication": self._stream(side, peer, hosts),
                 "buffer": {"size_bytes": buffer_bytes, "block_size": options.block_size or limits.DEFAULT_BLOCK},
             }
             if role == "primary" and options.listen is not None:
                 raw["export"] |= {"host": options.listen[0], "port": options.listen[1]}
             plan[role] = make_settings(_merged(raw, options.overrides), base=self.path, role=role, source="The pair")
         return plan
+
+    def _stream(self, side: Side, peer: Side, hosts: NetnsHosts | None) -> dict[str, Any]:
+        """Where a side listens and what it dials. Between hosts plain text is a matter of ``_with_keys``."""
+        if hosts is None:
+            listen, connect = (f"ipc://{self.path / one}/replication.sock" for one in (side, peer))
+            return {"listen": listen, "connect": connect}
+        listen, connect = (f"tcp://{hosts.hosts[one].address}:{REPLICATION_PORT}" for one in (side, peer))
+        return {"listen": listen, "connect": connect, "plaintext": True}
 
     def _disks(self, options: PairOptions) -> tuple[dict[Role, list[Path]], int]:
         """The disks of both sides and the size of one side's; ConfigError for options that contradict each other."""
@@ -181,6 +252,9 @@ class PairDirectory:
     def differences(self, options: PairOptions) -> list[str]:
         """Where options given for an existing pair contradict its configuration."""
         found: list[str] = []
+        hosts = self.hosts()
+        if options.hosts is not None and (options.hosts == "local") != (hosts is None):
+            found.append(f"--hosts {options.hosts} was given, {self.path} says {'local' if hosts is None else NETNS}")
         for role, settings in self.settings().items():
             disks = options.primary_disks if role == "primary" else options.secondary_disks
             wanted: list[tuple[str, object, object]] = [
@@ -199,6 +273,23 @@ class PairDirectory:
                 if want is not None and want != have
             ]
         return list(dict.fromkeys(found))
+
+
+def _hosts(options: PairOptions) -> NetnsHosts | None:
+    """The hosts that ``options`` ask for, not made yet. ConfigError for a word that names none."""
+    word = options.hosts or os.environ.get(HOSTS_VARIABLE) or "local"
+    kind, _, tag = word.partition(":")
+    if word == "local":
+        if options.rate is not None:
+            raise ConfigError("--rate limits the cable between two hosts.", hint="Give --hosts netns with it.")
+        return None
+    if kind != NETNS:
+        raise ConfigError(f"--hosts {word!r} names no hosts.", hint="Use local, netns, or netns:TAG.")
+    require_root()
+    try:
+        return NetnsHosts(tag or None, parse_rate(options.rate) if options.rate else None)
+    except ValueError as error:
+        raise ConfigError(f"--rate: {error}.") from None
 
 
 def default_buffer_bytes(side_bytes: int, volumes: int) -> int:

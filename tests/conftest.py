@@ -14,6 +14,9 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from deploy.hosts import require_root, sweep
+from deploy.layout import HOSTS_VARIABLE
+
 T = TypeVar("T")
 
 TEST_MARK = "TANDEMDISK_TEST"
@@ -103,7 +106,33 @@ def _describe(process: psutil.Process) -> str:
         return str(process.pid)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hosts",
+        default="local",
+        choices=("local", "netns"),
+        help="where the sides of every pair run: on this machine as it is, or in two network namespaces (root)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every pair that does not name its hosts, in any process, runs where --hosts says."""
+    hosts = config.getoption("--hosts")
+    if hosts != "local":
+        require_root()
+        os.environ[HOSTS_VARIABLE] = hosts
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.getoption("--hosts") != "local":
+        sweep()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get(HOSTS_VARIABLE):
+        for item in items:
+            if item.get_closest_marker("local_hosts") is not None:
+                item.add_marker(pytest.mark.skip(reason="says itself where the sides run"))
     if os.geteuid() != 0:
         for item in items:
             if item.get_closest_marker("root") is not None:

@@ -164,6 +164,7 @@ def test_a_start_that_fails_leaves_nothing(short_dir: Path) -> None:
     assert not (short_dir / "p").exists()
 
 
+@pytest.mark.local_hosts
 def test_a_port_in_use_is_named(short_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -199,6 +200,7 @@ def test_a_busy_disk_is_named(pair: Pair, short_dir: Path, role: str) -> None:
     assert str(busy) in str(caught.value)
 
 
+@pytest.mark.local_hosts
 def test_processes_by_themselves(short_dir: Path) -> None:
     """As on two hosts: each with its configuration file, no supervisor."""
     pair = Pair.create(short_dir / "p", OPTIONS)
@@ -326,6 +328,7 @@ def with_keys(pair: Pair, directory: Path, peer_of_secondary: str) -> None:
         write_config(replace(settings, replication=replication), pair.directory.config(role), role)
 
 
+@pytest.mark.local_hosts
 def test_keys_that_match(short_dir: Path) -> None:
     with Pair.create(short_dir / "p", OPTIONS) as pair:
         with_keys(pair, short_dir / "keys", "a")
@@ -334,6 +337,7 @@ def test_keys_that_match(short_dir: Path) -> None:
         assert pair.checkpoint().number > 0
 
 
+@pytest.mark.local_hosts
 def test_keys_that_do_not_match(short_dir: Path) -> None:
     with Pair.create(short_dir / "p", OPTIONS) as pair:
         with_keys(pair, short_dir / "keys", "stranger")
