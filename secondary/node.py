@@ -16,6 +16,7 @@ The export process is a child. It is started again whenever it dies, and dies wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -72,6 +73,9 @@ class SecondaryNode:
         self._committing: asyncio.Task[None] | None = None
         self._failing_over = asyncio.Lock()
         self._connected_at = 0.0
+        self._fresh = False
+        """The disk buffer was made by this process, and its start is not over: a failure takes it away again."""
+        self._was_clean = False
 
     # Start
 
@@ -87,6 +91,8 @@ class SecondaryNode:
         check_metadata(settings, metadata, sizes)
         self.buffer, found = self._open_buffer(stored)
         self._stack.callback(self.buffer.close)
+        self._fresh = not found
+        self._was_clean = metadata.clean
         self.backup = PairBackup(self.buffer, self.disks)
         self.record = Record(f"{settings.directory}/metadata", metadata)
         self._stack.callback(self.record.close)
@@ -102,6 +108,7 @@ class SecondaryNode:
         await control.start()
         self._stack.push_async_callback(control.close)
         await self._start_export()
+        self._fresh = False
         self._exporter = self._lifecycle.critical(self._keep_export(), "export")
         self._recorder = self._lifecycle.critical(self._keep_record(), "recorder")
         if self.promoted:
@@ -423,7 +430,16 @@ class SecondaryNode:
                 self._commit.stopping.set()
                 await self._committing
             await self._record_now(clean=self._lifecycle.failure is None)
+        elif "record" in self.__dict__:
+            await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before
+        empty = "buffer" in self.__dict__ and not any(
+            layer.used(self.buffer.header.epoch) for volume in self.buffer.volumes for layer in (volume.hidden, volume.active)
+        )
         await self._stack.aclose()
+        if self._fresh and empty:
+            DiskBuffer.remove(self.settings.buffer.directory)
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                os.rmdir(self.settings.buffer.directory)
 
 
 async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:
