@@ -167,6 +167,8 @@ class Dialer(Port):
         self._on_frames = on_frames
         self._on_drained = on_drained
         self._watcher = watcher
+        self._encrypted = keys is not None
+        self._handshaken = False
         socket = self.socket
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -205,10 +207,13 @@ class Dialer(Port):
                 return
             kind = event["event"]
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._handshaken = True
                 self._watcher.connection_up()
-            elif kind == zmq.EVENT_DISCONNECTED:
+            elif kind == zmq.EVENT_DISCONNECTED and (self._handshaken or not self._encrypted):
+                self._handshaken = False
                 self._watcher.connection_down("the connection broke")
             else:
+                # a peer that cannot read what our keys encrypted just hangs up
                 self._watcher.connection_down("the peer's keys do not match ours")
 
 
