@@ -63,8 +63,12 @@ class Link:
 
     def stop(self, reason: str) -> None:
         """End the session and listen to nobody's work any more; still answers a HELLO, with the standing of the session."""
-        self._stopped = True
+        self.hold()
         self.perform(self.session.close(reason))
+
+    def hold(self) -> None:
+        """Do nothing any more of what a primary sends; the session itself goes on."""
+        self._stopped = True
 
     def close(self) -> None:
         if self._timer is not None:

@@ -297,12 +297,13 @@ class SecondaryNode:
         decide(target, force=force, situation=situation)
         if header.stage is Stage.RUNNING:
             log.warning("failover target=%s checkpoint=%d applied=%d", target, header.checkpoint.number, position.applied)
-            self.link.stop("this side takes over (failover)")
+            self.link.hold()
             await self.applier.stop()
             history = extend(self.record.value.history, secrets.randbits(64) or 1, self.settings.side)
             await self.record.update_async(role="primary", history=history, failover=target, clean=False)
             self.promoted = True
             self.session.standing = self.session.standing._replace(role="primary", history=history, consistent=True)
+            self.link.perform(self.session.depose(f"side {self.settings.side} has taken over, in {history[-1]}"))
         await self._finish_failover(force=force)
         return header.checkpoint.number
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from common import wire
 from common.errors import WireError
-from common.generation import CODES, History, InSync, PrimaryAhead, Standing, decide
+from common.generation import CODES, History, InSync, PrimaryAhead, Rejoin, Standing, decide
 from common.limits import PRESSURE_PERCENT
 from common.wire import Frame, Frames
 
@@ -499,6 +499,15 @@ class SecondarySession:
         bye = self._send(wire.Bye(self._session, 0, reason))
         self._session = 0
         return [bye, Disconnected(reason, True)]
+
+    def depose(self, sentence: str) -> list[Effect]:
+        """This side was promoted: a primary still in session is none any more, and must not acknowledge another write. (After a
+        BYE it would go on alone.)"""
+        if not self._session:
+            return []
+        refusal = self._send(wire.Refuse(self._session, 0, CODES[Rejoin], sentence))
+        self._session = 0
+        return [refusal, Disconnected(sentence, True)]
 
     def statistics(self) -> SecondaryStatistics:
         """A frozen record for status and metrics."""

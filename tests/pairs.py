@@ -205,10 +205,14 @@ class Load:
             self.answered = max(self.answered, completion.cookie - self._first + 1)
 
 
+TANDEMDISK = (sys.executable, "-P", "-m", "deploy")
+"""The command of this very copy, with ``python_environment()``."""
+
+
 def tandemdisk(*arguments: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """The command, as a process of its own."""
     return subprocess.run(
-        [sys.executable, "-P", "-m", "deploy", *map(str, arguments)],
+        [*TANDEMDISK, *map(str, arguments)],
         env=python_environment(), capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
 
