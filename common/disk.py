@@ -43,6 +43,8 @@ FALLOC_FL_ZERO_RANGE: Final = 0x10
 BLKDISCARD: Final = 0x1277
 BLKZEROOUT: Final = 0x127F
 ZERO_PIECE: Final = 1 << 20
+DATA_KNOWN_S: Final = 0.1
+"""How long ``FileDisk.extents`` believes that data it saw is still data; see there."""
 FLOCK: Final = struct.Struct("@hhqqi4x")
 """struct flock of 64-bit Linux: type, whence, start, length, pid."""
 assert FLOCK.size == 32
@@ -138,6 +140,8 @@ class FileDisk:
             raise
         self._block = max(512, min(int(status.st_blksize), 1 << 20)) if not self._device else 4096
         self._nowait = True
+        self._data = (0, 0, 0.0)
+        """The last run of data that SEEK_HOLE found, and until when to believe it."""
 
     @property
     def size(self) -> int:
@@ -189,6 +193,7 @@ class FileDisk:
         os.fdatasync(self._fd)
 
     def discard(self, offset: int, length: int) -> None:
+        self._data = (0, 0, 0.0)
         try:
             if self._device:
                 fcntl.ioctl(self._fd, BLKDISCARD, struct.pack("=QQ", offset, length))
@@ -201,6 +206,7 @@ class FileDisk:
     def zero(self, offset: int, length: int, *, may_unmap: bool = True, fast: bool = False) -> None:
         if length == 0:
             return
+        self._data = (0, 0, 0.0)
         modes = (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) if may_unmap else (FALLOC_FL_ZERO_RANGE,)
         try:
             if self._device:
@@ -226,6 +232,12 @@ class FileDisk:
             return [(length, 0)]
         found: list[tuple[int, int]] = []
         end = offset + length
+        # SEEK_HOLE walks to the end of the data, on tmpfs page by page: whoever asks chunk by chunk would make that
+        # quadratic. To call a hole data is always true, only less useful, so a short memory is safe.
+        start, stop, until = self._data
+        if start <= offset < stop and time.monotonic() < until:
+            found.append((min(stop, end) - offset, 0))
+            offset = min(stop, end)
         while offset < end:
             try:
                 data = min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
@@ -238,7 +250,9 @@ class FileDisk:
             if data > offset:
                 found.append((data - offset, HOLE | ZERO))
             if data < end:
-                offset = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                hole = os.lseek(self._fd, data, os.SEEK_HOLE)
+                self._data = (data, hole, time.monotonic() + DATA_KNOWN_S)
+                offset = min(hole, end)
                 found.append((offset - data, 0))
             else:
                 offset = end

@@ -36,13 +36,10 @@ import numpy as np
 from common.disk import Disk
 from common.errors import DiskError, NoSpaceError, TandemDiskError
 from secondary import header as h
-from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
+from secondary.buffer import SMALL, Blocks, DiskBuffer, VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
 from secondary.requests import HOLD, CowRequest, Description, RequestTable
-
-SMALL: Final = 64
-"""Extents of a batch up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -151,7 +148,7 @@ class BackupJob:
             except BaseException:
                 layer.store_used(epoch, used)
                 raise
-            self._stamp(blocks, used, epoch << 32)
+            layer.stamp(blocks, used, epoch << 32)
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 self._header.set_error(Failure.BACKUP, f"{error} (volume {self.buffer.name})")
@@ -242,20 +239,6 @@ class BackupJob:
         for start, end in ranges:
             read(start, self._layer.pool[position : position + min(end, self.buffer.size) - start])
             position += end - start
-
-    def _stamp(self, blocks: list[int], slot: int, least: int) -> None:
-        layer = self._layer
-        if len(blocks) <= SMALL:
-            owner, entries = layer.owner, layer.entries
-            for block in blocks:
-                owner[slot] = block
-                entries[block] = least | slot
-                slot += 1
-            return
-        array = np.array(blocks, dtype=np.uint64)
-        count = len(blocks)
-        layer.owner_array[slot : slot + count] = array
-        layer.entries_array[array.astype(np.intp)] = np.arange(least | slot, (least | slot) + count, dtype=np.uint64)
 
 
 class PairBackup:

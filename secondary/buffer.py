@@ -41,6 +41,8 @@ from secondary.requests import RequestTable
 Blocks = NDArray[np.uint64]
 
 HEADER_FILE: Final = "header"
+SMALL: Final = 64
+"""Blocks up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""
 _PAGE: Final = 4096
 _SPLIT: Final = 2
 """Hidden and active disk get half of a volume's share each."""
@@ -90,6 +92,23 @@ class Layer:
     def store_used(self, epoch: int, count: int) -> None:
         """Slots [0, ``count``) are handed out from now on."""
         self._words[self._bump] = epoch << 32 | count
+
+    def stamp(self, blocks: list[int], slot: int, least: int) -> None:
+        """Consecutive slots from ``slot`` on, whose contents are there, now hold ``blocks``; ``least`` is epoch << 32.
+
+        Under a request on the blocks, after ``store_used``.
+        """
+        if len(blocks) <= SMALL:
+            owner, entries = self.owner, self.entries
+            for block in blocks:
+                owner[slot] = block
+                entries[block] = least | slot
+                slot += 1
+            return
+        count = len(blocks)
+        array = np.array(blocks, dtype=np.uint64)
+        self.owner_array[slot : slot + count] = array
+        self.entries_array[array.astype(np.intp)] = np.arange(least | slot, (least | slot) + count, dtype=np.uint64)
 
     def held(self, epoch: int) -> tuple[Blocks, Blocks]:
         """(blocks, slots) that the layer holds in ``epoch``, in the order of the slots.

@@ -26,6 +26,7 @@ import enum
 import fcntl
 import mmap
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -157,6 +158,7 @@ class PairHeader:
     def __init__(self, path: str, *, pair_id: str | None = None) -> None:
         """Map an existing header and check it. DiskError if it is not one of ours, of another pair or layout."""
         self.path = path
+        self._error_lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -309,9 +311,12 @@ class PairHeader:
         The last one wins. Never raises: it is called while another error is on its way.
         """
         text = sentence.encode()[: ERROR_TEXT.stop - ERROR_TEXT.start]
+        if not self._error_lock.acquire(blocking=False):
+            return
         try:
             self._lock(_LOCK_ERROR, fcntl.F_WRLCK)
         except OSError:
+            self._error_lock.release()
             return  # somebody else is writing one down at this instant: one of the two is as good as the other
         try:
             self.words[W_ERROR_SERIAL] += 1
@@ -322,6 +327,7 @@ class PairHeader:
             self.words[W_ERROR_SERIAL] += 1
         finally:
             self._lock(_LOCK_ERROR, fcntl.F_UNLCK)
+            self._error_lock.release()
 
     def get_error(self) -> ErrorRecord | None:
         """The last failure, or None. The name is that of QEMU's interface (replication_get_error)."""

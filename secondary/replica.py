@@ -250,10 +250,7 @@ class GuestVolume(VolumeView):
             if operation[0] != DISCARD and index not in errors:
                 self._put(operation, view, slots)
                 written += operation[2]
-        owner, entries = self._active.owner, self._active.entries
-        for block, slot in slots.items():
-            owner[slot] = block
-            entries[block] = least | slot
+        self._active.stamp(list(slots), slot - len(slots), least)
         self.buffer.count(h.V_GUEST_WRITES, len(operations) - len(errors))
         self.buffer.count(h.V_GUEST_BYTES, written)
         return errors or None
@@ -323,22 +320,31 @@ class GuestVolume(VolumeView):
             self._requests.release(lock)
 
     def _put(self, operation: Operation, view: memoryview, slots: Mapping[int, int]) -> None:
-        """Contents of one operation into slots of the active disk, in place or new."""
+        """Contents of one operation into slots of the active disk, in place or new.
+
+        Runs of consecutive slots at once.
+        """
         kind, offset, length, position, _ = operation
-        source = view[position : position + length] if kind == WRITE else None
-        shift, mask = self._shift, self._mask
-        pool, entries = self._active.pool, self._active.entries
+        if not length:
+            return
+        shift, pool, entries = self._shift, self._active.pool, self._active.entries
+        first, last = offset >> shift, (offset + length - 1) >> shift
         done = 0
-        while done < length:
-            block = (offset + done) >> shift
-            slot = slots.get(block, -1)
-            if slot < 0:
-                slot = entries[block] & h.EPOCH_MASK
-            inside = (offset + done) & mask
-            take = min(mask + 1 - inside, length - done)
+        block = first
+        while block <= last:
+            slot = slots[block] if block in slots else entries[block] & h.EPOCH_MASK
+            count = 1
+            while block + count <= last:
+                following = block + count
+                if (slots[following] if following in slots else entries[following] & h.EPOCH_MASK) != slot + count:
+                    break
+                count += 1
+            inside = (offset + done) & self._mask
+            take = min((count << shift) - inside, length - done)
             at = (slot << shift) + inside
-            pool[at : at + take] = source[done : done + take] if source is not None else bytes(take)
+            pool[at : at + take] = view[position + done : position + done + take] if kind == WRITE else bytes(take)
             done += take
+            block += count
 
     def _write_disk(self, operation: Operation, view: memoryview) -> None:
         """Straight to the secondary disk."""

@@ -275,7 +275,9 @@ class RequestTable:
 
         Does nothing while a request of this process is in flight.
         """
-        with self._presence_lock:
+        if not self._presence_lock.acquire(blocking=False):
+            return
+        try:
             present, self._present = self._present, None
             if present is None:
                 return
@@ -284,6 +286,8 @@ class RequestTable:
                 self._present = present
             else:
                 self.release(present)
+        finally:
+            self._presence_lock.release()
 
     def try_alone(self) -> Description | None:
         """If no reader or writer is present in any process, keep them out until ``release``; else None."""
@@ -374,7 +378,9 @@ class RequestTable:
         self._waiting[0] = time.monotonic_ns() + int(2e9 * ANNOUNCE_S)
 
     def _enter(self, *, wait: bool) -> bool:
-        with self._presence_lock:
+        if not self._presence_lock.acquire(blocking=wait):
+            return False  # another thread waits to enter
+        try:
             if self._present is None:
                 if wait:
                     self.announce()
@@ -382,6 +388,8 @@ class RequestTable:
                 else:
                     self._present = self.try_byte(PRESENCE, shared=True)
             return self._present is not None
+        finally:
+            self._presence_lock.release()
 
     def _drop(self) -> None:
         """Close every description.

@@ -15,7 +15,8 @@ import pytest
 from common import limits
 from common.disk import CountingDisk, DelayDisk, Disk, Fault, FaultDisk, FileDisk
 from common.errors import DiskError, NoSpaceError, TandemDiskError, TimedOut
-from secondary.backup import SMALL, BackupJob, PairBackup
+from secondary.backup import BackupJob, PairBackup
+from secondary.buffer import SMALL
 from secondary.header import Failure, Stage
 from tests.conftest import wait_until
 from tests.heart import Rig, pattern, rig, u64
