@@ -17,13 +17,16 @@ from common.wire import Welcome
 
 
 class Here(NamedTuple):
-    """Where the primary stands. ``broken``: why its stream has a hole, if so."""
+    """Where the primary stands. ``broken``: why its stream has a hole, if so.
+
+    ``base``: from this sequence on its bitmaps know every write of its own stream; ``bases``: the same for earlier ones.
+    """
 
     standing: Standing
     stream: int
     next_sequence: int
     applied: int
-    recorded: int
+    base: int
     broken: str
     bases: Mapping[int, int]
 
@@ -63,7 +66,7 @@ def judge(here: Here, welcome: Welcome) -> Refusal | Replay | Resync:
 
 def reaches(here: Here, welcome: Welcome) -> bool:
     """Whether the primary's bitmaps know every write that the secondary may lack, as far as streams tell."""
-    base = here.recorded if welcome.stream == here.stream else here.bases.get(welcome.stream)
+    base = here.base if welcome.stream == here.stream else here.bases.get(welcome.stream)
     certain = welcome.applied if welcome.exact else welcome.recorded
     return base is not None and certain >= base
 

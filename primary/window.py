@@ -273,18 +273,15 @@ class Window:
     def rebase(self, received: int, peer_syncing: bool) -> list[Entry]:
         """A resync begins: everything waits again, to be sent behind the RESYNC under new numbers.
 
-        Barriers, questions and the messages of an earlier resync are taken out and returned.
+        Barriers, questions and the messages of an earlier resync are taken out and returned. Batches that wait to become
+        durable are flushed again, not sent again: newer ones behind them may be done, and must not be overwritten. If
+        the secondary forgot them they are dirty, and there as soon as the resync ends.
         """
+        following = self.next_sequence
         self.rewind(self.applied, 0)
-        if self.flushing:
-            # applied once, but perhaps no longer there: the empty flush of ``rewind`` makes way for the batches themselves
-            self.waiting.popleft()
-            self.used += sum(entry[COST] for entry in self.flushing)
-            self.waiting.extendleft((0, *entry[1:]) for entry in reversed(self.flushing))
-            self.flushing.clear()
         controls = [entry for entry in self.waiting if entry[KIND] != BATCH]
         self.waiting = deque(entry for entry in self.waiting if entry[KIND] == BATCH)
-        self.next_sequence = max(self.next_sequence, self.applied + 1, received + 1)
+        self.next_sequence = max(following, received + 1)
         self.applied = self.next_sequence - 1
         self.peer_syncing = peer_syncing
         self.credit = self.barriers_waiting = 0

@@ -364,14 +364,16 @@ class SecondarySession:
 
     # -------------------------------------------------------------------------------------------------- work done
 
-    def applied(self, sequence: int) -> None:
-        """The oldest work handed out, which has this ``sequence``, is done."""
+    def applied(self, sequence: int) -> bool:
+        """The oldest work handed out, which has this ``sequence``, is done. False if the primary need not know: the
+        numbering was left, or a flush failed, after it was handed out."""
         expected = self._work.popleft()
         assert sequence == expected, (sequence, expected)
         if self._uncounted:
             self._uncounted -= 1
-        else:
-            self._applied = sequence
+            return False
+        self._applied = sequence
+        return True
 
     def resync_begun(self, sequence: int, *, consistent: bool) -> None:
         """BeginResync is done. ``consistent``: the last checkpoint is still there."""
@@ -387,18 +389,18 @@ class SecondarySession:
 
     def checkpointed(self, sequence: int, number: int, seconds: float) -> list[Effect]:
         """Checkpoint ``number`` is taken; it cost ``seconds``. Goes out before the ACK that covers it."""
-        self.applied(sequence)
+        counted = self.applied(sequence)
         self._checkpoint = number
         self.standing = self.standing._replace(consistent=True)
         self._pressure_told = False
-        if not self._session:
+        if not self._session or not counted:
             return []
         return [self._send(wire.Checkpointed(self._session, self._next(), number, sequence, float(seconds)))]
 
     def verified(self, sequence: int, differing: bytes) -> list[Effect]:
         """The ranges of a Verify are compared: one byte each, 1 = differs."""
-        self.applied(sequence)
-        if not self._session:
+        counted = self.applied(sequence)
+        if not self._session or not counted:
             return []
         return [self._send(wire.Verified(self._session, self._next(), sequence, differing))]
 
@@ -440,22 +442,24 @@ class SecondarySession:
         """The work ``sequence`` could not be done (a disk or pool error). The shell drops everything in its queue; the
         session ends, and the next one starts again at what was applied."""
         ended = self._end(sentence, "apply", sequence, errno)
-        self._drop_work()
+        self.drop_work()
         return ended
 
     def failed_flush(self, point: Point, errno: int, sentence: str) -> list[Effect]:
         """What was applied up to ``point`` could not be made durable, and the kernel may have forgotten it: from now on
-        the disk is not exact, and only a resync makes it so again. The shell drops everything in its queue (no
-        checkpoint may be taken of such a disk) and decides what the last checkpoint is still worth."""
+        the disk is not exact, and only a resync makes it so again. What is in the shell's queue is not counted any
+        more; better drop it (no checkpoint should be taken of such a disk), and say so by ``drop_work``."""
         barrier = point.sequence if point.stream == self._stream else self._applied
         ended = self._end(sentence, "flush", barrier, errno)
-        self._drop_work()
+        self._uncounted = len(self._work)
+        self._received = self._applied
         self._durable = self._recorded
         self._exact = False
         self._told = (self._applied, self._durable, self._recorded, self._told[3])
         return ended
 
-    def _drop_work(self) -> None:
+    def drop_work(self) -> None:
+        """The shell dropped its queue: nothing of it will be reported any more."""
         self._work.clear()
         self._uncounted = 0
         self._received = self._applied

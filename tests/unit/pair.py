@@ -146,6 +146,7 @@ class Pair:
         host = self.host
         standing = Standing("pair", "b", "secondary", host.history, host.consistent)
         self.queue: list[down.Work] = []
+        self.flushes: list[down.Point] = []
         self.secondary = down.SecondarySession(
             down.SecondaryConfig((("v", self.blocks * BLOCK),), BLOCK, self.pool), standing, host.header,
             free_blocks=self.free(),
@@ -324,7 +325,10 @@ class Pair:
                     self.queue.append(effect)
 
     def work(self) -> None:
-        """Do the oldest work."""
+        """Do the oldest work, or a flush that was begun."""
+        if self.flushes and (not self.queue or self.rng.random() < 0.2):
+            self.flush_secondary(self.flushes.pop(0))
+            return
         if not self.queue:
             return
         host, session = self.host, self.secondary
@@ -339,7 +343,7 @@ class Pair:
                 self.apply(batch)
                 session.applied(sequence)
                 if flush:
-                    self.flush_secondary()
+                    self.flushes.append(session.point())
             case down.Checkpoint(sequence, number):
                 self.checkpoints[number] = list(host.cache)
                 host.old = {}
@@ -375,14 +379,15 @@ class Pair:
                     assert len(host.old) <= self.pool, "the pool overflowed: the credit was wrong"
                 host.cache[block] = int.from_bytes(data, "little")
 
-    def flush_secondary(self) -> None:
-        """fdatasync, then note it in the metadata now and then."""
-        point = self.secondary.point()
+    def flush_secondary(self, point: down.Point) -> None:
+        """fdatasync, begun at ``point``, is over; it is noted in the metadata now and then."""
         if self.fail_flush:
             self.fail_flush = False
+            self.flushes.clear()
             lost = self.rng.random() < 0.5
             effects = self.secondary.failed_flush(point, 5, "the secondary could not flush its disk")
             self.queue.clear()
+            self.secondary.drop_work()
             self.on_secondary(effects)
             if lost:
                 self.host.cache = list(self.host.stable)
@@ -500,7 +505,7 @@ class Pair:
             for _ in range(50):
                 self.work()
             self.acknowledge()
-            quiet = not self.to_secondary and not self.to_primary and not self.queue
+            quiet = not (self.to_secondary or self.to_primary or self.queue or self.flushes)
             if quiet and self.primary.state is State.ESTABLISHED and self.primary.idle and not self.primary.syncing:
                 return
         raise AssertionError(f"did not settle: {self.primary.state} {self.primary.statistics()} {self.secondary.position} "

@@ -238,6 +238,26 @@ def test_failures_are_reported_and_the_next_session_starts_at_what_is_applied() 
     assert not answer.exact
 
 
+def test_work_behind_a_failed_flush_is_done_but_not_counted() -> None:
+    session = in_session()
+    for sequence in (1, 2):
+        session.receive(PEER, batch(sequence), 0.0)
+    session.receive(PEER, wire.encode(wire.Checkpoint(1 << 32 | 1, 3, 1)), 0.0)
+    session.applied(1)
+    session.failed_flush(session.point(), 5, "no flush")
+    session.receive(PEER, hello(2), 0.0)
+    assert not session.applied(2)
+    assert session.checkpointed(3, 1, 0.1) == [], "nobody is told of a checkpoint of such a disk"
+    assert session.position.applied == 1
+    begun = session.receive(PEER, wire.encode(wire.Resync(1 << 32 | 2, 4, STREAM, True, True)), 0.0)
+    assert isinstance(begun[0], down.BeginResync)
+    session.resync_begun(4, consistent=True)
+    assert session.position.exact
+    session.receive(PEER, batch(5, session=1 << 32 | 2), 0.0)
+    session.drop_work()
+    assert session.statistics().received == 4
+
+
 def test_secondary_heartbeats_and_time_out() -> None:
     session = in_session()
     assert session.next_deadline() == 1.0
@@ -357,11 +377,12 @@ def test_a_checkpoint_needs_a_secondary_that_is_in_sync() -> None:
 
 @pytest.mark.parametrize(("changes", "full", "words"), [
     ({"stream": 5}, True, "another stream"),
-    ({"exact": False}, False, "lost its memory"),
-    ({"applied": 3, "received": 3}, False, "an older copy"),
+    ({"exact": False}, True, "lost its memory"),
+    ({"exact": False, "applied": 9, "durable": 9, "recorded": 9}, False, "lost its memory"),
+    ({"applied": 3, "received": 3}, True, "an older copy"),
     ({"syncing": True}, True, "another resync"),
     ({"standing": SECONDARY._replace(history=())}, False, "new disk"),
-], ids=["stream", "inexact", "older", "syncing", "new"])
+], ids=["stream", "inexact", "inexact-but-recorded", "older", "syncing", "new"])
 def test_what_needs_a_resync(changes: dict[str, Any], full: bool, words: str) -> None:
     session = primary(next_sequence=10)
     session.connect(0.0)
@@ -444,6 +465,49 @@ def test_failed_flush_names_its_clients_before_the_rest_is_handed_back() -> None
     assert kinds(effects) == ["Acknowledged", "FlushFailed", "Cut", "Lost"]
     assert effects[1] == up.FlushFailed(28, ["one"], "no space")
     assert [batch.pin for batch in effects[3].unacknowledged] == ["two"]
+
+
+def test_what_was_handed_back_is_never_replayed() -> None:
+    session = established()
+    session.write(EXTENT, bytes(512), 1, wire.FLUSH, "flushing", 0.0)
+    session.write(EXTENT, bytes(512), 1, 0, "plain", 0.0)
+    session.receive(ack(session, 1, 1), 0.0)
+    effects = session.lost("congestion", 0.0)
+    assert kinds(effects) == ["Cut", "Lost"]
+    assert [batch.pin for batch in effects[1].unacknowledged] == ["flushing", "plain"]
+    assert session.window_open
+    session.connect(1.0)
+    effect = session.receive(welcome(session, applied=1), 1.0)[-1]
+    assert isinstance(effect, up.ResyncNeeded)
+    assert "went on without the secondary (congestion)" in effect.reason
+    messages = sent(session.begin_resync(full=False, keep_checkpoint=True, now=1.0))
+    assert messages == [wire.Resync(session._session, 3, STREAM, False, True)]
+
+
+def test_a_resync_that_did_not_end_for_the_secondary_has_not_ended_for_barriers() -> None:
+    session = primary()
+    session.connect(0.0)
+    session.receive(welcome(session, stream=5), 0.0)
+    session.begin_resync(full=True, keep_checkpoint=True, now=0.0)
+    session.receive(ack(session, 1, 1, free=10), 0.0)
+    session.write(EXTENT, bytes(512), 8, 0, "pin", 0.0)
+    assert len(session.finish_resync("t", 0.0)) == 2
+    session.disconnected("cut", 0.0)
+    session.connect(0.0)
+    # nothing of it was received, and there is no room for the batch: a checkpoint here would be one of a half-done disk
+    effects = session.receive(welcome(session, stream=STREAM, applied=1, received=1, free=2, syncing=True), 0.0)
+    assert sent(effects) == []
+
+
+def test_a_flush_that_may_have_been_forgotten_is_asked_for_again() -> None:
+    session = established()
+    session.write(EXTENT, bytes(512), 1, wire.FLUSH, "pin", 0.0)
+    session.receive(ack(session, 1, 1), 0.0)
+    session.disconnected("cut", 0.0)
+    session.connect(0.0)
+    effects = session.receive(welcome(session, applied=1), 0.0)
+    assert sent(effects) == [wire.Batch(session._session, 2, wire.FLUSH, b"", memoryview(b""))]
+    assert session.receive(ack(session, 1, 2, durable=2), 0.0) == [up.Acknowledged(2, 2, ["pin"])]
 
 
 def test_close_hands_back_what_is_open() -> None:

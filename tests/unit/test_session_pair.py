@@ -89,7 +89,7 @@ def test_random_traffic_and_faults_converge_and_never_lie(seed: int) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(120, 4000))
+@pytest.mark.parametrize("seed", range(120, 6000))
 def test_more_random_traffic(seed: int) -> None:
     run(seed)
 
