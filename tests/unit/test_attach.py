@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DiskError, NotRunning, OperationFailed
+from common.errors import DiskError, NotRunning, OperationFailed, TimedOut
 from secondary import attach as attach_module
 from secondary import header as h
 from secondary.attach import BUFFER_LINK, attach
@@ -185,6 +185,37 @@ def test_a_snapshot_rolls_forward_over_checkpoints_made_in_the_middle(
     assert checkpoint.number == 39
     for index, target in enumerate(targets.values()):
         assert Path(target).read_bytes() == busy.images[39][index]
+
+
+def test_the_last_round_holds_checkpoints_off_and_a_failover_does_not_mind(
+    pair: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach_module, "ROUNDS", 0)
+    held_off = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal held_off
+        if total == SIZES[0]:
+            pair.stream(done % 1000, pattern(5000, done))
+            pair.checkpoint()
+            return
+        with pytest.raises(BlockingIOError):
+            pair.pair.do_checkpoint_nowait(99, 99)
+        with pytest.raises(TimedOut, match=str(os.getpid())):
+            pair.pair.do_checkpoint(99, 99, timeout_s=0.02)
+        held_off += 1
+
+    with attach(pair.settings.directory) as view:
+        view.snapshot({"disk0": str(tmp_path / "0.raw")}, progress=progress)
+        assert held_off
+        assert (tmp_path / "0.raw").read_bytes() == pair.oracle.disk
+
+        def promote(done: int, total: int) -> None:
+            failover_checkpoint(pair.pair, timeout_s=0.1)
+
+        with pytest.raises(OperationFailed, match="stage FAILOVER"):
+            view.snapshot({"disk0": str(tmp_path / "1.raw")}, progress=promote)
+    assert not (tmp_path / "1.raw").exists()
 
 
 @pytest.mark.parametrize("event", ["sync", "wrap"])
