@@ -8,6 +8,8 @@ parent.
 * **Readiness** is told, not guessed: one JSON line on the ready descriptor, ``{"ready": true, …}`` once the process
   serves, or ``{"error": sentence, "hint": …, "exit_code": n}`` just before it exits with that code. systemd is told
   too if it asked.
+* **Watchdog**: with systemd's ``WatchdogSec`` the event loop says twice in that time that it turns; one that hangs is
+  killed and started again.
 * **Stopping**: SIGTERM, SIGINT and SIGHUP set ``Lifecycle.stop``; the process' ``main`` waits for it, winds down,
   returns.
 * **No orphans**: with ``--parent`` the kernel sends SIGTERM when the parent dies, however it dies (PR_SET_PDEATHSIG,
@@ -67,7 +69,15 @@ class Lifecycle:
         self._tell({"ready": True, **(info or {})})
         if self.top_level:
             notify_systemd(f"READY=1\nMAINPID={os.getpid()}")
+            self._keep_watchdog_quiet()
         log.info("ready %s", fields(info or {}))
+
+    def _keep_watchdog_quiet(self) -> None:
+        """Say that the loop turns, twice in the time that systemd gives it (sd_watchdog_enabled(3))."""
+        interval_s = watchdog_interval_s()
+        if interval_s is not None:
+            notify_systemd("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(interval_s / 2, self._keep_watchdog_quiet)
 
     def fail(self, error: BaseException) -> None:
         """Stop because of ``error``: it decides the exit code. The first one counts."""
@@ -209,6 +219,16 @@ def notify_systemd(message: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
         sock.sendto(message.encode(), address)
+
+
+def watchdog_interval_s() -> float | None:
+    """Seconds within which systemd wants to hear from this process; None if it does not."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdecimal() or int(microseconds) == 0:
+        return None
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None  # meant for a process whose environment we inherited
+    return int(microseconds) / 1e6
 
 
 class _LineFormatter(logging.Formatter):

@@ -31,8 +31,10 @@ from common.settings import Role
 from deploy import __version__
 from deploy.bench.command import bench
 from deploy.display import status_view, watch_resync, where_to_connect
+from deploy.hosts_commands import RATE, hosts, redirect, wrap
 from deploy.layout import PairOptions
 from deploy.pair import Pair
+from deploy.render import deployment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,6 +140,14 @@ def main() -> None:
 @click.option("--block-size", type=BlockSizeType(), help="Granularity of copy-before-write.  [default: 4K]")
 @click.option("--buffer-size", type=SIZE, help="Memory of the disk buffer.  [default: by disk size]")
 @click.option("--listen", type=ListenType(), help="TCP address of the primary's export, beside its Unix socket.")
+@click.option(
+    "--hosts",
+    "where",
+    metavar="local|netns[:TAG]",
+    help="Where the sides run: here, or in two network namespaces (root).",
+)
+@click.option("--rate", type=RATE, help="What the cable between the namespaces carries.  [default: unlimited]")
+@click.option("--plaintext", is_flag=True, help="No CURVE between the namespaces.")
 @click.option("--detach", is_flag=True, help="Leave the pair running in the background.")
 @reporting
 def up(
@@ -152,6 +162,9 @@ def up(
     block_size: int | None,
     buffer_size: int | None,
     listen: tuple[str, int] | None,
+    where: str | None,
+    rate: str | None,
+    plaintext: bool,
     detach: bool,
 ) -> None:
     """Bring a pair up on this machine, or start again what is dead in it."""
@@ -166,6 +179,9 @@ def up(
         block_size=block_size,
         buffer_bytes=buffer_size,
         listen=listen,
+        hosts=where,
+        rate=rate,
+        encrypt=not plaintext,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
@@ -356,6 +372,8 @@ def demo(size: int) -> None:
 
 bench.callback = reporting(bench.callback) if bench.callback is not None else None
 main.add_command(bench)
+for group in (hosts, redirect, deployment):
+    main.add_command(wrap(group, reporting))
 
 
 if __name__ == "__main__":
