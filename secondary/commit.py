@@ -141,9 +141,10 @@ class CommitJob:
                 disk.flush()
         except (OSError, TandemDiskError) as error:
             header.store_state(Stage.FAILOVER_FAILED, header.epoch, syncing=False)
-            header.set_error(Failure.FAILOVER, str(error))
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            header.set_error(Failure.FAILOVER, f"the commit of the disk buffer failed: {reason}")
             raise OperationFailed(
-                f"The commit of the disk buffer failed: {error}.",
+                f"The commit of the disk buffer failed: {reason}.",
                 hint="All data can still be read and written. Put the disk right, then run the failover again.",
             ) from error
         header.store_state(Stage.DONE, header.epoch, syncing=False)
