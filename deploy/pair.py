@@ -122,6 +122,8 @@ class Pair:
         if detach:
             child.release()
         else:
+            if self._supervisor is not None:  # it was killed: this one took its place
+                self._supervisor.wait(STOP_TIMEOUT_S)
             self._supervisor = child
         return told
 
