@@ -1,6 +1,6 @@
-"""What cannot be is refused with one sentence and its exit code, by the command as an operator runs it; nothing is touched.
+"""What cannot be is refused with one sentence and its exit code, by the command as an operator runs it.
 
-Untouched means: the same bytes and times of the disks, no directory and no disk buffer left, no process; and where a
+Nothing is touched by it: the same bytes and times of the disks, no directory and no disk buffer left, no process; and where a
 pair runs, that it goes on as before.
 """
 
@@ -22,11 +22,12 @@ import pytest
 import zmq
 
 from common import wire
+from common.child import python_environment
 from common.config import write_config
 from common.disk import FileDisk
 from common.generation import Standing
 from common.keys import generate_keys
-from common.nbd_client import NbdClient
+from common.nbd_client import NbdClient, NbdClientError
 from common.settings import NodeSettings, Role
 from deploy.pair import Pair, PairOptions
 from tests import pairs
@@ -107,7 +108,7 @@ def assert_nothing_left(pair: Pair) -> None:
     status = pair.status()
     assert (status["primary"]["pid"], status["secondary"]["pid"], status["supervisor"]["pid"]) == (None, None, None)
     for role in ("primary", "secondary"):
-        directory = pair.settings(role).buffer.directory  # type: ignore[arg-type]  # mypy widens the literals
+        directory = pair.settings(role).buffer.directory
         assert not os.path.exists(directory), os.listdir(directory)
 
 
@@ -219,9 +220,10 @@ def test_every_error_at_once(short_dir: Path) -> None:
     """Of both sides."""
     pair = Pair.create(short_dir / "p", OPTIONS)
     for role in ("primary", "secondary"):
-        config = pair.directory.config(role)  # type: ignore[arg-type]  # mypy widens the literals
+        config = pair.directory.config(role)
         config.write_text(config.read_text().replace("heartbeat_s = 0.1", f"heartbeat_s = 0.1\nbeat_{role} = 1"))
-    refused("up", "--dir", short_dir / "p", "--detach", code=2, says=("replication.beat_primary", "replication.beat_secondary"))
+    says = ("replication.beat_primary", "replication.beat_secondary")
+    refused("up", "--dir", short_dir / "p", "--detach", code=2, says=says)
 
 
 def test_a_stream_that_leaves_the_machine_without_keys(short_dir: Path) -> None:
@@ -266,7 +268,8 @@ def small_memory(short_dir: Path) -> Iterator[Path]:
 def test_full_shared_memory(short_dir: Path, small_memory: Path) -> None:
     buffer = {"buffer": {"directory": str(small_memory / "buffer")}}
     pair = Pair.create(short_dir / "p", dataclasses.replace(OPTIONS, overrides=buffer))
-    edit(pair, "primary", buffer=dataclasses.replace(pair.settings("primary").buffer, directory=str(small_memory / "a")))
+    elsewhere = dataclasses.replace(pair.settings("primary").buffer, directory=str(small_memory / "a"))
+    edit(pair, "primary", buffer=elsewhere)
     with untouched(pairs.primary_disk(pair), pairs.secondary_disk(pair)):
         refused("up", "--dir", short_dir / "p", "--detach", code=4, says=(str(small_memory),))
     assert list(small_memory.rglob("*")) in ([], [small_memory / "buffer"])
@@ -322,7 +325,7 @@ def pair_with_keys(short_dir: Path) -> Pair:
     files = {name: generate_keys(short_dir, name) for name in ("a", "b", "stranger")}
     for role, own, peer in (("primary", "a", "b"), ("secondary", "b", "a")):
         keys = {"secret_key": str(files[own][1]), "peer_key": str(files[peer][0])}
-        replication(pair, role, listen=address, connect=address, **keys)  # type: ignore[arg-type]  # as above
+        replication(pair, role, listen=address, connect=address, **keys)  # type: ignore[arg-type]  # mypy widens the literals
     return pair
 
 
@@ -364,7 +367,7 @@ def zmq_socket(kind: int) -> Iterator[zmq.Socket[bytes]]:
 
 
 def test_a_primary_of_another_protocol_version(standing_pair: Pair) -> None:
-    """The secondary answers with the reason, in what stays the same in every version, and goes on with its own primary."""
+    """The secondary says why, in what stays the same in every version, and goes on with its own primary."""
     settings = standing_pair.settings("secondary")
     hello = wire.Hello(
         7 << 32 | 1, 0, wire.PROTOCOL_VERSION + 1, 1, 1, (("disk0", SIZE),),
@@ -393,7 +396,7 @@ def test_a_secondary_of_another_protocol_version(short_dir: Path) -> None:
     with zmq_socket(zmq.ROUTER) as sock, untouched(pairs.primary_disk(pair)):
         sock.bind(address)
         command = [*pairs.TANDEMDISK, "primary", "--config", str(pair.directory.config("primary"))]
-        with subprocess.Popen(command, env=pairs.python_environment(), stderr=subprocess.PIPE, text=True) as primary:
+        with subprocess.Popen(command, env=python_environment(), stderr=subprocess.PIPE, text=True) as primary:
             peer, *frames = sock.recv_multipart()
             hello = wire.decode(frames)
             assert isinstance(hello, wire.Hello)
@@ -422,7 +425,7 @@ def test_failover_while_the_primary_is_alive(short_dir: Path) -> None:
             done = tandemdisk("failover", "--dir", short_dir / "p", "--force", "--json")
             assert done.returncode == 0, done.stderr
             # the former primary tells nobody any more that a write was done
-            with pytest.raises(pairs.NbdClientError) as caught:
+            with pytest.raises(NbdClientError) as caught:
                 client.write(8, b"lost")
             assert caught.value.errno == errno.EIO
         assert pairs.contents(pairs.guest_uri(pair))[:12] == b"kepton" + bytes(6)

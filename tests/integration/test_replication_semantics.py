@@ -13,8 +13,8 @@ The names of the cases are those of ``tests/unit/test-replication.c``; what each
 
 Two differences. QEMU's primary driver refuses reads, because it only forwards writes; our primary's export is the disk,
 so it serves both. And QEMU compares with memcmp(…) <= 0, which lets any smaller byte pass: its expectation that after a
-failover the primary's later writes are there (0x22) holds only by that laxity. The guest's view becomes the disk, so the
-old contents (0x11) are there; 0x22 is what ``--to latest`` keeps. Here every byte is compared for equality.
+failover the primary's later writes are there (0x22) holds only by that laxity. The guest's view becomes the disk, so
+the old contents (0x11) are there; 0x22 is what ``--to latest`` keeps. Here every byte is compared for equality.
 """
 
 from __future__ import annotations
