@@ -1,0 +1,218 @@
+"""A pair on two hosts made of network namespaces: up, commands from outside, every fault of the cable, failover.
+
+Faults last until a condition is seen, never for a time that was guessed; every test ends with equal disks or with the
+contents that a failover promised.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import NeedsForce
+from common.nbd_client import NbdClient
+from deploy.faults import Cut, Fault, Flapping, HostGone, Killed, OneWayCut, Paused, SlowLink, Unplugged
+from deploy.hosts import NetnsHosts, found, remove_all, sweep
+from deploy.pair import Pair, PairOptions
+from tests import pairs
+from tests.conftest import wait_until
+from tests.pairs import MIB, tandemdisk
+
+pytestmark = [pytest.mark.root, pytest.mark.local_hosts]
+SIZE = 16 * MIB
+REPLICATION = {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """In sync mode; tests share it as long as they leave it protected."""
+    options = PairOptions(size=SIZE, hosts="netns", mode="sync", overrides={"replication": REPLICATION})
+    with tempfile.TemporaryDirectory(prefix="td-", dir="/tmp") as directory:
+        with pairs.running(Path(directory) / "p", options) as made:
+            yield made
+
+
+@pytest.fixture
+def hosts(pair: Pair) -> NetnsHosts:
+    made = pair.directory.hosts()
+    assert made is not None
+    return made
+
+
+def protected(pair: Pair) -> None:
+    pair.wait_protected(30)
+    status = pair.status()
+    assert status["secondary"]["peer"]["connected"]
+
+
+def cut_noticed(pair: Pair) -> None:
+    pair.wait_for(lambda now: now["primary"]["state"] not in ("protected", "syncing"), "cut off", 10)
+
+
+def test_the_hosts_see_each_other_and_nothing_else(pair: Pair, hosts: NetnsHosts) -> None:
+    status = pair.status()
+    for side, role in (("a", "primary"), ("b", "secondary")):
+        host = hosts.hosts["a" if side == "a" else "b"]
+        assert status[role]["pid"] in host.pids()
+        interfaces = {link["ifname"] for link in json.loads(host.run("ip", "-j", "link"))}
+        assert interfaces == {"lo", "link0"}
+    assert status["primary"]["peer"]["address"] == "tcp://198.18.0.2:10810"
+    settings = pair.settings("primary").replication
+    assert settings.secret_key is not None, "CURVE is on unless it was turned off"
+    assert Path(settings.secret_key).stat().st_mode & 0o777 == 0o600
+
+
+def test_nobody_without_the_key_gets_in(pair: Pair, hosts: NetnsHosts) -> None:
+    """What crosses the cable is not readable, and a stranger's HELLO is not heard."""
+    program = """
+import sys, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+socket.linger = 0
+monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+socket.connect(sys.argv[1])
+assert monitor.poll(10000), "nothing happened"
+from zmq.utils.monitor import recv_monitor_message
+print(recv_monitor_message(monitor)["event"].name)
+"""
+    said = hosts.hosts["a"].run(sys.executable, "-c", program, "tcp://198.18.0.2:10810")
+    assert "SUCCEEDED" not in said
+    protected(pair)
+
+
+@pytest.mark.parametrize("fault", ["cut", "to the secondary", "to the primary", "unplugged"])
+def test_writes_go_on_through_a_cut_and_the_disks_are_equal_after_it(
+    pair: Pair, hosts: NetnsHosts, fault: str
+) -> None:
+    faults: dict[str, Fault] = {
+        "cut": Cut(hosts),
+        "to the secondary": OneWayCut(hosts, to="b"),
+        "to the primary": OneWayCut(hosts, to="a"),
+        "unplugged": Unplugged(hosts, "b"),
+    }
+    with pairs.Load(pairs.primary_uri(pair), seed=len(fault)) as load:
+        load.wait_for(200)
+        with faults[fault]:
+            cut_noticed(pair)
+            pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 15)
+            load.wait_for(load.answered + 200)
+        protected(pair)
+        load.wait_for(load.answered + 200)
+        load.stop()
+        assert not load.errors
+        assert load.end is None
+    pair.checkpoint()
+    pairs.compare_disks(pair)
+
+
+def test_flapping_and_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:
+    with pairs.Load(pairs.primary_uri(pair), seed=5) as load:
+        with Flapping(hosts, down_s=0.15, up_s=0.1) as flapping:
+            wait_until(lambda: flapping.flaps >= 8, 20, "eight flaps")
+        with SlowLink(hosts, "2mbit"):
+            load.wait_for(load.answered + 50)
+        protected(pair)
+        load.wait_for(load.answered + 200)
+        load.stop()
+        assert not load.errors
+    pair.checkpoint()
+    pairs.compare_disks(pair)
+
+
+def test_a_paused_secondary_is_waited_for_or_left(pair: Pair) -> None:
+    with pairs.Load(pairs.primary_uri(pair), seed=6) as load:
+        load.wait_for(100)
+        with Paused(pair.status()["secondary"]["pid"]):
+            wait_until(lambda: pair.client("primary").call("status")["state"] == "alone", 15, "being alone")
+            load.wait_for(load.answered + 100)
+        protected(pair)
+        load.stop()
+        assert not load.errors
+    pair.checkpoint()
+    pairs.compare_disks(pair)
+
+
+def test_a_killed_secondary_comes_back_on_its_host(pair: Pair, hosts: NetnsHosts) -> None:
+    before = pair.status()["secondary"]["pid"]
+    with pairs.Load(pairs.primary_uri(pair), seed=7) as load:
+        load.wait_for(100)
+        with Killed(before):
+            pair.wait_for(lambda now: now["secondary"]["pid"] is None, "without its secondary", 10)
+        pair.up()
+        protected(pair)
+        load.stop()
+        assert not load.errors
+    assert pair.status()["secondary"]["pid"] in hosts.hosts["b"].pids()
+    pair.checkpoint()
+    pairs.compare_disks(pair)
+
+
+def test_the_peer_host_is_gone(short_dir: Path) -> None:
+    """Power failure of the primary's host under load: no answered write is lost; commands work from outside."""
+    options = PairOptions(size=SIZE, hosts="netns", mode="sync", overrides={"replication": REPLICATION})
+    with pairs.running(short_dir / "p", options) as pair:
+        hosts = pair.directory.hosts()
+        assert hosts is not None
+        guest = pairs.guest_uri(pair)
+        with pairs.Load(pairs.primary_uri(pair), seed=8) as load:
+            load.wait_for(500)
+            with pytest.raises(NeedsForce):
+                pair.failover("latest")
+            with HostGone(hosts, "a"):
+                load.join()
+                told = tandemdisk("failover", "--dir", pair.directory.path, "--json")
+                assert told.returncode == 0, told.stderr
+                found_there = pairs.contents(guest)
+                kept = load.check(found_there)
+                assert kept >= load.answered
+                with NbdClient(guest) as client:
+                    client.write(0, b"goes on")
+                    assert client.read(0, 7) == b"goes on"
+        status = json.loads(tandemdisk("status", "--dir", pair.directory.path, "--json").stdout)
+        assert status["secondary"]["role"] == "primary"
+        assert status["primary"]["state"] == "dead"
+        assert pair.status()["secondary"]["pid"] in hosts.hosts["b"].pids()
+
+
+def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
+    """By command, with a rate and without CURVE; the namespaces live exactly as long as the pair."""
+    directory = short_dir / "p"
+    options = ("--size", "16M", "--hosts", "netns", "--rate", "100mbit", "--plaintext", "--detach")
+    up = tandemdisk("up", "--dir", directory, *options)
+    assert up.returncode == 0, up.stderr
+    hosts = Pair(directory).directory.hosts()
+    assert hosts is not None
+    assert hosts.exists()
+    assert Pair(directory).settings("primary").replication.plaintext
+    assert "rate 100Mbit" in hosts.hosts["a"].run("tc", "qdisc", "show", "dev", "link0")
+    listed = json.loads(tandemdisk("hosts", "list", "--json").stdout)["hosts"]
+    (mine,) = [one for one in listed if one["tag"] == hosts.tag]
+    assert mine["in_use"]
+    assert mine["hosts"]["b"]["processes"] == 2
+    assert not tandemdisk("up", "--dir", directory, "--hosts", "local").returncode == 0
+    down = tandemdisk("down", "--dir", directory)
+    assert down.returncode == 0, down.stderr
+    assert not hosts.exists()
+    assert hosts.tag not in {one.tag for one in found()}
+
+
+def test_hosts_that_outlive_their_maker_are_swept(short_dir: Path) -> None:
+    program = "from deploy.hosts import NetnsHosts; import os; NetnsHosts('orphan').up(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[2])
+    orphan = NetnsHosts("orphan")
+    assert orphan.exists()
+    assert "orphan" in sweep()
+    assert not orphan.exists()
+    kept = NetnsHosts("kept")
+    try:
+        assert kept.up(keep=True)
+        assert "kept" not in sweep()
+        assert not NetnsHosts("kept").up(), "somebody's on purpose"
+    finally:
+        assert remove_all(["kept"]) == ["kept"]
+    assert not kept.exists()
