@@ -1,7 +1,7 @@
 """What cannot be is refused with one sentence and its exit code, by the command as an operator runs it.
 
-Nothing is touched by it: the same bytes and times of the disks, no directory and no disk buffer left, no process; and where a
-pair runs, that it goes on as before.
+Nothing is touched by it: the same bytes and times of the disks, no directory, disk buffer or process left; and where
+a pair runs, it goes on as before.
 """
 
 from __future__ import annotations
