@@ -77,6 +77,8 @@ BATCH_FLAGS: Final = FLUSH | RESYNC_DATA
 Frame = bytes | bytearray | memoryview
 Frames = tuple[Frame, ...]
 Extents = npt.NDArray[np.void]
+Extent = tuple[int, int, int, int, int, int, int]
+"""An unpacked extent: (offset, length, position, volume, kind, flags, 0)."""
 
 _MAX_SENTENCE: Final = 4096
 _MAX_NAME: Final = 1024
@@ -524,30 +526,26 @@ def extents_array(extents: Frame) -> Extents:
     return np.frombuffer(extents, dtype=EXTENT)
 
 
-def check_extents(extents: Frame, payload_length: int, sizes: Sequence[int]) -> None:
-    """WireError unless each extent has a known kind, lies on a volume of ``sizes`` and has its bytes in the payload."""
-    if len(extents) <= 8 * 24:
-        for index, (offset, length, position, volume, kind, _, _) in enumerate(EXTENT_STRUCT.iter_unpack(extents)):
-            if (volume >= len(sizes) or kind > DISCARD or not length or offset + length > sizes[volume]
-                    or (kind == WRITE and position + length > payload_length)):
-                raise _bad_extent(extents, index, payload_length, sizes)
-        return
-    array = np.frombuffer(extents, dtype=EXTENT)
-    length, volume, kind = array["length"].astype(np.uint64), array["volume"], array["kind"]
-    known = volume < len(sizes)
-    limit = np.asarray(sizes, dtype=np.uint64)[np.where(known, volume, 0)]
-    # length <= limit comes first, so that the subtraction cannot wrap where it counts
-    good = known & (kind <= DISCARD) & (length > 0) & (length <= limit) & (array["offset"] <= limit - length)
-    good &= (kind != WRITE) | (array["position"] + length <= payload_length)
-    if not good.all():
-        raise _bad_extent(extents, int(np.argmin(good)), payload_length, sizes)
+def unpack_extents(extents: Frame, payload_length: int, sizes: Sequence[int]) -> list[Extent]:
+    """The extents of a batch as tuples, each looked at once: all that follows works on this list.
+
+    WireError unless each has a known kind, lies on a volume of ``sizes`` and has its bytes in the payload. NumPy would win only
+    above some hundred extents a batch, and whoever writes them needs the tuples anyway.
+    """
+    unpacked: list[Extent] = list(EXTENT_STRUCT.iter_unpack(extents))
+    for offset, length, position, volume, kind, _, _ in unpacked:
+        if (volume >= len(sizes) or kind > DISCARD or not length or offset + length > sizes[volume]
+                or (kind == WRITE and position + length > payload_length)):
+            raise _bad_extent(offset, length, position, volume, kind, payload_length, sizes)
+    return unpacked
 
 
-def _bad_extent(extents: Frame, index: int, payload_length: int, sizes: Sequence[int]) -> WireError:
-    offset, length, position, volume, kind, _, _ = EXTENT_STRUCT.unpack_from(extents, index * 24)
+def _bad_extent(
+    offset: int, length: int, position: int, volume: int, kind: int, payload_length: int, sizes: Sequence[int]
+) -> WireError:
     where = f"of {sizes[volume]} bytes" if volume < len(sizes) else "which does not exist"
-    return WireError(f"extent {index} of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} "
-                     f"{where}, at {position} of a payload of {payload_length} bytes")
+    return WireError(f"an extent of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} {where}, "
+                     f"at {position} of a payload of {payload_length} bytes")
 
 
 def check_questions(questions: bytes, sizes: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ from common.disk import Disk
 from common.errors import TandemDiskError
 from common.flusher import Flusher
 from common.generation import History
-from common.wire import EXTENT_STRUCT, QUESTION, extents_array
+from common.wire import QUESTION
 from secondary.backup import PairBackup
 from secondary.header import Failure, PairHeader
 from secondary.session import (
@@ -233,24 +233,22 @@ class Applier:
 
     def _copy(self, work: Apply, *, wait: bool) -> None:
         """Copy-before-write for all extents of the batch."""
-        extents = extents_array(work.batch.extents)
-        if not len(extents):
-            return
         jobs = self._jobs
         if len(jobs) == 1:
-            parts = [(jobs[0], extents)]
+            parts = [(jobs[0], work.extents)]
         else:
-            volumes = extents["volume"]
-            parts = [(jobs[index], extents[volumes == index]) for index in np.unique(volumes).tolist()]
-        for job, part in parts:
-            cow = job.do_cow if wait else job.do_cow_nowait
-            cow(part["offset"], part["length"].astype(np.uint64))
+            volumes = {extent[3] for extent in work.extents}
+            parts = [(jobs[index], [extent for extent in work.extents if extent[3] == index]) for index in volumes]
+        for job, extents in parts:
+            if extents:
+                cow = job.do_cow if wait else job.do_cow_nowait
+                cow([extent[0] for extent in extents], [extent[1] for extent in extents])
 
     def _write(self, work: Apply) -> None:
         payload = work.batch.payload
         disks = self._disks
         total = 0
-        for offset, length, position, volume, kind, flags, _ in EXTENT_STRUCT.iter_unpack(work.batch.extents):
+        for offset, length, position, volume, kind, flags, _ in work.extents:
             total += length
             if kind == WRITE:
                 disks[volume].write(offset, payload[position : position + length])

@@ -44,6 +44,9 @@ from secondary.requests import HOLD, CowRequest, Description, RequestTable
 _NOWAIT: Final = os.RWF_NOWAIT
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+Numbers = Sequence[int] | Blocks
+"""Byte offsets or lengths of a batch."""
+
 
 class BackupJob:
     """The backup job of one volume. One process has it; ``DiskBuffer.create`` or ``header.own`` makes sure of that."""
@@ -76,7 +79,7 @@ class BackupJob:
         """See ``RequestTable.cow_request_end``."""
         request.end()
 
-    def do_cow(self, offsets: Blocks, lengths: Blocks) -> int:
+    def do_cow(self, offsets: Numbers, lengths: Numbers) -> int:
         """Copy old contents of every block that [offset, offset + length) touches and this epoch has not seen; may
         block.
 
@@ -87,7 +90,7 @@ class BackupJob:
         with self._mutex:
             return self._cow(offsets, lengths, wait=True)
 
-    def do_cow_nowait(self, offsets: Blocks, lengths: Blocks) -> int:
+    def do_cow_nowait(self, offsets: Numbers, lengths: Numbers) -> int:
         """``do_cow`` if it need not wait, neither for a request in flight nor for the device.
 
         Else BlockingIOError, nothing done.
@@ -115,7 +118,7 @@ class BackupJob:
 
     # Inside
 
-    def _cow(self, offsets: Blocks, lengths: Blocks, *, wait: bool) -> int:
+    def _cow(self, offsets: Numbers, lengths: Numbers, *, wait: bool) -> int:
         state = self._words[h.W_STATE]
         if state >> h.STAGE_SHIFT != Stage.RUNNING:
             raise TandemDiskError(f"The backup job cannot run in stage {self._header.stage.name}.")
@@ -125,9 +128,10 @@ class BackupJob:
         if epoch == h.LAST_EPOCH:
             raise TandemDiskError("The epoch wrapped around and the maps were not cleared.")
         if len(offsets) <= SMALL:
-            blocks = self._new_few(offsets.tolist(), lengths.tolist(), epoch << 32)
+            blocks = self._new_few(_plain(offsets), _plain(lengths), epoch << 32)
         else:
-            blocks = self._new_many(offsets, lengths, epoch << 32)
+            many = np.asarray(offsets, dtype=np.uint64), np.asarray(lengths, dtype=np.uint64)
+            blocks = self._new_many(*many, epoch << 32)
         if not blocks:
             return 0
         layer = self._layer
@@ -160,7 +164,7 @@ class BackupJob:
         words[base + h.V_COW_BATCHES] += 1
         return len(blocks)
 
-    def _new_few(self, offsets: list[int], lengths: list[int], least: int) -> list[int]:
+    def _new_few(self, offsets: Sequence[int], lengths: Sequence[int], least: int) -> list[int]:
         """Blocks not held in this epoch, ascending."""
         shift = self._shift
         entries = self._layer.entries
@@ -345,6 +349,13 @@ class PairBackup:
             self.header.words[volume.base + h.V_HIDDEN_BUMP] = 0
             self.header.words[volume.base + h.V_ACTIVE_BUMP] = 0
         self.header.store_state(self.header.stage, 1, syncing=self.header.syncing)
+
+
+def _plain(numbers: Numbers) -> Sequence[int]:
+    if isinstance(numbers, np.ndarray):
+        plain: list[int] = numbers.tolist()
+        return plain
+    return numbers
 
 
 def _ranges(blocks: list[int], shift: int) -> Ranges:

@@ -41,11 +41,15 @@ class Send(NamedTuple):
 
 
 class Apply(NamedTuple):
-    """Copy old contents, then write. ``flush``: then make durable and report it by ``durable``. Done: ``applied``."""
+    """Copy old contents, then write ``extents`` out of the batch's payload. Done: ``applied``.
+
+    ``flush``: then make everything durable and report it by ``durable``.
+    """
 
     sequence: int
     batch: wire.Batch
     flush: bool
+    extents: list[wire.Extent]
 
 
 class Checkpoint(NamedTuple):
@@ -228,11 +232,11 @@ class SecondarySession:
     def _on_batch(self, batch: wire.Batch) -> list[Effect]:
         if not self._in_order(batch.sequence):
             return []
-        wire.check_extents(batch.extents, len(batch.payload), self._sizes)
+        extents = wire.unpack_extents(batch.extents, len(batch.payload), self._sizes)
         self._batches += 1
         self._payload_bytes += len(batch.payload)
         self._hand_out(batch.sequence)
-        return [Apply(batch.sequence, batch, bool(batch.flags & wire.FLUSH))]
+        return [Apply(batch.sequence, batch, bool(batch.flags & wire.FLUSH), extents)]
 
     def _on_message(self, message: wire.Message) -> list[Effect]:
         match message:

@@ -271,7 +271,7 @@ class Workbench:
             process("wake up: a turn of the loop", "system call, Python", turn),
             process("receive the batch", "ZeroMQ", timed(receive, prepare_batch)),
             process("check and decode it", "hash, Python", timed(lambda: wire.decode(frames))),
-            process("check its extents", "Python", timed(lambda: wire.check_extents(extents, len(span), [SIZE]))),
+            process("check its extents", "Python", timed(lambda: wire.unpack_extents(extents, len(span), [SIZE]))),
             process("COW: find the new blocks", "Python", known),
             process("COW: lock and unlock", "system call", locks),
             process(f"COW: read old contents into the buffer, {count} preadv", "system call", reads),

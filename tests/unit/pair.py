@@ -339,7 +339,7 @@ class Pair:
             self.on_secondary(effects)
             return
         match self.queue.pop(0):
-            case down.Apply(sequence, batch, flush):
+            case down.Apply(sequence, batch, flush, _):
                 self.apply(batch)
                 session.applied(sequence)
                 if flush:
