@@ -2,9 +2,9 @@
 
 Bits are packed eight to a byte, lowest bit first, in a NumPy array, so that a terabyte in 4 KiB blocks costs 32 MiB.
 Setting a range touches whole bytes in the middle and two masks at its ends; many small ranges are set at once by
-``set_ranges``. Searching skips clear memory in 64 KiB strides with ``any``, so that an almost clean bitmap of a terabyte is
-passed over in a few milliseconds. Ranges given in bytes are rounded **outwards** when they are set and **inwards** when they
-are cleared: a block is clean only if all of it is known to be.
+``set_ranges``. Searching skips clear memory in 64 KiB strides with ``any``, so that an almost clean bitmap of a
+terabyte is passed over in a few milliseconds. Ranges given in bytes are rounded **outwards** when they are set and
+**inwards** when they are cleared: a block is clean only if all of it is known to be.
 
 Serialised (``to_bytes``): a header with size, block size and checksum, then the bits compressed by zlib.
 """
@@ -138,8 +138,8 @@ class DirtyBitmap:
         return bool(self._bits.any())
 
     def next_run(self, offset: int, limit: int | None = None) -> tuple[int, int] | None:
-        """The first marked range at or after ``offset``, in bytes (offset, length), cut to at most ``limit`` bytes (at least
-        a block); None if there is none. An ``offset`` inside a marked block counts from that block's start."""
+        """The first marked range at or after ``offset``, in bytes (offset, length), cut to at most ``limit`` bytes (at
+        least a block); None if there is none. An ``offset`` inside a marked block counts from that block's start."""
         first = self._find(offset // self.block_size, self.blocks, value=True)
         if first is None:
             return None
@@ -202,7 +202,8 @@ class DirtyBitmap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DirtyBitmap):
             return NotImplemented
-        return (self.size, self.block_size) == (other.size, other.block_size) and bool((self._bits == other._bits).all())
+        alike = (self.size, self.block_size) == (other.size, other.block_size)
+        return alike and bool((self._bits == other._bits).all())
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -231,7 +232,7 @@ class DirtyBitmap:
         (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
         if magic != _MAGIC or not block_size or -(-size // block_size) > _MAX_BITS:
             raise WireError("this is no dirty bitmap")
-        length = -(-(-(-size // block_size)) // 8)
+        length = (-(-size // block_size) + 7) // 8
         try:
             inflater = zlib.decompressobj()
             bits = inflater.decompress(data[start:], length + 1)

@@ -33,7 +33,7 @@ MAX_HISTORY: Final = 64
 
 
 class Generation(NamedTuple):
-    """One entry of a history: a random ``identity`` (u64), a ``number`` that counts up, the ``side`` that started it."""
+    """One entry of a history: a random ``identity`` (u64), a ``number`` that counts up, the ``side`` that began it."""
 
     identity: int
     number: int

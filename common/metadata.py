@@ -7,10 +7,10 @@
         16     8  xxh3-64 of everything else (bytes 0-15, then the body)
         24     …  body: a msgpack map of ``Metadata``'s fields
 
-``save`` writes a temporary file beside it, syncs it, renames it over the old one and syncs the directory: after a crash the
-file is the old or the new one, never a mixture. ``load`` accepts nothing that ``save`` did not write: a file that is damaged
-in any byte, cut short or from a newer version is a DiskError that names it, never a guess, because what it says
-decides which disk is overwritten.
+``save`` writes a temporary file beside it, syncs it, renames it over the old one and syncs the directory: after a
+crash the file is the old or the new one, never a mixture. ``load`` accepts nothing that ``save`` did not write: a file
+that is damaged in any byte, cut short or from a newer version is a DiskError that names it, never a guess, because
+what it says decides which disk is overwritten.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ class Metadata:
     bases: tuple[tuple[int, int], ...] = ()
     """Primary: (stream, sequence) pairs from which on its bitmaps know every write of that stream."""
     failover: str = ""
-    """On a side that was promoted: the target, ``latest`` or ``checkpoint``, so that a crash in the middle is finished."""
+    """On a side that was promoted: the target, ``latest`` or ``checkpoint``; a crash half-way is finished by it."""
 
     def standing(self, own_blocks: int = 0, own_bytes: int = 0) -> Standing:
         """What this side tells its peer."""
-        return Standing(self.pair_id, self.side, self.role, self.history, self.consistent, self.base, own_blocks, own_bytes)
+        return Standing(self.pair_id, self.side, self.role, self.history, self.consistent, self.base, own_blocks,
+                        own_bytes)
 
 
 def load(path: str) -> Metadata | None:
@@ -134,7 +135,8 @@ def parse(data: bytes, path: str) -> Metadata:
     try:
         return _metadata(msgpack.unpackb(body))
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise DiskError(f"The metadata file {path} does not hold what format {FORMAT} holds: {error}.", hint=hint) from None
+        raise DiskError(f"The metadata file {path} does not hold what format {FORMAT} holds: {error}.",
+                        hint=hint) from None
 
 
 _TYPES: Final[dict[str, type]] = {
@@ -154,7 +156,8 @@ def _metadata(fields: Any) -> Metadata:
             raise TypeError(f"{name} is of another type")
     if fields["role"] not in ("primary", "secondary") or len(fields["history"]) > MAX_HISTORY:
         raise ValueError("role or history cannot be")
-    history = tuple(Generation(_number(identity), _number(number), str(side)) for identity, number, side in fields["history"])
+    history = tuple(Generation(_number(identity), _number(number), str(side))
+                    for identity, number, side in fields["history"])
     volumes = tuple((str(name), _number(size)) for name, size in fields["volumes"])
     bases = tuple((_number(stream), _number(sequence)) for stream, sequence in fields["bases"])
     return Metadata(**{**fields, "history": history, "volumes": volumes, "bases": bases})

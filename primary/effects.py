@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from common.wire import Frames, Welcome
-from primary.window import Unacknowledged
+from common.wire import CHECKPOINT, VERIFY, Frames, Welcome
+from primary.window import BODY, KIND, SEQUENCE, Entry, Unacknowledged
 
 
 class Send(NamedTuple):
@@ -38,7 +38,7 @@ class FlushFailed(NamedTuple):
 
 
 class CheckpointDone(NamedTuple):
-    """Checkpoint ``number`` is what a failover would go back to; ``token`` as given to ``checkpoint`` (None: automatic).
+    """Checkpoint ``number`` is what a failover would go back to; ``token`` as given to ``checkpoint``, None: automatic.
 
     ``seconds`` on the secondary (0.0 if its answer was lost with a connection), ``elapsed_s`` since it was asked for.
     """
@@ -133,3 +133,32 @@ Effect = (
     Send | Reconnect | Acknowledged | FlushFailed | CheckpointDone | CheckpointFailed | Pressure | Starved | Established
     | ResyncNeeded | Verified | WindowOpen | Cut | Lost | Refused
 )
+
+
+def checkpoint_done(body: list[Any], sequence: int, seconds: float, now: float) -> CheckpointDone:
+    """For the CHECKPOINT sent at ``sequence`` with ``body`` (``primary.window.barrier_entry``)."""
+    number, token, asked_at = body
+    return CheckpointDone(number, sequence, seconds, max(0.0, now - asked_at), token)
+
+
+def answers(controls: list[Entry], asked: dict[int, Any], now: float) -> list[Effect]:
+    """For control messages that are applied. Answers come before the ACK; one that did not, a connection ate."""
+    effects: list[Effect] = []
+    for entry in controls:
+        body = asked.pop(entry[SEQUENCE], None)
+        if body is not None and entry[KIND] == CHECKPOINT:
+            effects.append(checkpoint_done(body, entry[SEQUENCE], 0.0, now))
+        elif body is not None:
+            effects.append(Verified(body[1], None))
+    return effects
+
+
+def disappointments(controls: list[Entry], reason: str) -> list[Effect]:
+    """For control messages that will never be answered."""
+    effects: list[Effect] = []
+    for entry in controls:
+        if entry[KIND] == CHECKPOINT and entry[BODY][1] is not None:
+            effects.append(CheckpointFailed(entry[BODY][1], f"The checkpoint was not taken: {reason}."))
+        elif entry[KIND] == VERIFY:
+            effects.append(Verified(entry[BODY][1], None))
+    return effects

@@ -1,10 +1,10 @@
 """What a WELCOME means for a primary: a pure judgement over where both sides stand.
 
-A replay is right only if the secondary stands exactly at a point of this primary's stream that its window reaches back to:
-same generation, same stream, ``exact``, not before what was acknowledged, not after what was sent. (That it is also in
-the state, syncing or not, that the stream has there can only be told after the window has taken the WELCOME's numbers: the
-session does that.) In every other case the secondary has to be resynchronised, from the bitmaps if they reach back to
-where it stands, else in full, or the two do not belong together.
+A replay is right only if the secondary stands exactly at a point of this primary's stream that its window reaches back
+to: same generation, same stream, ``exact``, not before what was acknowledged, not after what was sent. (That it is
+also in the state, syncing or not, that the stream has there can only be told after the window has taken the WELCOME's
+numbers: the session does that.) In every other case the secondary has to be resynchronised, from the bitmaps if they
+reach back to where it stands, else in full, or the two do not belong together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from common.wire import Welcome
 class Here(NamedTuple):
     """Where the primary stands. ``broken``: why its stream has a hole, if so.
 
-    ``base``: from this sequence on its bitmaps know every write of its own stream; ``bases``: the same for earlier ones.
+    ``base``: from this sequence on its bitmaps know every write of its own stream; ``bases``: the same for earlier
+    ones.
     """
 
     standing: Standing
@@ -56,8 +57,8 @@ def judge(here: Here, welcome: Welcome) -> Refusal | Replay | Resync:
         return Refusal(CODES[type(decision)], decision.sentence)
     mine = welcome.stream == here.stream
     if mine and welcome.exact and welcome.received >= here.next_sequence and not here.broken:
-        return Refusal("older-copy", f"the secondary has message {welcome.received} of a stream in which this primary has only "
-                       f"sent {here.next_sequence - 1}: this side's disk or metadata is an older copy")
+        return Refusal("older-copy", f"the secondary has message {welcome.received} of a stream in which this primary "
+                       f"has only sent {here.next_sequence - 1}: this side's disk or metadata is an older copy")
     reason = _obstacle(here, welcome, decision)
     if not reason:
         return Replay()
@@ -82,6 +83,6 @@ def _obstacle(here: Here, welcome: Welcome, decision: InSync | PrimaryAhead) -> 
     if not welcome.exact:
         return f"the secondary lost its memory of everything after message {welcome.recorded}"
     if welcome.received < here.applied:
-        return (f"the secondary is at message {welcome.received} and had confirmed {here.applied}: its disk is an older "
-                "copy")
+        return (f"the secondary is at message {welcome.received} and had confirmed {here.applied}: its disk is an "
+                "older copy")
     return ""

@@ -1,13 +1,13 @@
 """Which blocks the secondary would lack if its host lost its memory now.
 
-What the secondary has applied is in its page cache and may be gone after a power cut; what it calls *recorded* is on stable
-storage and noted in its metadata. So every batch that is sent stays in the account until the secondary has recorded it, and
-is part of the dirty bitmaps of a resync.
+What the secondary has applied is in its page cache and may be gone after a power cut; what it calls *recorded* is on
+stable storage and noted in its metadata. So every batch that is sent stays in the account until the secondary has
+recorded it, and is part of the dirty bitmaps of a resync.
 
-The account is a row of buckets. Batches go into the open one; a checkpoint barrier closes it under the barrier's sequence;
-when the secondary has recorded that sequence, the bucket is dropped whole. Noting a batch is one ``list.append`` of
-its packed extents, which exist anyway. Only when a bucket holds more than ``FOLD_BYTES`` of them are they folded into
-bitmaps (about 0.1 us an extent).
+The account is a row of buckets. Batches go into the open one; a checkpoint barrier closes it under the barrier's
+sequence; when the secondary has recorded that sequence, the bucket is dropped whole. Noting a batch is one
+``list.append`` of its packed extents, which exist anyway. Only when a bucket holds more than ``FOLD_BYTES`` of them
+are they folded into bitmaps (about 0.1 us an extent).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ Who has the unacknowledged writes?
   the same stream replays what the secondary has not received. Nothing becomes dirty, nothing is resynchronised.
 * If the peer stays away for ``peer_timeout_s`` (or is heard but makes no progress for as long after a cut, or cannot
   write its disk, or said BYE) it is *lost*. With ``on_peer_loss = continue`` the session detaches and hands back
-  everything it held: the caller marks it dirty and goes on alone. With ``block`` it stays attached, the window fills up.
+  everything it held: the caller marks it dirty and goes on alone. With ``block`` it stays attached, the window fills
+  up.
 * What was handed back is dirty and will never be replayed: the stream is *broken*, and the next WELCOME leads to a
   resync, never to a replay with a hole in it.
 * A WELCOME leads to a replay only if the secondary is at a point of this stream that the window reaches back to
@@ -35,11 +36,9 @@ from typing import Any, Final, Literal
 from common import wire
 from common.errors import OperationFailed, WireError
 from common.generation import Standing
-from common.wire import BATCH, CHECKPOINT, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
+from common.wire import BATCH, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
 from primary.effects import (
     Acknowledged,
-    CheckpointDone,
-    CheckpointFailed,
     Cut,
     Effect,
     Established,
@@ -53,6 +52,9 @@ from primary.effects import (
     Starved,
     Verified,
     WindowOpen,
+    answers,
+    checkpoint_done,
+    disappointments,
 )
 from primary.handshake import Here, Refusal, Replay, Resync, judge
 from primary.window import (
@@ -60,8 +62,6 @@ from primary.window import (
     BODY,
     COST,
     KIND,
-    SEQUENCE,
-    Entry,
     Ledger,
     Window,
     barrier_entry,
@@ -264,7 +264,7 @@ class PrimarySession:
         assert self.peer is not None
         same_stream = self.peer.stream == self.stream
         dropped = self._window.rebase(self.peer.received if same_stream else 0, self.peer.syncing)
-        effects = self._disappoint(dropped, "the secondary has to be synchronised first")
+        effects = disappointments(dropped, "the secondary has to be synchronised first")
         self._window.sync_open = True
         self._broken = ""
         self.attached = self.syncing = True
@@ -410,7 +410,7 @@ class PrimarySession:
             effects += map(Send, self._pump(now))
             effects += self._check_starved()
         if controls:
-            effects += self._answered(controls, now)
+            effects += answers(controls, self._window.asked, now)
         if (window.applied, window.durable) != before:
             self._lost_at = None
             effects.append(Acknowledged(window.applied, window.durable, pins))
@@ -450,7 +450,7 @@ class PrimarySession:
                 if not isinstance(body, list) or body[0] != number:
                     raise WireError(f"it took checkpoint {number} at {barrier}, where none was asked for")
                 del self._window.asked[barrier]
-                return [self._checkpoint_done(body, barrier, message.seconds, now)]
+                return [checkpoint_done(body, barrier, message.seconds, now)]
             case wire.Verified(barrier=barrier, differing=differing):
                 body = self._window.asked.get(barrier)
                 if not isinstance(body, tuple) or len(body[0]) != len(differing) * wire.QUESTION.itemsize:
@@ -479,23 +479,13 @@ class PrimarySession:
             if message.barrier > self.last_sequence:
                 raise WireError(f"it failed to flush {message.barrier}, and only {self.last_sequence} was sent")
             pins, controls = self._window.acknowledge(message.barrier, 0, 0, 0)
-            effects += [*self._answered(controls, now), Acknowledged(self._window.applied, self._window.durable, pins)]
+            effects += answers(controls, self._window.asked, now)
+            effects.append(Acknowledged(self._window.applied, self._window.durable, pins))
             failed = self._window.fail_flushes(message.barrier)
             effects.append(FlushFailed(message.errno, failed, message.sentence))
             # what the kernel could not write is gone from its cache: nobody knows what the secondary disk holds
             self._broken = message.sentence
         return [*effects, *self._cut(message.sentence, now), *self._lose(message.sentence, now)]
-
-    def _answered(self, controls: list[Entry], now: float) -> list[Effect]:
-        """Control messages that are applied. Answers come before the ACK; one that did not, a connection ate."""
-        effects: list[Effect] = []
-        for entry in controls:
-            body = self._window.asked.pop(entry[SEQUENCE], None)
-            if body is not None and entry[KIND] == CHECKPOINT:
-                effects.append(self._checkpoint_done(body, entry[SEQUENCE], 0.0, now))
-            elif body is not None:
-                effects.append(Verified(body[1], None))
-        return effects
 
     # -------------------------------------------------------------------------------------------------- handshake
 
@@ -528,7 +518,7 @@ class PrimarySession:
         window = self._window
         before = window.applied, window.durable
         pins, controls = window.acknowledge(welcome.applied, welcome.durable, welcome.recorded, welcome.free)
-        effects = self._answered(controls, now)
+        effects = answers(controls, self._window.asked, now)
         if (window.applied, window.durable) != before:
             effects.append(Acknowledged(window.applied, window.durable, pins))
         if window.peer_syncing != welcome.syncing:
@@ -550,10 +540,6 @@ class PrimarySession:
     def _barrier(self, token: Any, now: float) -> list[Frames]:
         self._window.wait(barrier_entry(token, now))
         return self._pump(now)
-
-    def _checkpoint_done(self, body: list[Any], sequence: int, seconds: float, now: float) -> CheckpointDone:
-        number, token, asked_at = body
-        return CheckpointDone(number, sequence, seconds, max(0.0, now - asked_at), token)
 
     def _pump(self, now: float) -> list[Frames]:
         """Send what waits, as far as session and credit allow."""
@@ -602,20 +588,10 @@ class PrimarySession:
         self._broken = self._broken or reason
         self._lost_at = None
         batches, controls = self._window.release()
-        effects = self._disappoint(controls, reason)
+        effects = disappointments(controls, reason)
         if self._window.reopened():
             effects.append(WindowOpen())
         return batches, effects
-
-    def _disappoint(self, controls: list[Entry], reason: str) -> list[Effect]:
-        """Tell those who wait for control messages that will never be answered."""
-        effects: list[Effect] = []
-        for entry in controls:
-            if entry[KIND] == CHECKPOINT and entry[BODY][1] is not None:
-                effects.append(CheckpointFailed(entry[BODY][1], f"The checkpoint was not taken: {reason}."))
-            elif entry[KIND] == VERIFY:
-                effects.append(Verified(entry[BODY][1], None))
-        return effects
 
     def _refuse(self, code: str, sentence: str, now: float) -> list[Effect]:
         self.state = State.REFUSED

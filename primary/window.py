@@ -159,7 +159,7 @@ class Window:
         return self.auto_barriers or self.barriers_waiting > 0
 
     def _cut_head(self) -> bool:
-        """Replace the batch at the head of ``waiting`` by several that touch at most half a pool each, if that can be."""
+        """Replace the batch at the head of ``waiting`` by several that touch at most half a pool each, if it can."""
         entry = self.waiting[0]
         pieces = split(entry, max(1, self.pool // 2), self.block_size)
         if len(pieces) == 1 and pieces[0][BLOCKS] == entry[BLOCKS]:
@@ -273,9 +273,9 @@ class Window:
     def rebase(self, received: int, peer_syncing: bool) -> list[Entry]:
         """A resync begins: everything waits again, to be sent behind the RESYNC under new numbers.
 
-        Barriers, questions and the messages of an earlier resync are taken out and returned. Batches that wait to become
-        durable are flushed again, not sent again: newer ones behind them may be done, and must not be overwritten. If
-        the secondary forgot them they are dirty, and there as soon as the resync ends.
+        Barriers, questions and the messages of an earlier resync are taken out and returned. Batches that wait to
+        become durable are flushed again, not sent again: newer ones behind them may be done, and must not be
+        overwritten. If the secondary forgot them they are dirty, and there as soon as the resync ends.
         """
         following = self.next_sequence
         self.rewind(self.applied, 0)

@@ -1,22 +1,23 @@
 """The secondary's end of the replication stream, without sockets, disks and clocks.
 
-The shell feeds it frames with the ZeroMQ identity they came from, and the time. Of the effects that come back it carries
-out ``Send`` at once, and puts the *work* (Apply, Checkpoint, BeginResync, EndResync, Verify) in one queue that it does
-strictly in order, reporting each as done by the method that its class names. The queue belongs to no session:
+The shell feeds it frames with the ZeroMQ identity they came from, and the time. Of the effects that come back it
+carries out ``Send`` at once, and puts the *work* (Apply, Checkpoint, BeginResync, EndResync, Verify) in one queue that
+it does strictly in order, reporting each as done by the method that its class names. The queue belongs to no session:
 work handed out is done even if the connection it came over is gone, because WELCOME tells the next session that it was
 received.
 
     handed out:  applied ── at work ──▶ received        the next message must be received + 1
     WELCOME:     "applied" may be forgotten by the primary, up to "received" need not be sent again
 
-One primary at a time. A HELLO of the pair's other side always begins a new session and supersedes the old one, unless it
-is an older HELLO of the same process that was overtaken; whatever still arrives for another session is dropped, and its
-sender is told once that it is not listened to. Inside a session a message that was received before is dropped, a gap or an
-impossible message ends it (FAILED to the primary, which reconnects and replays): nothing after a bad message is applied.
+One primary at a time. A HELLO of the pair's other side always begins a new session and supersedes the old one, unless
+it is an older HELLO of the same process that was overtaken; whatever still arrives for another session is dropped, and
+its sender is told once that it is not listened to. Inside a session a message that was received before is dropped, a
+gap or an impossible message ends it (FAILED to the primary, which reconnects and replays): nothing after a bad message
+is applied.
 
 A primary that follows another stream than the one applied here, or a disk that is not ``exact``, needs a RESYNC before
-anything else is accepted. With RESYNC the numbering jumps; work of the old numbering that is still in the queue is done, but
-no longer counted.
+anything else is accepted. With RESYNC the numbering jumps; work of the old numbering that is still in the queue is
+done, but no longer counted.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class BeginResync(NamedTuple):
 
 
 class EndResync(NamedTuple):
-    """The secondary disk is a prefix again; take over ``history`` durably. Done: ``resync_ended``. A checkpoint follows."""
+    """The secondary disk is a prefix again: take over ``history`` durably. Done: ``resync_ended``."""
 
     sequence: int
     history: History
@@ -123,8 +124,8 @@ class Point(NamedTuple):
 class Position:
     """Where a secondary stands; what it keeps in its header and metadata, and starts from.
 
-    ``exact``: the secondary disk is precisely at ``applied``. A secondary that finds only its metadata (its header was in the
-    memory of a host that went down) starts with ``applied = durable = recorded`` and ``exact = False``.
+    ``exact``: the secondary disk is precisely at ``applied``. A secondary that finds only its metadata (its header was
+    in the memory of a host that went down) starts with ``applied = durable = recorded`` and ``exact = False``.
     """
 
     stream: int = 0
@@ -332,8 +333,8 @@ class SecondarySession:
         applied, durable, recorded, free = self._told
         welcome = wire.Welcome(
             hello.session, 0, wire.PROTOCOL_VERSION, self._stream, applied, self._received, durable, recorded,
-            self._checkpoint_received, free, self.config.pool_blocks, self.config.block_size, self._exact, self._syncing,
-            self.standing,
+            self._checkpoint_received, free, self.config.pool_blocks, self.config.block_size, self._exact,
+            self._syncing, self.standing,
         )
         return [*effects, self._send(welcome), Connected(peer, hello, self._aligned)]
 
@@ -347,8 +348,8 @@ class SecondarySession:
                             f"'{self.standing.pair_id}'")
         theirs, mine = [name for name, _ in hello.volumes], [name for name, _ in self.config.volumes]
         if theirs != mine:
-            return "volumes", (f"the primary has the volumes {', '.join(theirs)}, the secondary {', '.join(mine)}: they must "
-                               "have the same names in the same order")
+            return "volumes", (f"the primary has the volumes {', '.join(theirs)}, the secondary {', '.join(mine)}: "
+                               "they must have the same names in the same order")
         for (name, size), (_, own) in zip(hello.volumes, self.config.volumes, strict=True):
             if size != own:
                 return "size", f"volume {name} has {size} bytes on the primary and {own} bytes on the secondary"
@@ -487,7 +488,7 @@ class SecondarySession:
         return []
 
     def ping(self, now: float) -> list[Effect]:
-        """Ask the primary for a sign of life now; a shell that cannot send it knows more, and calls ``disconnected``."""
+        """Ask the primary for a sign of life now; a shell that cannot send it knows more: ``disconnected``."""
         if not self._session:
             return []
         self._ping_at = now + self.config.heartbeat_s
@@ -509,8 +510,8 @@ class SecondarySession:
         return [bye, Disconnected(reason, True)]
 
     def depose(self, sentence: str) -> list[Effect]:
-        """This side was promoted: a primary still in session is none any more, and must not acknowledge another write. (After a
-        BYE it would go on alone.)"""
+        """This side was promoted: a primary still in session is none any more, and must not acknowledge another write.
+        (After a BYE it would go on alone.)"""
         if not self._session:
             return []
         refusal = self._send(wire.Refuse(self._session, 0, CODES[Rejoin], sentence))

@@ -1,10 +1,10 @@
 """A pair in memory: both session cores, a link that loses, repeats and delays, and an oracle that knows better.
 
-Disks are lists of version numbers, one a block: the batch with index k writes k into each block that it touches. So a disk
-is the primary's history cut after batch k exactly if each block holds the last version that is not after k.
+Disks are lists of version numbers, one a block: the batch with index k writes k into each block that it touches. So a
+disk is the primary's history cut after batch k exactly if each block holds the last version that is not after k.
 
-The primary's shell here does what MirroredDisk does, in the simplest way: it is the second implementation of the contract in
-primary/session.py. The secondary's disk has a cache: only ``flush`` makes it survive ``power_cut``.
+The primary's shell here does what MirroredDisk does, in the simplest way: it is the second implementation of the
+contract in primary/session.py. The secondary's disk has a cache: only a flush makes it survive ``power_cut``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from common import wire
 from common.batch import WRITE
@@ -24,6 +27,7 @@ from primary.session import PrimaryConfig, PrimarySession, State
 from secondary import session as down
 
 BLOCK = 512
+Loss = Literal["continue", "block"]
 OLD_PEER = b"old"
 
 
@@ -63,10 +67,10 @@ class SecondaryHost:
 class Pair:
     """See the module. ``rng`` decides everything that is left to chance."""
 
-    def __init__(self, seed: int, *, blocks: int = 48, pool: int = 24, sync: bool = True, loss: str = "continue") -> None:
+    def __init__(self, seed: int, *, blocks: int = 48, pool: int = 24, loss: Loss = "continue") -> None:
         self.rng = random.Random(seed)
         self.now = 100.0
-        self.blocks, self.pool, self.sync, self.loss = blocks, pool, sync, loss
+        self.blocks, self.pool, self.loss = blocks, pool, loss
         self.disk = [0] * blocks
         self.writes: list[list[int]] = [[0] for _ in range(blocks)]
         self.index = 0
@@ -83,7 +87,8 @@ class Pair:
         self.resyncs: list[bool] = []
         self.moved = 0
         self.refusals: list[str] = []
-        self.asked: dict[int, int] = {}
+        self.bases: dict[int, int] = {}
+        self.late: list[tuple[bytes, ...]] = []
         self.connection = 0
         self.to_secondary: list[tuple[bytes, tuple[bytes, ...]]] = []
         self.to_primary: list[tuple[int, tuple[bytes, ...]]] = []
@@ -97,6 +102,9 @@ class Pair:
         self.forgot = False
         """What the secondary had applied may be missing again until a resync ends."""
         self.stream = 0
+        self.primary: PrimarySession
+        self.secondary: down.SecondarySession
+        self.ledger: Ledger
         self.start_primary(clean=False)
         self.start_secondary()
 
@@ -105,24 +113,23 @@ class Pair:
     def start_primary(self, *, clean: bool) -> None:
         """Start a primary process; ``clean``: the one before stopped with everything acknowledged."""
         self.instances += 1
-        next_sequence, bases = 1, dict(getattr(self, "bases", {}))
+        next_sequence = 1
         if clean:
             next_sequence = self.primary.last_sequence + 1
         else:
             self.stream = self.rng.getrandbits(63) + 1
         self.ledger = Ledger([self.blocks * BLOCK], BLOCK)
         standing = Standing("pair", "a", "primary", self.history, True, self.base)
-        config = PrimaryConfig((("v", self.blocks * BLOCK),), 24_000, on_peer_loss=self.loss,  # type: ignore[arg-type]
-                               checkpoint_on_pressure=True)
+        config = PrimaryConfig((("v", self.blocks * BLOCK),), 24_000, on_peer_loss=self.loss)
         self.primary = PrimarySession(
-            config, standing, instance=self.instances, stream=self.stream, next_sequence=next_sequence, ledger=self.ledger,
-            bases=bases, broken="dirty at start" if clean and self.dirty else "",
+            config, standing, instance=self.instances, stream=self.stream, next_sequence=next_sequence, bases=self.bases,
+            ledger=self.ledger,
         )
         self.resync_cursor = None
         self.connect_pending = True
 
     def stop_primary(self, *, clean: bool) -> None:
-        """The process ends; a new one starts. What the write-intent bitmap would hold is what the old one had in memory."""
+        """The process ends; a new one starts. A write-intent bitmap would hold what the old one knew."""
         certain = self.primary.idle and self.primary.state is State.ESTABLISHED and not self.primary.syncing
         if clean and certain:
             self.on_primary(self.primary.close("stopped"))
@@ -137,7 +144,7 @@ class Pair:
             mark([self.dirty], extents)
         # clients of a killed primary never hear of their writes
         self.outstanding.clear()
-        self.bases = {**getattr(self, "bases", {}), self.stream: self.primary._window.recorded}
+        self.bases[self.stream] = self.primary._window.recorded
         self.drop_connection()
         self.start_primary(clean=False)
 
@@ -207,9 +214,6 @@ class Pair:
 
     def verify(self, blocks: list[int]) -> None:
         """Ask for the hashes of what the primary disk holds now."""
-        import numpy as np
-        from xxhash import xxh3_64_intdigest
-
         questions = np.zeros(len(blocks), dtype=wire.QUESTION)
         for i, block in enumerate(blocks):
             content = self.disk[block].to_bytes(BLOCK, "little")
@@ -276,7 +280,8 @@ class Pair:
         self.outstanding.pop(batch.index)
         self.finished.append(batch)
         for block in batch.blocks:
-            assert self.forgot or self.host.cache[block] >= batch.index, f"batch {batch.index} acknowledged, block {block} is not there"
+            there = self.host.cache[block] >= batch.index
+            assert there or self.forgot, f"batch {batch.index} acknowledged, block {block} is not there"
             if batch.flush and not self.forgot:
                 assert self.host.stable[block] >= batch.index
 
@@ -410,9 +415,6 @@ class Pair:
         self.host.header = self.host.metadata = self.secondary.position
 
     def compare(self, questions: bytes) -> bytes:
-        import numpy as np
-        from xxhash import xxh3_64_intdigest
-
         array = np.frombuffer(questions, dtype=wire.QUESTION)
         return bytes(
             xxh3_64_intdigest(self.host.cache[int(q["offset"]) // BLOCK].to_bytes(BLOCK, "little")) != int(q["hash"])
@@ -425,7 +427,7 @@ class Pair:
     # ------------------------------------------------------------------------------------------------------ oracle
 
     def is_prefix(self, disk: list[int]) -> bool:
-        """Whether ``disk`` is the primary's history cut after one batch (or inside the last one, if that was cut in pieces)."""
+        """Whether ``disk`` is the primary's history cut after a batch (or in the last, if that was cut in pieces)."""
         last = max(disk)
         torn = False
         for block, version in enumerate(disk):
@@ -480,9 +482,8 @@ class Pair:
 
     def deliver_late(self) -> None:
         """Messages of a connection that is gone, some twice, in any order."""
-        late = getattr(self, "late", [])
-        self.rng.shuffle(late)
-        for frames in late:
+        self.rng.shuffle(self.late)
+        for frames in self.late:
             for _ in range(self.rng.randint(1, 2)):
                 self.on_secondary(self.secondary.receive(OLD_PEER, frames, self.now))
         self.late = []
@@ -508,5 +509,5 @@ class Pair:
             quiet = not (self.to_secondary or self.to_primary or self.queue or self.flushes)
             if quiet and self.primary.state is State.ESTABLISHED and self.primary.idle and not self.primary.syncing:
                 return
-        raise AssertionError(f"did not settle: {self.primary.state} {self.primary.statistics()} {self.secondary.position} "
-                             f"{self.log[-20:]} {self.refusals[-1:]}")
+        raise AssertionError(f"did not settle: {self.primary.state} {self.primary.statistics()} "
+                             f"{self.secondary.position} {self.log[-20:]} {self.refusals[-1:]}")

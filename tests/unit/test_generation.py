@@ -82,7 +82,7 @@ def test_split_brain_says_what_each_side_would_lose() -> None:
 
 
 def test_symmetry_and_totality_over_all_histories() -> None:
-    """Whatever two standings meet, both sides come to the same verdict, and data flows only from a superset of the past."""
+    """Both sides of any meeting come to the same verdict, and data flows only from a superset of the past."""
     generations = (G1, G2A, G2B)
     histories: list[History] = [h for n in range(4) for h in itertools.permutations(generations, n)]
     for one, two in itertools.product(histories, repeat=2):

@@ -50,7 +50,7 @@ def test_every_flipped_byte_and_every_truncation_is_noticed() -> None:
 
 
 def sealed(fields: object, version: int = 1) -> bytes:
-    body = msgpack.packb(fields)
+    body: bytes = msgpack.packb(fields)
     header = MAGIC + version.to_bytes(4, "little") + len(body).to_bytes(4, "little")
     return header + xxh3_64_intdigest(body, xxh3_64_intdigest(header)).to_bytes(8, "little") + body
 

@@ -22,12 +22,12 @@ STREAM = 77
 PEER = b"peer"
 
 
-def primary(**options: Any) -> PrimarySession:
+def primary(**options: Any) -> Any:
     config = PrimaryConfig(VOLUMES, options.pop("window", 10_000), **options.pop("config", {}))
     return PrimarySession(config, options.pop("standing", PRIMARY), instance=1, stream=STREAM, **options)
 
 
-def secondary(position: down.Position | None = None, **options: Any) -> down.SecondarySession:
+def secondary(position: down.Position | None = None, **options: Any) -> Any:
     config = down.SecondaryConfig(options.pop("volumes", VOLUMES), 4096, 100)
     position = position or down.Position(stream=STREAM)
     return down.SecondarySession(config, options.pop("standing", SECONDARY), position, free_blocks=100)
@@ -36,11 +36,12 @@ def secondary(position: down.Position | None = None, **options: Any) -> down.Sec
 def welcome(session: PrimarySession, **changes: Any) -> wire.Frames:
     """A WELCOME that lets ``session`` go on, but for ``changes``."""
     applied = changes.get("applied", session.last_sequence)
-    plain = wire.Welcome(session._session, 0, 1, STREAM, applied, applied, 0, 0, 0, 100, 100, 4096, True, False, SECONDARY)
+    plain = wire.Welcome(session._session, 0, 1, STREAM, applied, applied, 0, 0, 0, 100, 100, 4096, True, False,
+                         SECONDARY)
     return wire.encode(replace(plain, **changes))
 
 
-def established(now: float = 0.0, **options: Any) -> PrimarySession:
+def established(now: float = 0.0, **options: Any) -> Any:
     session = primary(**options)
     session.connect(now)
     effects = session.receive(welcome(session), now)
@@ -71,7 +72,7 @@ def batch(sequence: int, session: int = 1 << 32 | 1, extents: bytes = EXTENT, fl
 # ---------------------------------------------------------------------------------------------------- the secondary
 
 
-def in_session() -> down.SecondarySession:
+def in_session() -> Any:
     session = secondary()
     assert kinds(session.receive(PEER, hello(), 0.0)) == ["Send", "Connected"]
     return session
@@ -81,7 +82,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("version", {"version": 9}, "protocol version 9, the secondary version 1"),
     ("pair", {"standing": PRIMARY._replace(pair_id="other")}, "pair 'other', the secondary to pair 'pair'"),
     ("volumes", {"volumes": (("root", 1 << 20),)}, "the volumes root, the secondary root, data"),
-    ("size", {"volumes": (("root", 1 << 20), ("data", 4096))}, "volume data has 4096 bytes on the primary and 65536 bytes"),
+    ("size", {"volumes": (("root", 1 << 20), ("data", 4096))}, "data has 4096 bytes on the primary and 65536 bytes"),
     ("unrelated", {"standing": PRIMARY._replace(history=(Generation(9, 1, "a"),))}, "no common past"),
     ("rejoin", {"standing": PRIMARY._replace(history=(Generation(0, 1, "a"),))}, "side a has to rejoin"),
     ("refused", {"standing": PRIMARY._replace(side="b")}, "both ends call themselves side b"),
@@ -262,7 +263,8 @@ def test_secondary_heartbeats_and_time_out() -> None:
     session = in_session()
     assert session.next_deadline() == 1.0
     assert sent(session.handle_timer(1.0)) == [wire.Ping(1 << 32 | 1, 0, 1.0)]
-    assert sent(session.receive(PEER, wire.encode(wire.Ping(1 << 32 | 1, 0, 2.0)), 4.0)) == [wire.Pong(1 << 32 | 1, 0, 2.0)]
+    ping = wire.encode(wire.Ping(1 << 32 | 1, 0, 2.0))
+    assert sent(session.receive(PEER, ping, 4.0)) == [wire.Pong(1 << 32 | 1, 0, 2.0)]
     assert session.handle_timer(8.9) != []
     effects = session.handle_timer(9.0)
     assert kinds(effects) == ["Send", "Disconnected"]
@@ -320,7 +322,7 @@ def test_acks_that_run_ahead_and_other_nonsense_cut() -> None:
         lambda s: wire.encode(wire.Ping(s._session, 3, 0.0)),
     ):
         session = established()
-        assert kinds(session.receive(frames(session), 0.0))[0] == "Cut"  # type: ignore[no-untyped-call]
+        assert kinds(session.receive(frames(session), 0.0))[0] == "Cut"
         assert session.state is State.CUT
         assert session.attached
 

@@ -83,7 +83,8 @@ def test_junk_is_only_ever_a_wire_error(frames: list[bytes]) -> None:
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=50),
+    st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats() | st.text(max_size=5)
+    | st.binary(max_size=50),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=10,
 )
@@ -91,7 +92,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(SAMPLES), st.data())
-def test_a_sealed_message_with_wrong_fields_is_only_ever_a_wire_error(message: wire.Message, data: st.DataObject) -> None:
+def test_a_sealed_message_with_wrong_fields_is_a_wire_error(message: wire.Message, data: st.DataObject) -> None:
     """A peer that computes checksums and means harm: fields replaced, dropped, added."""
     elements: list[Any] = msgpack.unpackb(bytes(wire.encode(message)[0]), strict_map_key=False)[:-1]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -138,9 +139,9 @@ def test_a_hello_of_another_version_tells_its_version_whatever_follows() -> None
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2100), st.integers(0, 2100), st.integers(0, 300), st.integers(0, 4)),
-                min_size=1, max_size=20), st.integers(0, 300))
-def test_extents_are_checked_alike_one_by_one_and_as_an_array(
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2100), st.integers(0, 2100), st.integers(0, 300),
+                          st.integers(0, 4)), min_size=1, max_size=20), st.integers(0, 300))
+def test_extents_are_checked_against_volumes_and_payload(
     rows: list[tuple[int, int, int, int, int]], payload: int
 ) -> None:
     sizes = (1000, 2000, 50)
@@ -159,14 +160,12 @@ def test_extents_are_checked_alike_one_by_one_and_as_an_array(
 
     packed = b"".join(extent(o, n, p, v, k) for v, o, n, p, k in rows)
     assert verdict(packed) == all(map(good, rows))
-    filler = extent(0, 1, kind=2) * 9
-    assert verdict(packed + filler) == all(map(good, rows))
 
 
 def test_extents_at_the_end_of_the_number_range_do_not_wrap() -> None:
     huge = extent(2**64 - 1, 2**32 - 1, 2**32 - 1)
     for count in (1, 9):
-        with pytest.raises(WireError, match="an extent .*volume 0 of 1000 bytes"):
+        with pytest.raises(WireError, match="volume 0 of 1000 bytes"):
             wire.unpack_extents(extent(0, 1, kind=1) * (count - 1) + huge, 10, (1000,))
     with pytest.raises(WireError, match="does not exist"):
         wire.unpack_extents(extent(0, 1, volume=7), 10, (1000,))
@@ -192,7 +191,7 @@ def test_long_sentences_are_cut_not_refused() -> None:
 def test_random_bytes_with_good_checksums() -> None:
     rng = random.Random(7)
     for _ in range(3000):
-        head = bytearray(rng.choice(SAMPLES) and bytes(wire.encode(rng.choice(SAMPLES))[0])[:-9])
+        head = bytearray(bytes(wire.encode(rng.choice(SAMPLES))[0])[:-9])
         for _ in range(rng.randint(1, 4)):
             head[rng.randrange(len(head))] = rng.randrange(256)
         try:

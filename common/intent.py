@@ -1,0 +1,177 @@
+"""The write-intent bitmap: where a primary that crashes may have written what its secondary lacks.
+
+A small file beside the metadata holds one bit for each *region* (4 MiB) of the volumes. The bit is on stable storage
+before the first write to the region is acknowledged, and is cleared lazily, when nothing in the region is dirty any
+more. So a primary that comes back after a crash finds all its dirtiness in here, rounded out to regions, at the price
+of one small synchronous write when guests move to a region that they had not touched lately (DRBD's activity log,
+HAST's extents).
+
+    page 0        magic, region size, sizes of the volumes; checksum
+    page 1 …      8 bytes xxh3-64 of the rest, seeded with the page's number; 4088 bytes of bits
+
+A page is written whole. One that was torn by a crash fails its checksum and counts as all bits set: too much is then
+moved, never too little. The same holds for a file of another layout.
+
+``covers`` is for the hot path: a look into memory. ``set_ranges`` blocks for the disk: call it in a thread. Both may
+be used at once with ``keep_only``; a lock orders the two that write.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from common.bitmap import DirtyBitmap
+from common.errors import DiskError
+from common.limits import MIB
+
+REGION: Final = 4 * MIB
+PAGE: Final = 4096
+_BYTES: Final = PAGE - 8
+_MAGIC: Final = b"TDINTENT"
+# magic, format, number of volumes, region size; then the volumes' sizes
+_HEADER: Final = struct.Struct("<8sIIQ")
+_FORMAT: Final = 1
+_CHECKSUM: Final = struct.Struct("<Q")
+assert _HEADER.size == 24
+
+
+class IntentFile:
+    """The file at ``path`` for volumes of ``sizes`` bytes. ``found``: it was there and of this layout."""
+
+    def __init__(self, path: str, sizes: Sequence[int], region: int = REGION) -> None:
+        assert region > 0
+        self.path = path
+        self.region = region
+        self._sizes = tuple(sizes)
+        self._first: list[int] = []
+        """Number of each volume's first bit."""
+        bits = 0
+        for size in sizes:
+            self._first.append(bits)
+            bits += -(-size // region)
+        self._pages = max(1, -(-bits // (_BYTES * 8)))
+        self._bits = bytearray(self._pages * _BYTES)
+        self._lock = threading.Lock()
+        self.damaged_pages = 0
+        self.synchronous_writes = 0
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self.found = self._load()
+            except OSError:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise DiskError(f"The write-intent file {path} cannot be used: {error.strerror}.") from error
+
+    # The hot path
+
+    def covers(self, volume: int, offset: int, length: int) -> bool:
+        """Whether every region that [offset, offset + length) touches is marked durably. Else ``set_ranges`` first."""
+        first = self._first[volume]
+        bits = self._bits
+        region = self.region
+        for bit in range(first + offset // region, first + (offset + length - 1) // region + 1):
+            if not bits[bit >> 3] >> (bit & 7) & 1:
+                return False
+        return True
+
+    def set_ranges(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """Mark (volume, offset, length) ranges; on stable storage when it returns. DiskError if that cannot be done:
+        then nothing counts as marked that was not before."""
+        with self._lock:
+            pages: dict[int, bytearray] = {}
+            for volume, offset, length in ranges:
+                first = self._first[volume]
+                for bit in range(first + offset // self.region, first + (offset + length - 1) // self.region + 1):
+                    number, at = divmod(bit >> 3, _BYTES)
+                    if number not in pages:
+                        pages[number] = self._bits[number * _BYTES : (number + 1) * _BYTES]
+                    pages[number][at] |= 1 << (bit & 7)
+            self._write(pages, durable=True)
+            for number, page in pages.items():
+                self._bits[number * _BYTES : (number + 1) * _BYTES] = page
+
+    # Clearing
+
+    def keep_only(self, bitmaps: Sequence[DirtyBitmap]) -> int:
+        """Clear every region in which ``bitmaps`` (one a volume: all that the secondary may lack, writes in progress
+        included) mark nothing. Not synced: a bit that a crash leaves set costs time only. Returns the regions left."""
+        wanted = bytearray(len(self._bits))
+        for first, bitmap in zip(self._first, bitmaps, strict=True):
+            for offset, length in bitmap.runs():
+                for bit in range(first + offset // self.region, first + (offset + length - 1) // self.region + 1):
+                    wanted[bit >> 3] |= 1 << (bit & 7)
+        with self._lock:
+            pages: dict[int, bytearray] = {}
+            both = np.bitwise_and(np.frombuffer(self._bits, np.uint8), np.frombuffer(wanted, np.uint8))
+            kept = bytearray(both.tobytes())
+            for number in range(self._pages):
+                span = slice(number * _BYTES, (number + 1) * _BYTES)
+                if kept[span] != self._bits[span]:
+                    pages[number] = kept[span]
+                    # from here on ``covers`` says no: a write that comes now waits for ``set_ranges``
+                    self._bits[span] = kept[span]
+            self._write(pages, durable=False)
+        return int.from_bytes(kept, "little").bit_count()
+
+    def add_to(self, bitmaps: Sequence[DirtyBitmap]) -> None:
+        """Mark every region of the file in ``bitmaps``, one a volume: what a primary after a crash begins with."""
+        for first, size, bitmap in zip(self._first, self._sizes, bitmaps, strict=True):
+            for index in range(-(-size // self.region)):
+                bit = first + index
+                if self._bits[bit >> 3] >> (bit & 7) & 1:
+                    offset = index * self.region
+                    bitmap.set_range(offset, min(self.region, size - offset))
+
+    def close(self) -> None:
+        """Close the file; what it says stays."""
+        os.close(self._file)
+
+    # The file
+
+    def _header(self) -> bytes:
+        head = _HEADER.pack(_MAGIC, _FORMAT, len(self._sizes), self.region)
+        head += b"".join(_CHECKSUM.pack(size) for size in self._sizes)
+        return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(PAGE, b"\0")
+
+    def _load(self) -> bool:
+        """Read the file; make it if it is empty or of another layout (then everything counts as written)."""
+        found = os.fstat(self._file).st_size > 0
+        if os.pread(self._file, PAGE, 0) == self._header():
+            for number in range(self._pages):
+                page = os.pread(self._file, PAGE, (number + 1) * PAGE)
+                body = page[8:]
+                if len(page) == PAGE and _CHECKSUM.unpack_from(page)[0] == xxh3_64_intdigest(body, number):
+                    self._bits[number * _BYTES : (number + 1) * _BYTES] = body
+                else:
+                    self.damaged_pages += 1
+                    self._bits[number * _BYTES : (number + 1) * _BYTES] = b"\xff" * _BYTES
+            return True
+        if found:
+            self._bits[:] = b"\xff" * len(self._bits)
+        os.ftruncate(self._file, 0)
+        pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
+        self._write(pages, durable=True)
+        os.pwrite(self._file, self._header(), 0)
+        os.fsync(self._file)
+        return False
+
+    def _write(self, pages: dict[int, bytearray], *, durable: bool) -> None:
+        try:
+            for number, page in pages.items():
+                data = _CHECKSUM.pack(xxh3_64_intdigest(page, number)) + page
+                if os.pwrite(self._file, data, (number + 1) * PAGE) != PAGE:
+                    raise DiskError(f"The write-intent file {self.path} cannot be written: the disk is full.")
+            if durable and pages:
+                os.fdatasync(self._file)
+                self.synchronous_writes += 1
+        except OSError as error:
+            raise DiskError(f"The write-intent file {self.path} cannot be written: {error.strerror}.") from error
