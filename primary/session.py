@@ -63,6 +63,7 @@ from primary.window import (
     COST,
     KIND,
     Ledger,
+    PrimaryStatistics,
     Window,
     barrier_entry,
     batch_entry,
@@ -98,26 +99,6 @@ class PrimaryConfig:
     checkpoint_on_pressure: bool = True
     max_lag_s: float = 0.0
     """Treat a secondary that is heard but has not applied the oldest message for so long as lost; 0: never."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrimaryStatistics:
-    """Counters since the session object was made, and the state of the window now."""
-
-    batches: int
-    payload_bytes: int
-    replayed: int
-    sessions: int
-    cuts: int
-    stale_messages: int
-    window_bytes: int
-    waiting: int
-    in_flight: int
-    credit_blocks: int
-    applied: int
-    durable: int
-    sequence: int
-    round_trip_s: float
 
 
 class PrimarySession:

@@ -20,6 +20,7 @@ Entries are plain tuples, because one is made per batch; their fields are the co
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from common import wire
@@ -77,6 +78,26 @@ def control_entry(kind: int, body: Any, now: float) -> Entry:
 def barrier_entry(token: Any, now: float) -> Entry:
     """A checkpoint; its body: [number, set when it is sent; token; when it was asked for]."""
     return control_entry(CHECKPOINT, [0, token, now], now)
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryStatistics:
+    """Counters since the session object was made, and the state of the window now."""
+
+    batches: int
+    payload_bytes: int
+    replayed: int
+    sessions: int
+    cuts: int
+    stale_messages: int
+    window_bytes: int
+    waiting: int
+    in_flight: int
+    credit_blocks: int
+    applied: int
+    durable: int
+    sequence: int
+    round_trip_s: float
 
 
 class Window:

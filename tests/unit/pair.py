@@ -122,8 +122,8 @@ class Pair:
         standing = Standing("pair", "a", "primary", self.history, True, self.base)
         config = PrimaryConfig((("v", self.blocks * BLOCK),), 24_000, on_peer_loss=self.loss)
         self.primary = PrimarySession(
-            config, standing, instance=self.instances, stream=self.stream, next_sequence=next_sequence, bases=self.bases,
-            ledger=self.ledger,
+            config, standing, instance=self.instances, stream=self.stream, next_sequence=next_sequence,
+            bases=self.bases, ledger=self.ledger,
         )
         self.resync_cursor = None
         self.connect_pending = True
