@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,20 +190,29 @@ class Pair:
 
     def _stop_unsupervised(self, purge: bool) -> dict[str, Any]:
         """Stop processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``), if any."""
+        self._wait_for_orphans()
         stopped: list[Role] = []
         with contextlib.suppress(TandemDiskError):
-            self.client("primary", STOP_TIMEOUT_S).call("stop", checkpoint=True)
+            self._stop_side("primary", checkpoint=True)
             stopped.append("primary")
         status: dict[str, Any] | None = None
         with contextlib.suppress(TandemDiskError):
-            status = self.client("secondary", STOP_TIMEOUT_S).call("status")
-            self.client("secondary", STOP_TIMEOUT_S).call("stop")
+            status = self._stop_side("secondary")
             stopped.append("secondary")
         self._wait_gone()
         buffers: list[dict[str, Any]] = []
         with contextlib.suppress(TandemDiskError):
             buffers.append(release_buffer(self.settings("secondary"), status, clean="primary" in stopped, purge=purge))
         return {"stopped": stopped, "killed": [], "buffers": buffers}
+
+    def _stop_side(self, role: Role, **args: object) -> dict[str, Any]:
+        """Tell the process to stop and wait until it has: it lets go of disks and buffer last. Its last status."""
+        client = self.client(role, STOP_TIMEOUT_S)
+        status = client.call("status")
+        with _watched(int(status["pid"])) as ended:
+            client.call("stop", **args)
+            ended(STOP_TIMEOUT_S)
+        return status
 
     def _wait_for_orphans(self) -> None:
         """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
@@ -370,6 +380,27 @@ def _process(pid: int | None, module: str) -> psutil.Process | None:
         return process if process is not None and module in process.cmdline() else None
     except psutil.Error:
         return None
+
+
+@contextlib.contextmanager
+def _watched(pid: int) -> Iterator[Callable[[float], None]]:
+    """A function that waits until the process that is ``pid`` now has ended; its parent is left to reap it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield lambda _timeout_s: None
+        return
+
+    def ended(timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            raise TimedOut(f"The process {pid} did not end within {timeout_s:g} s.", hint="Its log may say why.")
+
+    try:
+        yield ended
+    finally:
+        os.close(pidfd)
 
 
 def _answers(path: str) -> bool:
