@@ -100,6 +100,14 @@ def _orderly_end() -> Iterator[None]:
     help="Measure nothing: report on an earlier run's JSON.",
 )
 @click.option("--list", "listing", is_flag=True, help="Say which jobs and peers there are.")
+@click.option(
+    "--hosts", type=click.Choice(["netns"]), help="Instead: across a network, between two network namespaces (root)."
+)
+@click.option(
+    "--rate", "rates", multiple=True, metavar="RATE",
+    help="With --hosts: what the cable carries, once or more often; default: 100mbit, 1gbit, unlimited.",
+)
+@click.option("--no-growth", is_flag=True, help="With --hosts: leave out how cost grows.")
 @click.option("--hot-path", is_flag=True, help="Instead: where each microsecond of a request goes, step by step.")
 def bench(
     peers: str | None,
@@ -116,6 +124,9 @@ def bench(
     html_path: Path | None,
     from_path: Path | None,
     listing: bool,
+    hosts: str | None,
+    rates: tuple[str, ...],
+    no_growth: bool,
     hot_path: bool,
 ) -> None:
     """Measure this machine's pair, beside others if asked, in alternating rounds.
@@ -140,6 +151,14 @@ def bench(
         return
     if html_path is not None:
         plots.require_matplotlib()
+    if hosts is not None:
+        from deploy.bench.hosts_command import across
+
+        with _orderly_end():
+            across(rates, seconds, parse_size(size), engine, directory, not no_growth, json_path, html_path, from_path)
+        return
+    if rates or no_growth:
+        raise ConfigError("--rate and --no-growth belong to a run across hosts.", hint="Give --hosts netns with them.")
     if from_path is not None:
         _report_on(from_path, json_path, html_path)
         return

@@ -13,7 +13,7 @@ from deploy.bench.workloads import BY_NAME
 
 _HEADLINES: Final = ("write-4k-d1", "write-4k-d32", "write-1m-d8", "read-4k-d32")
 
-_CSS: Final = """
+CSS: Final = """
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1f24; background: #fff; max-width: 1080px; margin: 2rem auto;
   padding: 0 1rem; }
@@ -40,7 +40,7 @@ def render(run: Run) -> str:
     parts = [
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'><title>tandemdisk bench</title>",
-        f"<style>{_CSS}</style></head><body>",
+        f"<style>{CSS}</style></head><body>",
         *_head(run),
         *_tiles(run),
         *_legend(run),
@@ -140,20 +140,20 @@ def _goals(run: Run) -> Iterable[str]:
     for goal in found:
         *cells, result = map(escape, report.goal_row(goal))
         rows.append([*cells, f"<span class='{'met' if goal.met else 'missed'}'>{result}</span>"])
-    yield _table(report.GOAL_COLUMNS, rows)
+    yield table(report.GOAL_COLUMNS, rows)
 
 
 def _figures(run: Run) -> Iterable[str]:
     yield "<h2>Every figure</h2>"
     for job in report.jobs_of(run):
         yield f"<p><b>{escape(report.job_title(job))}</b></p>"
-        yield _table(report.job_columns(run), [[escape(cell) for cell in row] for row in report.job_rows(run, job)])
+        yield table(report.job_columns(run), [[escape(cell) for cell in row] for row in report.job_rows(run, job)])
     rows = [[escape(cell) for cell in row] for row in report.operation_rows(run)]
     if rows:
         yield "<p><b>Single operations</b></p>"
-        yield _table(["", "", "median", "range"], rows)
+        yield table(["", "", "median", "range"], rows)
     yield "<p><b>Memory, MiB</b> (the most that a process ever held; shared: what of it is in memory files)</p>"
-    yield _table(
+    yield table(
         ["", "process", "peak", "private", "shared"],
         [[escape(cell) for cell in row] for row in report.memory_rows(run)],
     )
@@ -173,7 +173,7 @@ def _surroundings(run: Run) -> Iterable[str]:
             yield f"<details><summary>{escape(facts.title)}: command lines</summary>{lines}</details>"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """``rows`` are HTML already."""
     # Columns without a heading hold words.
     kinds = ["<td>" if column else "<td class='text'>" for column in columns]

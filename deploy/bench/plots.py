@@ -55,7 +55,7 @@ def require_matplotlib() -> None:
 
 
 @contextlib.contextmanager
-def _drawing(height: float, rows: int, columns: int) -> Iterator[tuple[list[Axes], Callable[[], str]]]:
+def drawing(height: float, rows: int, columns: int) -> Iterator[tuple[list[Axes], Callable[[], str]]]:
     """Axes to draw on, row by row, and what then makes the SVG text."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def short(value: float) -> str:
 def _panels(run: Run, jobs: Sequence[str], row_height: float, draw: Callable[[Axes, str, list[str]], None]) -> str:
     """One panel a job; ``draw`` gets the job and the peers that were measured in it."""
     rows = -(-len(jobs) // _COLUMNS)
-    with _drawing(row_height * rows, rows, _COLUMNS) as (every, svg):
+    with drawing(row_height * rows, rows, _COLUMNS) as (every, svg):
         for axes in every[len(jobs) :]:
             axes.set_visible(False)
         for axes, job in zip(every, jobs, strict=False):
@@ -156,7 +156,7 @@ def latency(run: Run, jobs: Sequence[str]) -> str:
 def checkpoints(run: Run) -> str:
     """Checkpoint latency over the dirty set (left) and over the disk size (right), medians with their range."""
     own = int(run.options["size"])
-    with _drawing(2.8, 1, 2) as ((left, right), svg):
+    with drawing(2.8, 1, 2) as ((left, right), svg):
         for facts in run.peers:
             if facts.replicated:
                 over_dirty = ratios.checkpoint_curve(run, facts.name, sizes=False)

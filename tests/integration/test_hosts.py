@@ -194,7 +194,7 @@ def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
     (mine,) = [one for one in listed if one["tag"] == hosts.tag]
     assert mine["in_use"]
     assert mine["hosts"]["b"]["processes"] == 2
-    assert not tandemdisk("up", "--dir", directory, "--hosts", "local").returncode == 0
+    assert tandemdisk("up", "--dir", directory, "--hosts", "local").returncode == 2
     down = tandemdisk("down", "--dir", directory)
     assert down.returncode == 0, down.stderr
     assert not hosts.exists()
