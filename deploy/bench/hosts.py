@@ -6,7 +6,8 @@
     resync       half of the disk, written while the cable was cut
     growth       volumes 1 → 8, disk size, dirty set: throughput, CPU, checkpoint
 
-Rates are taken at the receiver, for both sides of the comparison: bytes of payload over the time in which they came. What a window holds back at the sender does not count as sent.
+Rates are taken at the receiver, for both sides of the comparison: bytes of payload over the time in which they came.
+What a window holds back at the sender does not count as sent.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class Arrivals:
         return self._points[-1][1] - self._points[0][1]
 
     def mib_s(self) -> float:
-        """While it flowed: the look in which the flow had ended meanwhile does not count, if there are enough of them."""
+        """While it flowed: the look before which the flow had ended does not count, if there are enough of them."""
         growing = [now for last, now in zip(self._points, self._points[1:], strict=False) if now[1] > last[1]]
         if len(growing) < 2:
             return 0.0
