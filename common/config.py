@@ -188,6 +188,11 @@ class _Node(_Table):
     checkpoint_interval_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     initial_sync: Literal["full", "assume"] = "full"
     on_peer_loss: Literal["continue", "block"] = "continue"
+    on_congestion: Literal["block", "pull-ahead"] = "block"
+    max_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    resync_rate: Annotated[Size, Field(ge=0)] = 0
+    keep_diverged: bool = False
+    write_intent: bool = True
     request_timeout_s: Duration = 10.0
     volumes: Annotated[
         list[_Volume],

@@ -77,6 +77,16 @@ class NodeSettings:
     checkpoint_interval_s: float = 0.0
     initial_sync: Literal["full", "assume"] = "full"
     on_peer_loss: Literal["continue", "block"] = "continue"
+    on_congestion: Literal["block", "pull-ahead"] = "block"
+    """When the window is full: make writers wait, or go on alone and resynchronise later."""
+    max_lag_seconds: float = 0.0
+    """Treat a secondary that is further behind than this as lost; 0: never."""
+    resync_rate: int = 0
+    """Bytes a second that a resync or a verification takes at most; 0: as many as guests leave."""
+    keep_diverged: bool = False
+    """Before a former primary rejoins, save the blocks that it alone wrote to a file in its directory."""
+    write_intent: bool = True
+    """Keep the write-intent bitmap: after a crash of the primary regions are compared, not the whole disk."""
     request_timeout_s: float = 10.0
     """How long anybody waits for a CowRequest before that is an error which names the holder."""
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
@@ -38,6 +38,9 @@ from deploy.render import deployment
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+DIFFERENCES: Final = 11
+"""Exit code of a verification that found any; ``common.errors`` has the codes below."""
 
 console = Console()
 stderr = Console(stderr=True)
@@ -260,6 +263,31 @@ def checkpoint(directory: Path, as_json: bool) -> None:
         click.echo(json.dumps({"checkpoint": taken.number, "seconds": taken.seconds}))
     else:
         console.print(f"Checkpoint {taken.number} in {taken.seconds * 1000:.2f} ms.")
+
+
+@main.command()
+@directory_option
+@json_option
+@click.option("--repair", is_flag=True, help="Send what differs to the secondary at once.")
+@reporting
+def verify(directory: Path, as_json: bool, repair: bool) -> None:
+    """Compare both disks while guests write; exit code 11 if they differed anywhere.
+
+    What differs is marked, and repaired by the next resync, or now with --repair.
+    """
+    found = Pair(directory).verify(repair=repair)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        for name, offset, length in found["extents"]:
+            console.print(f"{name}: {length} bytes at {offset} differ", highlight=False)
+        size, seconds = format_size(found["compared_bytes"]), found["seconds"]
+        if found["differing"]:
+            what = "repaired" if found["repaired"] else "marked for the next resync"
+            console.print(f"{format_size(found['differing_bytes'])} of {size} differed; {what}.", style="yellow")
+        else:
+            console.print(f"{size} compared in {seconds:.1f} s: both disks are equal.")
+    sys.exit(DIFFERENCES if found["differing"] else 0)
 
 
 @main.command()

@@ -47,6 +47,8 @@ __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
 
 COMMAND_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 120.0
+VERIFY_TIMEOUT_S: Final = 30 * 24 * 3600.0
+"""A verification takes as long as the disks are large and guests let it."""
 PEER_LOSS_TIMEOUT_S: Final = 30.0
 LOG_TAIL: Final = 12
 """Lines of a log that a failed start shows."""
@@ -248,6 +250,13 @@ class Pair:
         """Take a checkpoint; returns when the secondary has switched epochs."""
         taken = self.client("primary").call("checkpoint")
         return Checkpoint(number=int(taken["checkpoint"]), seconds=float(taken["seconds"]))
+
+    def verify(self, *, repair: bool = False) -> dict[str, Any]:
+        """Compare both disks while guests write: number, bytes and list of the extents that differ.
+
+        They are marked for the next resync, or sent at once with ``repair``.
+        """
+        return self.client("primary", VERIFY_TIMEOUT_S).call("verify", repair=repair)
 
     def failover(self, to: str = "latest", *, force: bool = False) -> dict[str, Any]:
         """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.

@@ -1,4 +1,5 @@
-"""The primary at work, without its processes: stream, mirror, resync, checkpoints, and what to do when the secondary goes.
+"""The primary at work, without its processes: stream, mirror, resync, checkpoints, and what to do when the secondary
+goes.
 
     state         the secondary            writes                        leaves by
     -----         -------------            ------                        ---------
@@ -7,7 +8,8 @@
     syncing       is being brought in line in stream                     end of the resync, cut
     reconnecting  connection cut           in stream, kept for replay    established, resync, lost
     alone         lost, on_peer_loss =     alone, marked dirty           resync
-                  continue
+                  continue; or never
+                  there
     blocked       lost, on_peer_loss =     wait                          established, resync
                   block
     refused       said that we two do not  alone, marked dirty           (an operator)
@@ -16,8 +18,8 @@
 
 Going alone starts a new generation, durably, before the first write is acknowledged that the secondary lacks.
 
-The primary process runs an engine from its start (``primary.node``); the export process of a secondary begins one when that
-side was promoted and its commit is complete (``secondary.guest``).
+The primary process runs an engine from its start (``primary.node``); the export process of a secondary begins one when
+that side was promoted and its commit is complete (``secondary.guest``).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from common.keys import CurveKeys, load_keys
 from common.process import Lifecycle
 from common.record import Record
 from common.settings import NodeSettings
+from common.wire import Welcome
 from primary.effects import (
     Acknowledged,
     CheckpointDone,
@@ -54,14 +57,22 @@ from primary.effects import (
     Verified,
     WindowOpen,
 )
+from primary.ledger import Ledger
 from primary.link import Link, describe
 from primary.mirror import Mirror
+from primary.questions import Range
+from primary.resync import ResyncLimits
 from primary.session import PrimaryConfig, PrimarySession
-from primary.synchroniser import Synchroniser
+from primary.synchroniser import Synchroniser, make_suspects
+from primary.verifier import Verifier
 from primary.window import Unacknowledged
 
 CHECKPOINT_TIMEOUT_S: Final = 60.0
+MAX_EXTENTS: Final = 1000
+"""Differing extents that an answer to ``verify`` names."""
 EIO: Final = 5
+IDLE: Final = {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0.0}
+"""Status of a resync that is not going on."""
 
 log = logging.getLogger("primary")
 
@@ -100,17 +111,27 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._settled = asyncio.Event()
         """Set once it is known how this primary and its secondary stand to each other, or that nobody is there."""
+        self._own_generation = False
+        """The newest generation was begun here, and no secondary has it."""
         self._refusal = ""
         self._error: dict[str, Any] | None = None
         self._synchroniser: Synchroniser | None = None
         self._synchronising: asyncio.Task[None] | None = None
+        self._verifier: Verifier | None = None
+        self._verifying: asyncio.Task[list[Range]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resyncs = _ResyncCounters()
         self.mirror = Mirror(
             volumes,
             sync=settings.mode == "sync",
             block_size=settings.buffer.block_size,
             on_disk_error=self._disk_failed,
         )
+        self.suspects = make_suspects(self.mirror)
+        """What the secondary may lack, for all that is known: a resync compares it before it sends any of it."""
+        self._unfinished = make_suspects(self.mirror)
+        """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
+        self.ledger = Ledger([volume.size for volume in self.mirror.volumes], settings.buffer.block_size)
         self.session = self._make_session()
         address = settings.replication.connect
         if address is None:
@@ -127,16 +148,21 @@ class Engine:
             replication.heartbeat_s,
             replication.peer_timeout_s,
             settings.on_peer_loss,
+            max_lag_s=settings.max_lag_seconds,
         )
         resumed = metadata.clean and metadata.stream != 0
+        standing = metadata.standing()
+        if metadata.clean and metadata.history:
+            standing = standing._replace(base=metadata.history[-1].identity)
         return PrimarySession(
             config,
-            metadata.standing(),
+            standing,
             instance=random_number(32),
             stream=metadata.stream if resumed else random_number(64),
             next_sequence=metadata.sequence + 1 if resumed else 1,
             checkpoint=metadata.checkpoint,
             bases=dict(metadata.bases) if metadata.clean else {},
+            ledger=self.ledger,
         )
 
     def start(self, export: Export) -> None:
@@ -159,7 +185,8 @@ class Engine:
                     hint="Each side needs the other's public key: see `tandemdisk keygen`.",
                 ) from None
             log.warning("the secondary does not answer address=%s", self.link.address)
-            self._set_state("connecting", "the secondary does not answer")
+            if not self.session.attached:
+                self._go_alone("alone", "the secondary does not answer", [])
         if self._refusal:
             raise PeerRefused(f"The secondary refused this primary: {self._refusal}.")
 
@@ -182,6 +209,8 @@ class Engine:
             case Established(peer=peer):
                 self.mirror.use_blocks(peer.block_size)
                 self._set_state("syncing" if self.session.syncing else "protected", "")
+                if not self.session.syncing:
+                    self._in_one_generation()
             case ResyncNeeded():
                 self._resync(effect)
             case Cut(reason=reason):
@@ -199,7 +228,9 @@ class Engine:
                     token.set_exception(OperationFailed(f"No checkpoint was taken: {sentence}."))
             case Starved():
                 self._starved()
-            case Pressure() | Verified():
+            case Verified(token=token, differing=differing):
+                token.answered(differing)
+            case Pressure():
                 pass
 
     def _set_state(self, state: str, reason: str) -> None:
@@ -215,26 +246,51 @@ class Engine:
         self.checkpoint_seconds = effect.elapsed_s
         self.record.update_soon(checkpoint=effect.number)
         if self.state == "syncing" and not self.session.syncing:
+            self._stop_synchroniser()
+            for bitmap in self._unfinished:
+                bitmap.clear_all()
             self._set_state("protected", "")
+            self._in_one_generation()
         if isinstance(effect.token, asyncio.Future) and not effect.token.done():
             effect.token.set_result(effect)
 
-    # Resync
+    def _in_one_generation(self) -> None:
+        """The secondary has all that is here: from this generation on the bitmaps know every write."""
+        standing = self.session.standing
+        base = standing.history[-1].identity
+        self._own_generation = False
+        if standing.base != base:
+            self.session.standing = standing._replace(base=base)
+
+    # Resync and verification
 
     def _resync(self, effect: ResyncNeeded) -> None:
-        self._stop_synchroniser()
-        mirror = self.mirror
-        mirror.use_blocks(effect.peer.block_size)
-        full = effect.full or not effect.peer.exact
-        if full:
-            for bitmap in mirror.bitmaps:
-                bitmap.set_all()
-        dirty_blocks = sum(bitmap.count() for bitmap in mirror.bitmaps)
-        keep = dirty_blocks <= effect.peer.pool // 2
+        self._stop_work()
+        mirror, peer = self.mirror, effect.peer
+        mirror.use_blocks(peer.block_size)
+        full = effect.full
+        self._mark_what_may_differ(peer, full=full)
         self._set_state("syncing", effect.reason)
-        self.link.perform(self.session.begin_resync(full=full, keep_checkpoint=keep, now=time.monotonic()))
-        self._synchroniser = Synchroniser(mirror)
+        self._resyncs.begun(full=full)
+        self.link.perform(self.session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
+        limits = ResyncLimits(ceiling=float(self.settings.resync_rate))
+        self._synchroniser = Synchroniser(mirror, self.suspects, limits)
         self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
+
+    def _mark_what_may_differ(self, peer: Welcome, *, full: bool) -> None:
+        """In the bitmaps what the secondary lacks for certain, in ``suspects`` what it may lack."""
+        applied = self.session.statistics().applied
+        if not (peer.exact and peer.stream == self.session.stream and peer.applied >= applied):
+            # it forgot, or never had, what was sent and not recorded
+            self.ledger.add_to(self.mirror.bitmaps)
+            self.ledger.clear()
+            for suspects, unfinished in zip(self.suspects, self._unfinished, strict=True):
+                suspects.union(unfinished)
+        for suspects, unfinished, bitmap in zip(self.suspects, self._unfinished, self.mirror.bitmaps, strict=True):
+            if full:
+                suspects.set_all()
+            unfinished.union(suspects)
+            unfinished.union(bitmap)
 
     async def _synchronise(self, synchroniser: Synchroniser) -> None:
         try:
@@ -250,10 +306,86 @@ class Engine:
         if self._synchronising is not None:
             self._synchronising.cancel()
             self._synchronising = None
-        self._synchroniser = None
+        if self._synchroniser is not None:
+            self._synchroniser.stop()
+            self._resyncs.ended(self._synchroniser)
+            self._synchroniser = None
+
+    def _stop_work(self) -> None:
+        """Whatever goes over the disks in the background: it began under conditions that hold no more."""
+        self._stop_synchroniser()
+        if self._verifying is not None:
+            self._verifying.cancel()
+
+    async def verify(self, *, repair: bool) -> list[Range]:
+        """Compare both disks while guests write. The extents that differ are marked for the next resync, or sent at
+        once.
+
+        OperationFailed if there is no secondary in line, or it is lost meanwhile.
+        """
+        if self.state != "protected":
+            raise OperationFailed(
+                f"There is nothing to compare with: this side is {self.state}.", hint="See `tandemdisk status`."
+            )
+        if self._verifying is not None:
+            raise OperationFailed("A verification is under way.", hint="`tandemdisk status` shows how far it is.")
+        self._verifier = Verifier(self.mirror, ceiling=self.settings.resync_rate)
+        self._verifying = task = self._loop.create_task(self._verify(self._verifier, repair=repair), name="verify")
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()  # if whoever asked is gone
+            self._verifying = self._verifier = None
+        if task.cancelled():
+            raise OperationFailed(f"The verification was interrupted: this side is {self.state}.", hint=self.reason)
+        try:
+            return task.result()
+        except OSError as error:
+            self._disk_failed("read for the verification", error)
+            raise OperationFailed(f"The primary disk cannot be read: {error.strerror or error}.") from error
+
+    async def verify_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """``verify`` as a control command: {"repair": bool} to what was found, at most ``MAX_EXTENTS`` of it one by
+        one."""
+        started = time.perf_counter()
+        repair = bool(args.get("repair"))
+        found = await self.verify(repair=repair)
+        names = [volume.name for volume in self.mirror.volumes]
+        return {
+            "differing": len(found),
+            "differing_bytes": sum(length for _, _, length in found),
+            "extents": [[names[index], offset, length] for index, offset, length in found[:MAX_EXTENTS]],
+            "repaired": repair and bool(found),
+            "compared_bytes": sum(volume.size for volume in self.mirror.volumes),
+            "seconds": time.perf_counter() - started,
+        }
+
+    async def checkpoint_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """``checkpoint`` as a control command."""
+        started = time.perf_counter()
+        done = await self.take_checkpoint(float(args.get("timeout_s", CHECKPOINT_TIMEOUT_S)))
+        return {
+            "checkpoint": done.number,
+            "seconds": time.perf_counter() - started,
+            "secondary_seconds": done.seconds,
+            "sequence": done.sequence,
+        }
+
+    async def _verify(self, verifier: Verifier, *, repair: bool) -> list[Range]:
+        found = await verifier.run()
+        if found and repair:
+            sender = Synchroniser(self.mirror, make_suspects(self.mirror))
+            try:
+                await sender.copy()
+                await sender.confirm_all()
+            finally:
+                sender.stop()
+                self._resyncs.repaired(sender)
+        return found
 
     def _starved(self) -> None:
-        """The hidden disk is full and the session may not put a checkpoint: only a resync can have brought that about."""
+        """The hidden disk is full and the session may not put a checkpoint: only a resync can have brought that
+        about."""
         if self.session.syncing:
             self.link.send(self.session.give_up_checkpoint(time.monotonic()))
         else:
@@ -265,12 +397,12 @@ class Engine:
         if self.session.attached:
             self._set_state("blocked", reason)
             return
-        self._stop_synchroniser()
+        self._stop_work()
         self.export.resume_reading()
         self._go_alone("alone", reason, unacknowledged)
 
     def _refused(self, effect: Refused) -> None:
-        self._stop_synchroniser()
+        self._stop_work()
         if not self.serving:
             self._refusal = effect.sentence
             self._set_state("refused", effect.sentence)
@@ -301,12 +433,13 @@ class Engine:
             self.mirror.mark_dirty(batch.extents)
         self._set_state(state, reason)
         history = self.record.value.history
-        if self.session.standing.base:
+        if self._own_generation:
             self._let_go(unacknowledged)  # alone already: this generation is ours
             return
+        self._own_generation = True
         self.mirror.hold()
         self.session.standing = self.session.standing._replace(
-            history=extend(history, random_number(64), self.settings.side), base=history[-1].identity
+            history=extend(history, random_number(64), self.settings.side)
         )
         task = self._loop.create_task(self._new_generation(unacknowledged), name="generation")
         self._tasks.add(task)
@@ -314,7 +447,8 @@ class Engine:
 
     async def _new_generation(self, unacknowledged: list[Unacknowledged]) -> None:
         try:
-            await self.record.update_async(history=self.session.standing.history)
+            standing = self.session.standing
+            await self.record.update_async(history=standing.history, base=standing.base)
         except TandemDiskError as error:
             log.critical("cannot go on alone: %s", error)
             self._lifecycle.fail(error)
@@ -363,7 +497,6 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What ``status`` shows of a primary, without its export."""
         statistics = self.session.statistics()
-        resync = self._synchroniser if self.session.syncing else None
         history = self.session.standing.history
         return {
             "role": "primary",
@@ -377,12 +510,8 @@ class Engine:
             "generation": history[-1].number if history else 0,
             "lag": {"bytes": self.session.lag_bytes(), "seconds": self.session.lag_s(time.monotonic())},
             "dirty_bytes": [bitmap.dirty_bytes() for bitmap in self.mirror.bitmaps],
-            "resync": {
-                "active": resync is not None,
-                "done_bytes": resync.done_bytes if resync is not None else 0,
-                "total_bytes": resync.total_bytes if resync is not None else 0,
-                "rate": resync.rate if resync is not None else 0.0,
-            },
+            "resync": self._synchroniser.status() if self._synchroniser is not None else dict(IDLE),
+            "verify": self._verifier.status() if self._verifier is not None else {"active": False},
             "counters": {
                 "batches": statistics.batches,
                 "payload_bytes": statistics.payload_bytes,
@@ -395,6 +524,7 @@ class Engine:
                 "sequence": statistics.sequence,
                 "disk_errors": self.mirror.disk_errors,
                 "local_flushes": self.mirror.flusher.count,
+                **self._resyncs.counters(self._synchroniser),
             },
             "peer": {
                 "connected": self.state in ("protected", "syncing"),
@@ -407,8 +537,9 @@ class Engine:
 
     async def close(self) -> None:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
-        self._stop_synchroniser()
-        clean = self.serving and self.session.idle and self.session.attached and self.state == "protected"
+        self._stop_work()
+        in_line = self.session.idle and self.session.attached and self.state == "protected"
+        clean = self.serving and in_line and not any(self.mirror.bitmaps)
         if self._tasks:
             await asyncio.wait(self._tasks)
         last = self.session.last_sequence
@@ -419,6 +550,36 @@ class Engine:
             )
         self.link.close()
         self.mirror.close()
+
+
+class _ResyncCounters:
+    """What all resyncs and repairs of this process came to."""
+
+    def __init__(self) -> None:
+        self._count = self._full = self._asked = self._differing = self._moved = self._repaired = 0
+
+    def begun(self, *, full: bool) -> None:
+        self._count += 1
+        self._full += full
+
+    def ended(self, resync: Synchroniser) -> None:
+        self._asked += resync.asked_bytes
+        self._differing += resync.differing_bytes
+        self._moved += resync.moved_bytes
+
+    def repaired(self, repair: Synchroniser) -> None:
+        self._repaired += repair.moved_bytes
+
+    def counters(self, current: Synchroniser | None) -> dict[str, int]:
+        """With those of the resync that is going on, if one is."""
+        return {
+            "resyncs": self._count,
+            "full_resyncs": self._full,
+            "resync_asked_bytes": self._asked + (current.asked_bytes if current is not None else 0),
+            "resync_differing_bytes": self._differing + (current.differing_bytes if current is not None else 0),
+            "resync_moved_bytes": self._moved + (current.moved_bytes if current is not None else 0),
+            "repaired_bytes": self._repaired,
+        }
 
 
 def random_number(bits: int) -> int:

@@ -128,7 +128,8 @@ class Link:
             self._timer = self._loop.call_at(self._loop.time() + max(0.0, deadline - time.monotonic()), self._ring)
 
     def _ring(self) -> None:
-        """A deadline came. Most have moved on since the timer was set (every message heard moves one): then only set it anew."""
+        """A deadline came. Most have moved on since the timer was set (every message heard moves one): then only set
+        it anew."""
         self._timer = None
         self.settle(self.session.handle_timer(time.monotonic()))
 

@@ -1,18 +1,20 @@
-"""MirroredDisk: what the primary's export serves. Each write goes to the secondary and to the primary disk, in one order.
+"""MirroredDisk: what the primary's export serves. Each write goes to the secondary and to the primary disk, in one
+order.
 
-    batch ─▶ extents + span of the receive buffer ─▶ session.write ─▶ socket      (first, so that both disks work at once)
-          └▶ pwrite each payload where it lies                                      (second)
+    batch ─▶ extents + span of the receive buffer ─▶ session.write ─▶ socket      (first: both disks work at once)
+          └▶ pwrite each payload where it lies                                    (second)
     reply: mode=async at once; mode=sync when the secondary has applied the batch
 
-Everything runs on one event loop, and a batch is submitted in one step, so the order in which ``submit`` is called is the
-order on both disks, whatever connection a write came from.
+Everything runs on one event loop, and a batch is submitted in one step, so the order in which ``submit`` is called is
+the order on both disks, whatever connection a write came from.
 
 Zeroes and discards are done locally first and forwarded if that worked: a fast zero that the primary disk refuses must
 not happen on the secondary. They are rare; nobody waits for the overlap.
 
-*Detached* (the secondary was lost, ``on_peer_loss = continue``): writes are marked in the dirty bitmaps and acknowledged
-alone, but not before the new generation, which says that this side went on alone, is durable (``detaching`` until then).
-*Fenced* (the other side was promoted): writes fail with EIO; what was in flight fails too, nobody is told it was done.
+*Detached* (the secondary was lost, ``on_peer_loss = continue``): writes are marked in the dirty bitmaps and
+acknowledged alone, but not before the new generation, which says that this side went on alone, is durable
+(``detaching`` until then). *Fenced* (the other side was promoted): writes fail with EIO; what was in flight fails too,
+nobody is told it was done.
 """
 
 from __future__ import annotations
@@ -255,7 +257,8 @@ class Mirror:
     def _only_written(
         self, volume: MirroredDisk, batch: WriteBatch, errors: dict[int, int]
     ) -> tuple[bytearray, int]:
-        """Extents of what the primary disk took, and the blocks that they touch. The rest may be half done: it differs now."""
+        """Extents of what the primary disk took, and the blocks that they touch. The rest may be half done: it differs
+        now."""
         extents = bytearray()
         blocks = 0
         for number, (kind, offset, length, position, flags) in enumerate(batch.operations):

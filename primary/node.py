@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -17,7 +16,7 @@ from common.port import zmq_context
 from common.process import Lifecycle
 from common.record import Record, check_metadata, initial_metadata
 from common.settings import NodeSettings
-from primary.engine import CHECKPOINT_TIMEOUT_S, Engine, random_number
+from primary.engine import Engine, random_number
 
 
 class PrimaryNode:
@@ -42,7 +41,12 @@ class PrimaryNode:
         self.engine = engine
         control = ControlServer(
             settings.control_path("primary"),
-            {"status": self._status, "checkpoint": self._checkpoint, "stop": self._stop},
+            {
+                "status": self._status,
+                "checkpoint": engine.checkpoint_command,
+                "verify": engine.verify_command,
+                "stop": self._stop,
+            },
         )
         await control.start()
         self._stack.push_async_callback(control.close)
@@ -85,16 +89,6 @@ class PrimaryNode:
             })  # fmt: skip
         status["counters"] = {name: getattr(exported, name) for name in type(exported).__slots__} | status["counters"]
         return status | {"pid": os.getpid(), "nbd_uri": volumes[0]["nbd_uri"], "volumes": volumes}
-
-    async def _checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        started = time.perf_counter()
-        done = await self.engine.take_checkpoint(float(args.get("timeout_s", CHECKPOINT_TIMEOUT_S)))
-        return {
-            "checkpoint": done.number,
-            "seconds": time.perf_counter() - started,
-            "secondary_seconds": done.seconds,
-            "sequence": done.sequence,
-        }
 
     async def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
         number = None

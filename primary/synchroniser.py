@@ -1,43 +1,61 @@
-"""The resync at work: sends what the dirty bitmaps mark, in the stream, while guests write.
+"""The resync at work: finds out what differs, and sends it, in the stream, while guests write.
 
-A piece is read from the primary disk and handed to the session in one step of the loop, so it takes its place in the write
-history like any guest's write: what a guest writes later is sent later. A piece that has to be read in a thread (it is not in the
-page cache) may be overtaken; writes that touch it meanwhile are noticed, and it is read again.
+Two sets of marks, and nothing else, say what is left to do:
 
-Holes travel as zeroes without data and become holes on the secondary. Guests go first: the resync keeps only a small part of
-the window in flight, and none of it while guests fill the rest.
+    suspects    may differ: asked about by hashes (``primary.questions``)        64 KiB a bit
+    bitmaps     differ, as far as anybody knows: sent                            the pair's blocks
+
+First the questions, so that it is known how much differs before a byte is copied; then the copies, as
+``primary.resync`` plans them. A mark of either kind goes only when its answer is there or its piece is in the
+session's hands, which gives it back if the secondary is lost. So a resync that is interrupted, wherever, is a resync
+with fewer marks.
+
+Where nearly every answer is "differs" (a new disk), asking costs more than it saves: then a stretch is taken for
+different unasked, twice as long each time, with a sample between.
+
+Holes, and data that is all zeroes, travel as zeroes without data and become holes on the secondary.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
 from common import limits
-from common.batch import WRITE, ZERO
+from common.batch import ZERO
+from common.bitmap import DirtyBitmap
 from common.disk import HOLE
 from common.wire import EXTENT_STRUCT, RESYNC_DATA
-from primary.mirror import Mirror, MirroredDisk
+from primary.mirror import Mirror
+from primary.questions import LOOK, PIECE, QUESTION_BYTES, Inquiry, Pace, Reader
+from primary.resync import Piece, ResyncLimits, ResyncPlan, thin_extents
 
-PIECE: Final = 1 * limits.MIB
-LOOK: Final = 64 * limits.MIB
-"""How far ahead a marked range is looked at: the longest hole that travels as one message."""
-IN_FLIGHT: Final = 8 * limits.MIB
-"""Bytes of the resync that are unacknowledged at most."""
-GUEST_SHARE: Final = 0.5
-"""Above this part of the window in use by anybody, the resync waits."""
+SAMPLE: Final = 256
+"""Answers by which it is judged whether asking pays."""
+HOPELESS: Final = 0.9
+"""Part of a sample that has to differ for the next stretch to go unasked."""
+STRETCH: Final = 64 * limits.MIB
+LONGEST_STRETCH: Final = 4096 * limits.MIB
+KEEP_MEMORY: Final = 16
+"""Read buffers that are kept for the next pieces."""
 
 
-class _Piece:
-    """A read buffer on its way; ``unpin`` when the secondary has it."""
+class _Carried:
+    """A piece with the session; ``unpin`` when the secondary has it."""
 
-    __slots__ = ("_owner", "length", "memory")
+    __slots__ = ("_owner", "memory", "piece", "plan", "weight")
 
-    def __init__(self, owner: Synchroniser, length: int, memory: memoryview | None) -> None:
+    def __init__(
+        self, owner: Synchroniser, plan: ResyncPlan, piece: Piece, memory: memoryview | None, weight: int
+    ) -> None:
         self._owner = owner
-        self.length = length
+        self.plan = plan
+        self.piece = piece
         self.memory = memory
+        self.weight = weight
 
     def unpin(self) -> None:
         self._owner.confirmed(self)
@@ -46,107 +64,199 @@ class _Piece:
         """A resync has no client to tell; the session is lost next, and what it held becomes dirty again."""
 
 
-class Synchroniser:
-    """One resync, from the bitmaps as they are when it starts. ``run`` it as a task."""
+def make_suspects(mirror: Mirror) -> list[DirtyBitmap]:
+    """Empty marks of the kind that is asked about."""
+    return [DirtyBitmap(volume.size, QUESTION_BYTES) for volume in mirror.volumes]
 
-    def __init__(self, mirror: Mirror) -> None:
+
+class Synchroniser:
+    """One resync: empties ``suspects`` and the mirror's bitmaps. ``run`` it as a task."""
+
+    def __init__(self, mirror: Mirror, suspects: Sequence[DirtyBitmap], limits: ResyncLimits | None = None) -> None:
         self.mirror = mirror
-        self.total_bytes = sum(bitmap.dirty_bytes() for bitmap in mirror.bitmaps)
-        self.done_bytes = 0
+        self.suspects = suspects
+        self.phase = "copying"
+        self.differing_bytes = 0
+        """Of those asked about."""
         self.moved_bytes = 0
-        """Bytes of data that travelled: less than ``done_bytes`` where there are holes."""
+        """Bytes of data that travelled: less than what differed where there are holes."""
         self.started = time.monotonic()
-        self._in_flight = 0
+        self._limits = limits or ResyncLimits()
+        self._plan = ResyncPlan([], self._limits, self.started)
+        self._reading: Piece | None = None
+        self._pace = Pace(mirror, int(self._limits.ceiling))
+        self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
+        self._answers: deque[bool] = deque(maxlen=SAMPLE)
+        self._stretch = self._stretch_left = STRETCH
         self._free: list[memoryview] = []
+        self._carried = 0
+        """Bytes with the session."""
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._reading: tuple[int, int, int] | None = None
-        self._overtaken = False
+        self.total_bytes = self.left_bytes
 
     @property
-    def rate(self) -> float:
-        """Bytes a second since the start."""
-        return self.done_bytes / max(1e-9, time.monotonic() - self.started)
+    def left_bytes(self) -> int:
+        """Bytes that are still marked, of either kind."""
+        return sum(bitmap.dirty_bytes() for bitmap in (*self.suspects, *self.mirror.bitmaps))
+
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes that the secondary was asked about."""
+        return self._inquiry.asked_bytes
+
+    def status(self) -> dict[str, Any]:
+        """For ``status``: progress in bytes, bytes a second since the start, seconds left at this rate."""
+        left = self.left_bytes
+        total = max(self.total_bytes, left)
+        rate = (total - left) / max(1e-9, time.monotonic() - self.started)
+        return {
+            "active": True,
+            "phase": self.phase,
+            "done_bytes": total - left,
+            "total_bytes": total,
+            "rate": rate,
+            "seconds_left": left / rate if rate else None,
+            "asked_bytes": self.asked_bytes,
+            "differing_bytes": self.differing_bytes,
+            "moved_bytes": self.moved_bytes,
+        }
 
     async def run(self) -> None:
-        """Send everything that is marked. Bits are cleared as their piece is handed to the session."""
-        self.mirror.overlap = self._overlap
+        """Ask and send until nothing is marked. OSError if the primary disk cannot be read."""
+        while True:
+            if any(self.suspects):
+                self.phase = "comparing"
+                await self._compare()
+                continue
+            self.phase = "copying"
+            if not any(self.mirror.bitmaps):
+                return
+            await self.copy()
+
+    # Asking
+
+    async def _compare(self) -> None:
+        """Once over all suspects; returns when every question has its answer."""
+        for volume, suspects, known in zip(self.mirror.volumes, self.suspects, self.mirror.bitmaps, strict=True):
+            for offset, length in known.runs():
+                suspects.clear_range(offset, length)
+            position = 0
+            while (found := suspects.next_run(position, LOOK)) is not None:
+                await self._pace.room()
+                offset, length = found
+                if self._hopeless():
+                    length = min(length, self._stretch_left)
+                    known.set_range(offset, length)
+                    suspects.clear_range(offset, length)
+                    self.differing_bytes += length
+                    self._unasked(length)
+                    position = offset + length
+                else:
+                    position = offset + await self._inquiry.ask(volume, offset, length)
+        await self._pace.drained()
+
+    def _heard(self, index: int, offset: int, length: int, differs: bool | None) -> None:
+        if differs is None:
+            return  # still a suspect: asked again in the next round
+        self.suspects[index].clear_range(offset, length)
+        self._answers.append(differs)
+        if differs:
+            self.differing_bytes += length
+            self.mirror.bitmaps[index].set_range(offset, length)
+
+    def _hopeless(self) -> bool:
+        return len(self._answers) == SAMPLE and sum(self._answers) >= HOPELESS * SAMPLE
+
+    def _unasked(self, length: int) -> None:
+        """A stretch went unasked; when it is used up, a new sample decides."""
+        self._stretch_left -= length
+        if self._stretch_left <= 0:
+            self._answers.clear()
+            self._stretch = min(2 * self._stretch, LONGEST_STRETCH)
+            self._stretch_left = self._stretch
+
+    # Sending
+
+    async def copy(self) -> None:
+        """Send everything that is marked; returns when all of it is in the session's hands."""
+        plan = self._plan = ResyncPlan(self.mirror.bitmaps, self._limits, time.monotonic())
+        self.mirror.overlap = plan.wrote
         try:
-            for volume, bitmap in zip(self.mirror.volumes, self.mirror.bitmaps, strict=True):
-                position = 0
-                while (found := bitmap.next_run(position, LOOK)) is not None:
-                    await self._room()
-                    position = found[0] + await self._send(volume, *found)
+            while not plan.all_sent:
+                piece = plan.next_piece(self._guest_share(), time.monotonic())
+                if piece is None:
+                    await self._wait(plan.pause_s(time.monotonic()) or 0.02)
+                    continue
+                self._reading = piece
+                await self._send(plan, piece)
+                self._reading = None
+                await asyncio.sleep(0)
         finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop for good; at once, not when the task comes round to it: what is being read is marked again."""
+        if self._reading is not None:
+            self._plan.give_back(self._reading)
+            self._reading = None
+        if self.mirror.overlap == self._plan.wrote:
             self.mirror.overlap = None
 
-    def confirmed(self, piece: _Piece) -> None:
-        """The secondary has a piece."""
-        self._in_flight -= piece.length
-        if piece.memory is not None and len(self._free) < IN_FLIGHT // PIECE:
-            self._free.append(piece.memory)
+    async def confirm_all(self) -> None:
+        """Wait until the secondary has every piece."""
+        while self._carried:
+            await self._wait(1.0)
+
+    def confirmed(self, carried: _Carried) -> None:
+        """The secondary has a piece, or it was given back and is marked again."""
+        self._carried -= carried.weight
+        if carried.memory is not None and len(self._free) < KEEP_MEMORY:
+            self._free.append(carried.memory)
+        carried.plan.confirm(carried.piece, time.monotonic())
         self._wake.set()
 
-    async def _room(self) -> None:
-        """Wait until the resync may send. Guests' own use of the window is looked at as it changes, at every loop turn."""
+    def _guest_share(self) -> float:
         session = self.mirror.carrier.session
-        while self._in_flight >= IN_FLIGHT or session.lag_bytes() - self._in_flight > GUEST_SHARE * session.config.window_bytes:
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(0.02):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
-        await asyncio.sleep(0)
+        return max(0.0, (session.lag_bytes() - self._carried) / session.config.window_bytes)
 
-    async def _send(self, volume: MirroredDisk, offset: int, length: int) -> int:
-        """Send the beginning of a marked range: one hole, or data of at most ``PIECE`` bytes. Returns how many bytes that were.
+    async def _wait(self, seconds: float) -> None:
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return
 
-        Between the look at the disk and the hand-over nothing else runs, unless ``_read`` notices and repeats it.
-        """
-        bitmap = self.mirror.bitmaps[volume.index]
-        size, flags = volume.disk.extents(offset, length)[0]
-        if flags & HOLE:
-            bitmap.clear_range(offset, size)
-            self._hand_over(volume, offset, size, None)
-        else:
-            size = min(size, PIECE)
-            memory = self._free.pop() if self._free else memoryview(bytearray(PIECE))
-            await self._read(volume, offset, memory[:size])
-            bitmap.clear_range(offset, size)
-            self._hand_over(volume, offset, size, memory)
-        self.done_bytes += size
-        return size
+    async def _send(self, plan: ResyncPlan, piece: Piece) -> None:
+        """Read a piece and give it to the session, unless a guest's write overtook it."""
+        volume = self.mirror.volumes[piece.volume]
+        size, flags = volume.disk.extents(piece.offset, piece.length)[0]
+        if flags & HOLE and size == piece.length:
+            plan.hand_over(piece)
+            extents = EXTENT_STRUCT.pack(piece.offset, piece.length, 0, piece.volume, ZERO, 0, 0)
+            self._carry(plan, piece, extents, None, 0)
+            return
+        memory = self._free.pop() if self._free else memoryview(bytearray(PIECE))
+        view = memory[: piece.length]
+        try:
+            volume.disk.read_nowait(piece.offset, view)
+        except BlockingIOError:
+            await self._loop.run_in_executor(None, volume.disk.read_into, piece.offset, view)
+        if not plan.hand_over(piece):
+            self._free.append(memory)
+            return
+        extents, data = thin_extents(piece.volume, piece.offset, view, self.mirror.bitmaps[piece.volume].block_size)
+        self._carry(plan, piece, extents, memory, data)
 
-    async def _read(self, volume: MirroredDisk, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with what is there at the moment of return."""
-        while True:
-            try:
-                volume.disk.read_nowait(offset, view)
-                return
-            except BlockingIOError:
-                self._reading = (volume.index, offset, offset + len(view))
-                self._overtaken = False
-                try:
-                    await self._loop.run_in_executor(None, volume.disk.read_into, offset, view)
-                finally:
-                    self._reading = None
-                if not self._overtaken:
-                    return
-
-    def _overlap(self, index: int, offset: int, length: int) -> None:
-        reading = self._reading
-        if reading is not None and reading[0] == index and offset < reading[2] and offset + length > reading[1]:
-            self._overtaken = True
-
-    def _hand_over(self, volume: MirroredDisk, offset: int, length: int, memory: memoryview | None) -> None:
+    def _carry(
+        self, plan: ResyncPlan, piece: Piece, extents: bytes, memory: memoryview | None, data: int
+    ) -> None:
         mirror = self.mirror
-        kind = ZERO if memory is None else WRITE
-        extent = EXTENT_STRUCT.pack(offset, length, 0, volume.index, kind, 0, 0)
-        payload: Any = b"" if memory is None else memory[:length]
-        piece = _Piece(self, len(payload), memory)
-        self._in_flight += piece.length
-        self.moved_bytes += piece.length
-        blocks = mirror.blocks_touched(offset, length)
+        payload: Any = memory[: piece.length] if memory is not None and data else b""
+        carried = _Carried(self, plan, piece, memory, len(payload) + len(extents))
+        self._carried += carried.weight
+        self.moved_bytes += data
+        blocks = sum(mirror.blocks_touched(offset, length) for offset, length, *_ in EXTENT_STRUCT.iter_unpack(extents))
         session = mirror.carrier.session
-        mirror.carrier.send(session.write(extent, payload, blocks, RESYNC_DATA, piece, time.monotonic()))
+        mirror.carrier.send(session.write(extents, payload, blocks, RESYNC_DATA, carried, time.monotonic()))

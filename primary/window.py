@@ -114,7 +114,7 @@ class Window:
         self.next_sequence = next_sequence
         self.applied = next_sequence - 1
         self.durable = 0
-        self.recorded = 0
+        self.recorded = next_sequence - 1  # the ledger knows nothing of what came before
         self.pool = 0
         self.block_size = 0
         self.credit = 0

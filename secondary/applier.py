@@ -18,13 +18,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from common.batch import DISCARD, NO_HOLE, WRITE
-from common.disk import Disk
+from common.disk import HOLE, ZERO, Disk, hash_of_zeroes
 from common.errors import TandemDiskError
 from common.flusher import Flusher
 from common.generation import History
@@ -43,9 +43,6 @@ from secondary.session import (
 )
 
 log = logging.getLogger("applier")
-
-VERIFY_PIECE: Final = 1 << 20
-
 
 class Ledger(Protocol):
     """Keeps durably what the session must remember over a crash of this host; blocking calls, from the worker thread."""
@@ -82,6 +79,8 @@ class Applier:
         self._send = send
         self._queue: deque[Work] = deque()
         self._busy = False
+        self._void = 0
+        """Work at the head of the queue from before a flush that failed: no marks of any kind are made for it."""
         self._stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,8 +108,13 @@ class Applier:
             except (OSError, TandemDiskError) as error:
                 self._give_up(work, error)
                 break
-            queue.popleft()
+            self._done()
         self._send(self.session.acknowledge(self.free_blocks()))
+
+    def _done(self) -> None:
+        self._queue.popleft()
+        if self._void:
+            self._void -= 1
 
     def free_blocks(self) -> int:
         """Free blocks in the fullest hidden disk."""
@@ -134,6 +138,8 @@ class Applier:
             self._copy(work, wait=False)
             self._write(work)
             self._applied(work)
+        elif self._void:
+            self.session.applied(work.sequence)
         elif isinstance(work, Checkpoint):
             started = time.perf_counter()
             self.backup.do_checkpoint_nowait(work.number, work.sequence)
@@ -198,7 +204,7 @@ class Applier:
             self._give_up(work, error)
         else:
             self._report(work, done.result())
-            self._queue.popleft()
+            self._done()
         self.drain()
 
     def _report(self, work: Work, result: Any) -> None:
@@ -227,6 +233,7 @@ class Applier:
             code, sentence = errno.EIO, str(error)
         log.error("work failed sequence=%d kind=%s sentence=%r", work.sequence, type(work).__name__, sentence)
         self._queue.clear()
+        self._void = 0
         self._send(self.session.failed_apply(work.sequence, code, sentence))
 
     # Batches
@@ -263,9 +270,14 @@ class Applier:
         differing = bytearray()
         for question in np.frombuffer(questions, dtype=QUESTION):
             offset, length = int(question["offset"]), int(question["length"])
-            contents = memoryview(bytearray(length))
-            self._disks[int(question["volume"])].read_into(offset, contents)
-            differing.append(xxh3_64_intdigest(contents) != int(question["hash"]))
+            disk = self._disks[int(question["volume"])]
+            if disk.extents(offset, length)[0] == (length, HOLE | ZERO):
+                found = hash_of_zeroes(length)
+            else:
+                contents = memoryview(bytearray(length))
+                disk.read_into(offset, contents)
+                found = xxh3_64_intdigest(contents)
+            differing.append(found != int(question["hash"]))
         return bytes(differing)
 
     # Durability
@@ -274,9 +286,18 @@ class Applier:
         if code:
             sentence = f"the secondary disk could not make writes durable: errno {code} ({errno.errorcode.get(code, '?')})"
             self._send(self.session.failed_flush(point, code, sentence))
+            self._drop_queue()
             return
         self.session.durable(point)
         self._send(self.session.acknowledge(self.free_blocks()))
+
+    def _drop_queue(self) -> None:
+        """Nothing that is queued counts any more, and no checkpoint may be taken of a disk that nobody knows."""
+        if self._busy:
+            self._void = len(self._queue)
+        else:
+            self._queue.clear()
+            self.session.drop_work()
 
     def _flush_failed(self, error: OSError) -> None:
         self._header.set_error(Failure.SECONDARY_DISK, f"flush of the secondary disk failed: {error.strerror or error}")

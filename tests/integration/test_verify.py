@@ -1,0 +1,76 @@
+"""Verification of running pairs: nothing is found where nothing is, one flipped byte is found, named and repaired."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from common.nbd_client import NbdClient
+from deploy.layout import PairOptions
+from deploy.pair import Pair
+from tests.pairs import (
+    MIB,
+    Load,
+    compare_disks,
+    primary_uri,
+    random_bytes,
+    running,
+    secondary_disk,
+    tandemdisk,
+    write_all,
+)
+
+BLOCK = 4096
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte behind everybody's back."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 0xFF]), offset)
+    finally:
+        os.close(fd)
+
+
+def filled(pair: Pair, size: int = 8 * MIB, seed: int = 7) -> None:
+    with NbdClient(primary_uri(pair)) as client:
+        write_all(client, random_bytes(seed, size))
+        client.flush()
+
+
+def test_no_difference_is_found_under_load(short_dir: Path) -> None:
+    with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
+        filled(pair)
+        with Load(primary_uri(pair), seed=3) as load:
+            load.wait_for(50)
+            for _ in range(3):
+                found = pair.verify()
+                assert found["differing"] == 0, found
+                assert found["compared_bytes"] == 64 * MIB
+            assert not load.end
+        assert not load.errors
+
+
+def test_a_flipped_byte_is_found_named_and_repaired(short_dir: Path) -> None:
+    with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
+        filled(pair)
+        flip(secondary_disk(pair), 3 * MIB + 5000)
+        flip(secondary_disk(pair), 40 * MIB)  # in a hole
+        with Load(primary_uri(pair), seed=4, span=(16 * MIB, 32 * MIB)) as load:
+            load.wait_for(20)
+            told = tandemdisk("verify", "--dir", pair.directory.path, "--json")
+            assert told.returncode == 11, told.stderr
+            found = json.loads(told.stdout)
+            assert found["extents"] == [["disk0", 3 * MIB + BLOCK, BLOCK], ["disk0", 40 * MIB, BLOCK]]
+            assert not found["repaired"]
+            assert pair.status()["primary"]["volumes"][0]["dirty_bytes"] == 2 * BLOCK
+            again = tandemdisk("verify", "--dir", pair.directory.path, "--repair")
+            assert again.returncode == 11
+            assert "repaired" in again.stdout
+            clean = tandemdisk("verify", "--dir", pair.directory.path)
+            assert clean.returncode == 0, clean.stdout
+        pair.checkpoint()
+        compare_disks(pair)
+        counters = pair.status()["counters"]["primary"]
+        assert counters["repaired_bytes"] == BLOCK, "the hole travels as one"
