@@ -58,6 +58,12 @@ SMALL: Final = Load("random", 0, 4 * KIB, 32)
 SINGLE: Final = Load("random", 0, 4 * KIB, 1)
 
 
+PAIRS: Final[tuple[tuple[Mode, bool, int], ...]] = (
+    ("async", False, 1), ("sync", False, 1), ("async", True, 1), ("sync", True, 1), ("async", True, 4),
+)  # fmt: skip
+"""Mode, CURVE, volumes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What to measure."""
@@ -67,6 +73,7 @@ class Options:
     size: int = 256 * MIB
     growth: bool = True
     directory: str = "/dev/shm"
+    pairs: tuple[tuple[Mode, bool, int], ...] = PAIRS
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +253,9 @@ class Bench:
             scratch.require_space(self._directory, 4 * options.size)
             for rate in options.rates:
                 self._try(f"{rate}: the link itself", functools.partial(self._link, rate))
-            modes: tuple[Mode, ...] = ("async", "sync")
-            for curve in (False, True):
-                for mode in modes:
-                    what = f"{mode}, CURVE {'on' if curve else 'off'}"
-                    self._try(what, functools.partial(self._pair, mode, curve, 1))
-            self._try("async, four volumes", lambda: self._pair("async", True, 4))
+            for mode, curve, volumes in options.pairs:
+                what = f"{mode}, CURVE {'on' if curve else 'off'}, {volumes} volume(s)"
+                self._try(what, functools.partial(self._pair, mode, curve, volumes))
             if options.growth:
                 self._growth()
         self.found.seconds = time.monotonic() - begun
