@@ -155,7 +155,10 @@ def bench(
         from deploy.bench.hosts_command import across
 
         with _orderly_end():
-            across(rates, seconds, parse_size(size), engine, directory, not no_growth, json_path, html_path, from_path)
+            bytes_each = parse_size(size)
+            across(
+                rates, seconds, rounds, bytes_each, engine, directory, not no_growth, json_path, html_path, from_path
+            )
         return
     if rates or no_growth:
         raise ConfigError("--rate and --no-growth belong to a run across hosts.", hint="Give --hosts netns with them.")

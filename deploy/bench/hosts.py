@@ -30,13 +30,13 @@ from typing import Any, Final
 
 from common.child import python_command, python_environment
 from common.control import ControlClient
-from common.errors import OperationFailed, TandemDiskError
+from common.errors import OperationFailed, TandemDiskError, TimedOut
 from common.limits import KIB, MIB
 from common.settings import Mode
 from deploy.bench import scratch
 from deploy.bench.engines import Engine, Figures, Stream
 from deploy.bench.runner import environment
-from deploy.bench.servers import cpu_seconds, die_with_parent, wait_until
+from deploy.bench.servers import cpu_seconds, die_with_parent
 from deploy.bench.workloads import Load
 from deploy.faults import Cut
 from deploy.hosts import NetnsHosts, parse_rate, rate_bits
@@ -50,6 +50,8 @@ RAW_KINDS: Final = ("tcp", "zeromq", "curve")
 SETTLE_TIMEOUT_S: Final = 90.0
 SAMPLE_S: Final = 0.05
 """Between looks at what arrived; each costs the secondary about a millisecond of its CPU."""
+LARGEST: Final = 1024 * MIB
+"""Of the disks that are made to see what size costs."""
 DIRTY_S: Final = 4.0
 """A resync is given as much to do as a limited link carries in this time."""
 
@@ -70,6 +72,8 @@ class Options:
 
     rates: tuple[str, ...] = RATES
     seconds: float = 3.0
+    rounds: int = 3
+    """Of each throughput; the median counts."""
     size: int = 256 * MIB
     growth: bool = True
     directory: str = "/dev/shm"
@@ -274,7 +278,10 @@ class Bench:
     def _link(self, rate: str) -> None:
         self._set_rate(rate)
         for kind in RAW_KINDS:
-            self.found.links.append(LinkSample(rate, kind, measure_link(self._hosts, kind, self._options.seconds)))
+            measured = [
+                measure_link(self._hosts, kind, self._options.seconds) for _ in range(self._options.rounds)
+            ]
+            self.found.links.append(LinkSample(rate, kind, statistics.median(measured)))
 
     # Pairs
 
@@ -330,7 +337,11 @@ class Bench:
 
     def _settle(self, pair: Pair) -> None:
         primary = pair.client("primary")
-        wait_until(lambda: not primary.call("status")["lag"]["bytes"], SETTLE_TIMEOUT_S, "Settling")
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while primary.call("status")["lag"]["bytes"]:
+            if time.monotonic() > deadline:
+                raise TimedOut(f"Settling did not happen within {SETTLE_TIMEOUT_S:g} s.")
+            time.sleep(SAMPLE_S)
 
     def _load(self, pair: Pair, load: Load) -> tuple[list[Figures], Arrivals, float]:
         """Figures of the clients, what arrived, and the CPU seconds that all processes used."""
@@ -346,12 +357,15 @@ class Bench:
 
     def _throughput(self, pair: Pair, rate: str, mode: Mode, curve: bool, volumes: int) -> None:
         self._progress(f"{rate}: {mode}, CURVE {'on' if curve else 'off'}, {volumes} volume(s), throughput")
-        _, arrivals, used = self._load(pair, LARGE)
-        mib_s = arrivals.mib_s()
-        raw = self.found.raw(rate, "tcp")
-        gib = arrivals.bytes / (1 << 30)
+        rates, costs = [], []
+        for _ in range(self._options.rounds):
+            _, arrivals, used = self._load(pair, LARGE)
+            rates.append(arrivals.mib_s())
+            costs.append(used / (arrivals.bytes / (1 << 30)) if arrivals.bytes else 0.0)
+        mib_s, raw = statistics.median(rates), self.found.raw(rate, "tcp")
+        share = mib_s / raw if raw else 0.0
         self.found.throughput.append(
-            ThroughputSample(rate, mode, curve, volumes, mib_s, mib_s / raw if raw else 0.0, used / gib if gib else 0.0)
+            ThroughputSample(rate, mode, curve, volumes, mib_s, share, statistics.median(costs))
         )
 
     def _latency(self, pair: Pair, rate: str, mode: str, curve: bool) -> None:
@@ -384,7 +398,7 @@ class Bench:
         size = self._options.size
         for volumes in (1, 2, 4, 8):
             self._try(f"growth: {volumes} volume(s)", functools.partial(self._grown, "volumes", volumes, volumes, size))
-        for each in (size // 4, size, 4 * size):
+        for each in sorted({size // 4, size, max(size, min(4 * size, LARGEST))}):
             self._try(f"growth: {each // MIB} MiB", functools.partial(self._grown, "size", each, 1, each))
         self._try("growth: dirty set", self._dirty_sets)
 

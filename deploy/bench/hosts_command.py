@@ -22,6 +22,7 @@ WIDTH: Final = 150
 def across(
     rates: Sequence[str],
     seconds: float,
+    rounds: int,
     size: int,
     engine: str,
     directory: Path,
@@ -35,7 +36,7 @@ def across(
         run = _earlier(from_path)
     else:
         require_root("A measurement across hosts makes network namespaces: they")
-        run = _measured(Options(_checked(rates) or RATES, seconds, size, growth, str(directory)), engine)
+        run = _measured(Options(_checked(rates) or RATES, seconds, rounds, size, growth, str(directory)), engine)
     if json_path == "-":
         print(run.to_json())
     else:

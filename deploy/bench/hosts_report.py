@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -160,7 +160,7 @@ def _bars(run: HostsRun) -> str:
         for axes, rate in zip(every, rates, strict=True):
             bars = [(RAW_TITLES[s.kind], s.mib_s, _COLOURS.get(s.kind, "#b4bac4")) for s in run.links if s.rate == rate]
             bars += [(title_of(s), s.mib_s, _COLOURS[s.mode]) for s in run.throughput if s.rate == rate]
-            _horizontal(axes, bars, "MiB/s", plots.short)
+            _horizontal(axes, bars, "MiB/s", axes is every[0])
             axes.set_title(rate, loc="left")
         return svg()
 
@@ -171,17 +171,20 @@ def _latencies(run: HostsRun) -> str:
         for axes, rate in zip(every, rates, strict=True):
             chosen = [s for s in run.latency if s.rate in (rate, "none")]
             bars = [(title_of(s), s.p50_us, _COLOURS[s.mode]) for s in chosen]
-            _horizontal(axes, bars, "µs, median", plots.short)
+            _horizontal(axes, bars, "µs, median", axes is every[0])
             axes.set_title(rate, loc="left")
         return svg()
 
 
-def _horizontal(axes: Axes, bars: Sequence[tuple[str, float, str]], unit: str, label: Any) -> None:
-    for place, (name, value, colour) in enumerate(reversed(bars)):
+def _horizontal(axes: Axes, bars: Sequence[tuple[str, float, str]], unit: str, names: bool) -> None:
+    """``names``: at the left; panels beside this one have the same bars."""
+    for place, (_, value, colour) in enumerate(reversed(bars)):
         axes.barh(place, value, 0.75, color=colour)
-        axes.text(value, place, f" {label(value)}", va="center", fontsize=7)
-        axes.text(0, place, f" {name}", va="center", fontsize=6.5, color="#111")
-    axes.set_yticks([])
+        axes.text(value, place, f" {plots.short(value)}", va="center", fontsize=7)
+    if names:
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in reversed(bars)], fontsize=7)
+    else:
+        axes.set_yticks([])
     axes.margins(x=0.15)
     axes.set_xlabel(unit)
 

@@ -239,7 +239,7 @@ def test_a_guest_goes_on_across_a_failover(short_dir: Path) -> None:
 def test_a_short_measurement_across_hosts(shm_dir: Path) -> None:
     """One rate, one kind of pair: every part of the report is there, and nothing is left behind."""
     options = hosts_bench.Options(
-        ("200mbit",), seconds=0.3, size=16 * MIB, growth=False, directory=str(shm_dir), pairs=(("async", True, 1),)
+        ("200mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, directory=str(shm_dir), pairs=(("async", True, 1),)
     )
     before = {one.tag for one in found()}
     run = hosts_bench.Bench(options, choose_engine("built-in"), lambda _: None).run()
