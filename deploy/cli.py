@@ -35,6 +35,7 @@ from deploy.hosts_commands import RATE, hosts, redirect, wrap
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from deploy.render import deployment
+from deploy.snapshot import snapshot
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -400,7 +401,7 @@ def demo(size: int) -> None:
 
 bench.callback = reporting(bench.callback) if bench.callback is not None else None
 main.add_command(bench)
-for group in (hosts, redirect, deployment):
+for group in (hosts, redirect, deployment, snapshot):
     main.add_command(wrap(group, reporting))
 
 

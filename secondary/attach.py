@@ -4,14 +4,7 @@
         volume = pair.volumes["disk0"]
         print(pair.checkpoint, volume.read(0, 512).hex())
 
-QEMU's commit message shows how a driver on the secondary reads while the backup job runs; in this interface it is
-
-    def read(volume, offset, length):                       # what VolumeView.read does
-        with volume.cow_request_begin(offset, offset + length, shared=True):   # waits for overlapping ones, atomically
-            ...look the blocks up in the map, read the hidden disk or the secondary disk...
-
-where ``wait_for_overlapping_requests`` and ``cow_request_begin`` are one step, because between processes two would
-leave a gap.
+How to serialise reads of your own against the backup job is in the package's docstring.
 
 One read is consistent: all of it is of one checkpoint. Two reads may be of two checkpoints. A whole image of *one*
 checkpoint is what ``PairView.snapshot`` makes, without stopping anything for long:
@@ -34,6 +27,7 @@ one is made (it would never end).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,13 +59,27 @@ Progress = Callable[[int, int], None]
 def find_buffer(directory: str) -> str:
     """The buffer's directory, given that itself, a side's directory, or the directory of a pair.
 
-    NotRunning if there is none.
+    NotRunning if there is none, DiskError if it is another user's.
     """
     for candidate in (".", BUFFER_LINK, f"b/{BUFFER_LINK}", f"a/{BUFFER_LINK}"):
         path = os.path.join(directory, candidate)
+        try:
+            os.stat(f"{path}/{HEADER_FILE}")
+        except PermissionError:
+            raise _not_ours(path) from None
+        except OSError:
+            continue
+        if not os.access(f"{path}/{HEADER_FILE}", os.R_OK | os.W_OK, effective_ids=True):
+            raise _not_ours(path)
         if DiskBuffer.exists(path):
             return os.path.realpath(path)
     raise NotRunning(f"There is no disk buffer in {directory}.", hint="Is the secondary up?")
+
+
+def _not_ours(path: str) -> DiskError:
+    return DiskError(
+        f"{os.path.normpath(path)} cannot be opened by this user.", hint="Attach as the user that runs the secondary."
+    )
 
 
 def attach(directory: str, *, overlay: bool = False, timeout_s: float = 10.0) -> PairView:
@@ -81,10 +89,7 @@ def attach(directory: str, *, overlay: bool = False, timeout_s: float = 10.0) ->
     ``overlay``: the guest's view instead of the bare checkpoint. Raises NotRunning if there is no buffer, DiskError if
     it is unfit.
     """
-    path = find_buffer(directory)
-    if not os.access(f"{path}/{HEADER_FILE}", os.W_OK):
-        raise DiskError(f"{path} belongs to another user.", hint="Attach as the user that runs the secondary.")
-    return PairView(DiskBuffer.attach(path, timeout_s=timeout_s), overlay=overlay)
+    return PairView(DiskBuffer.attach(find_buffer(directory), timeout_s=timeout_s), overlay=overlay)
 
 
 class PairView:
@@ -128,7 +133,7 @@ class PairView:
                 checkpoint = _Snapshot(self, files, progress).run()
                 if checkpoint is not None:
                     for file in files:
-                        os.fsync(file.fd)
+                        file.flush()
                     done = True
                     return checkpoint
             raise OperationFailed("The pair was synchronised again and again meanwhile.", hint="Try again later.")
@@ -161,8 +166,19 @@ class _Image:
             raise DiskError(f"{path} exists.", hint="Name a new file.") from None
         except OSError as error:
             raise DiskError(f"{path} cannot be created: {error.strerror}.") from error
-        os.ftruncate(self.fd, view.size)
+        try:
+            os.ftruncate(self.fd, view.size)
+        except OSError as error:
+            self.close(keep=False)
+            raise _write_error(path, error) from error
         self.epochs: NDArray[np.uint32] = np.zeros(view.buffer.blocks, dtype=np.uint32)
+
+    def flush(self) -> None:
+        """Durable on return; DiskError if it cannot be."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise _write_error(self.path, error) from error
 
     def close(self, *, keep: bool) -> None:
         os.close(self.fd)
@@ -280,4 +296,10 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int, path: str) -> Non
             done = os.pwrite(fd, view, offset)
             view, offset = view[done:], offset + done
     except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror}.") from error
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: str, error: OSError) -> DiskError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "The image needs as much room as the volume has data." if full else ""
+    return DiskError(f"{path} cannot be written: {error.strerror}.", hint=hint)

@@ -39,7 +39,8 @@ from secondary import header as h
 from secondary.buffer import SMALL, Blocks, DiskBuffer, VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
-from secondary.requests import HOLD, CowRequest, Description, RequestTable
+from secondary.interface import Serialised
+from secondary.requests import HOLD, Description, RequestTable
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -48,7 +49,7 @@ Numbers = Sequence[int] | Blocks
 """Byte offsets or lengths of a batch."""
 
 
-class BackupJob:
+class BackupJob(Serialised):
     """The backup job of one volume. One process has it; ``DiskBuffer.create`` or ``header.own`` makes sure of that."""
 
     def __init__(self, buffer: VolumeBuffer, disk: Disk) -> None:
@@ -56,7 +57,7 @@ class BackupJob:
             raise DiskError(f"Volume {buffer.name} has {buffer.size} bytes, its secondary disk {disk.size}.")
         self.buffer = buffer
         self.disk = disk
-        self.requests: RequestTable = buffer.requests
+        self.requests = buffer.requests
         self._header = buffer.header
         self._layer = buffer.hidden
         self._shift = buffer.shift
@@ -65,19 +66,7 @@ class BackupJob:
         self._fd = disk.fileno()
         self._nowait = True
 
-    # The exported interface
-
-    def wait_for_overlapping_requests(self, start: int, end: int) -> None:
-        """See ``RequestTable.wait_for_overlapping_requests``."""
-        self.requests.wait_for_overlapping_requests(start, end)
-
-    def cow_request_begin(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
-        """See ``RequestTable.cow_request_begin``."""
-        return self.requests.cow_request_begin(start, end, shared=shared)
-
-    def cow_request_end(self, request: CowRequest) -> None:
-        """See ``RequestTable.cow_request_end``."""
-        request.end()
+    # The exported interface, beside that of Serialised
 
     def do_cow(self, offsets: Numbers, lengths: Numbers) -> int:
         """Copy old contents of every block that [offset, offset + length) touches and this epoch has not seen; may

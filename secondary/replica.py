@@ -132,7 +132,7 @@ class GuestVolume(VolumeView):
             try:
                 return self._apply_locked(operations, view, wait)
             finally:
-                self._requests.release(request)
+                self.requests.release(request)
         except TandemDiskError as error:  # a holder that does not let go
             return self._all_failed(operations, error.sentence)
 
@@ -178,7 +178,7 @@ class GuestVolume(VolumeView):
         """With the last client the backup job need not mind this process any more."""
         self._clients -= 1
         if self._clients == 0 and not self._working:
-            self._requests.leave()
+            self.requests.leave()
 
     # Inside
 
@@ -305,11 +305,11 @@ class GuestVolume(VolumeView):
         if count == 0:
             return 0
         active = self._active
-        lock = self._requests.try_byte(ALLOCATION)
+        lock = self.requests.try_byte(ALLOCATION)
         if lock is None:
             if not wait:
                 raise BlockingIOError(errno.EAGAIN, "another process allocates")
-            lock = self._requests.wait_byte(ALLOCATION)
+            lock = self.requests.wait_byte(ALLOCATION)
         try:
             used = active.used(epoch)
             if used + count > active.slots:
@@ -317,7 +317,7 @@ class GuestVolume(VolumeView):
             active.store_used(epoch, used + count)
             return used
         finally:
-            self._requests.release(lock)
+            self.requests.release(lock)
 
     def _put(self, operation: Operation, view: memoryview, slots: Mapping[int, int]) -> None:
         """Contents of one operation into slots of the active disk, in place or new.

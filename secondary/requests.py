@@ -110,6 +110,10 @@ class CowRequest:
         self.end_offset = end
         self.shared = shared
 
+    def covers(self, table: RequestTable, start: int, end: int) -> bool:
+        """True if it is in flight, on ``table``, and [start, end) is within its range."""
+        return self._description is not None and table is self._table and self.start <= start <= end <= self.end_offset
+
     def end(self) -> None:
         """The range is free again; waiters go on."""
         description, self._description = self._description, None

@@ -21,6 +21,7 @@ from secondary import header as h
 from secondary.buffer import VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
+from secondary.interface import Serialised
 from secondary.requests import CowRequest, Description
 
 SMALL: Final = 32
@@ -37,7 +38,7 @@ Segment = tuple[int, int, int]
 """(DISK, HIDDEN or TOP; byte position there; length)"""
 
 
-class VolumeView:
+class VolumeView(Serialised):
     """A volume as of the last checkpoint; with ``overlay`` the guest's own writes are on top of it.
 
     Any process may have one, next to the export process. It is read-only; ``secondary.replica.GuestVolume`` adds
@@ -52,7 +53,7 @@ class VolumeView:
         self.overlay = overlay
         self.name = buffer.name
         self.size = buffer.size
-        self._requests = buffer.requests
+        self.requests = buffer.requests
         self._words = buffer.header.words
         self._hidden = buffer.hidden
         # Without the overlay the hidden disk is its own top: one code path, and the second look-up finds what the
@@ -61,29 +62,30 @@ class VolumeView:
         self._shift = buffer.shift
         self._mask = buffer.block_size - 1
 
-    # The exported interface
-
-    def wait_for_overlapping_requests(self, start: int, end: int) -> None:
-        """See ``RequestTable.wait_for_overlapping_requests``."""
-        self._requests.wait_for_overlapping_requests(start, end)
-
-    def cow_request_begin(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
-        """See ``RequestTable.cow_request_begin``.
-
-        Reads of this view begin one themselves: do not read while holding an exclusive one.
-        """
-        return self._requests.cow_request_begin(start, end, shared=shared)
-
-    def cow_request_end(self, request: CowRequest) -> None:
-        """See ``RequestTable.cow_request_end``."""
-        request.end()
+    # The exported interface, beside that of Serialised
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; may block. ValueError out of bounds, OSError as the guest would get it."""
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"[{offset}, {offset + length}) is outside a volume of {self.size} bytes")
+        """``length`` bytes from ``offset``, all of one checkpoint; may block. Begins a request of its own, so do not
+        call it while you hold an exclusive one.
+
+        ValueError out of bounds, OSError as the guest would get it.
+        """
+        self._check_bounds(offset, length)
         contents = bytearray(length)
         self.read_blocking(offset, memoryview(contents))
+        return bytes(contents)
+
+    def read_inside(self, request: CowRequest, offset: int, length: int) -> bytes:
+        """``read`` within a ``request`` of the caller's: all reads of one request are of one checkpoint.
+
+        ValueError if the request is over or does not cover the range.
+        """
+        self._check_bounds(offset, length)
+        if not request.covers(self.requests, offset, offset + length):
+            raise ValueError(f"no request in flight covers [{offset}, {offset + length})")
+        contents = bytearray(length)
+        if length:
+            self._read_held(offset, memoryview(contents), wait=True)
         return bytes(contents)
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -104,13 +106,22 @@ class VolumeView:
         mask = self._mask
         request = self._begin((((offset & ~mask), (offset + length + mask) & ~mask),), wait, shared=True)
         try:
-            least = self.least(self._words[h.W_STATE])
-            if (offset & mask) + length <= mask + 1:
-                self._read_block(offset, view, least, wait)
-            else:
-                self.copy_segments(self.look_up(offset, length, least), view, wait=wait)
+            self._read_held(offset, view, wait=wait)
         finally:
-            self._requests.release(request)
+            self.requests.release(request)
+
+    def _read_held(self, offset: int, view: memoryview, *, wait: bool) -> None:
+        """``_read`` of at least one byte, within a request."""
+        length = len(view)
+        least = self.least(self._words[h.W_STATE])
+        if (offset & self._mask) + length <= self._mask + 1:
+            self._read_block(offset, view, least, wait)
+        else:
+            self.copy_segments(self.look_up(offset, length, least), view, wait=wait)
+
+    def _check_bounds(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"[{offset}, {offset + length}) is outside a volume of {self.size} bytes")
 
     def copy_segments(self, segments: list[Segment], view: memoryview, *, wait: bool = True) -> None:
         """The bytes that ``look_up`` found, into ``view``. Within the same request."""
@@ -229,17 +240,17 @@ class VolumeView:
                     else:
                         found.append((part, flags))
         finally:
-            self._requests.release(request)
+            self.requests.release(request)
         return found
 
     # Inside
 
     def _begin(self, ranges: Ranges, wait: bool, *, shared: bool) -> Description:
-        request = self._requests.try_ranges(ranges, shared=shared)
+        request = self.requests.try_ranges(ranges, shared=shared)
         if request is None:
             if not wait:
                 raise BlockingIOError(errno.EAGAIN, "a request in flight overlaps")
-            request = self._requests.wait_ranges(ranges, shared=shared)
+            request = self.requests.wait_ranges(ranges, shared=shared)
         return request
 
     def least(self, state: int) -> int:

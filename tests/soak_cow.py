@@ -105,7 +105,7 @@ class LookUpOutside(GuestVolume):
         try:
             self.copy_segments(segments, view, wait=wait)
         finally:
-            self._requests.release(request)
+            self.requests.release(request)
 
 
 class Child:
