@@ -1,0 +1,101 @@
+"""``python -m tests.simulation``: run seeds, one seed in detail, or a named scenario.
+
+    --seeds N [--start S]   N seeds from S on; the first failure is shrunk and shown
+    --minutes M             as many seeds as that takes
+    --seed S [--log]        one seed, with its trace
+    --scenario NAME         a story; without a name: all of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from tests.simulation.simulator import Result, run, shrink
+
+
+def main() -> int:
+    """See the module; the exit code is 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--log", action="store_true", help="print the trace")
+    parser.add_argument("--scenario", nargs="?", const="")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
+    arguments = parser.parse_args()
+    if arguments.scenario is not None:
+        return scenarios(arguments.scenario)
+    if arguments.seed is not None:
+        return one(arguments.seed, arguments.log)
+    return many(arguments)
+
+
+def one(seed: int, log: bool) -> int:
+    result = run(seed, keep_log=log)
+    for line in result.log:
+        print(line)
+    print(f"seed {seed}: trace {result.trace:016x}, {result.acknowledged} writes acknowledged, {result.virtual_s:.1f} s of virtual time, "
+          f"{result.steps} callbacks")
+    print(f"options: {result.options.describe()}")
+    if result.failure is None:
+        return 0
+    print(result.describe())
+    return 1
+
+
+def many(arguments: argparse.Namespace) -> int:
+    print(f"seeds from {arguments.start}")
+    started = time.perf_counter()
+    total: Counter[str] = Counter()
+    acknowledged = done = failed = 0
+    seed = arguments.start
+    while True:
+        if arguments.minutes is not None:
+            if time.perf_counter() - started > arguments.minutes * 60:
+                break
+        elif done == arguments.seeds:
+            break
+        result = run(seed)
+        seed += 1
+        done += 1
+        acknowledged += result.acknowledged
+        total += result.counts
+        if result.failure is not None:
+            failed += 1
+            report(result, brief=arguments.keep_going)
+            if not arguments.keep_going:
+                break
+    seconds = time.perf_counter() - started
+    print(f"{done} seeds in {seconds:.1f} s ({done / seconds:.1f} a second), {acknowledged} writes acknowledged, {failed} failed")
+    print("  " + ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
+    return 1 if failed else 0
+
+
+def report(result: Result, *, brief: bool) -> None:
+    print(result.describe() if not brief else result.describe().split("\n")[0], flush=True)
+    if brief:
+        return
+    smaller = shrink(result)
+    print(f"smaller: {smaller.options.describe()}\n  {smaller.what}: {smaller.failure}")
+
+
+def scenarios(name: str) -> int:
+    from tests.simulation.scenarios import SCENARIOS, tell
+
+    failed = 0
+    for title in SCENARIOS if not name else [name]:
+        result = tell(title)
+        print(f"{'FAILED' if result.failure else 'ok    '} {title}")
+        if result.failure is not None:
+            failed += 1
+            print(result.describe())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Simulated storage: disks whose writes are lost or torn when the power goes, and metadata files that are replaced atomically.
+
+A disk has two images. ``contents`` is what a read returns (the page cache); ``stable`` is what survives a loss of power. Writes since
+the last flush are kept in a journal; when the power goes each sector of it is kept or lost by itself, in any order.
+
+Faults are said by ``Faults``, which the simulation changes as it goes: the chance that an operation fails, that it is done
+in part before it fails, that a read is not in the cache, and that the process dies in the middle of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.errors import DiskError
+from common.metadata import Metadata, parse, serialise
+from tests.simulation.clock import PROCESS, Killed, Process
+
+SECTOR = 512
+HOLE_AND_ZERO = 3
+
+
+@dataclass
+class Faults:
+    """What may go wrong with the storage of one host now; chances per call."""
+
+    read: float = 0.0
+    write: float = 0.0
+    flush: float = 0.0
+    save: float = 0.0
+    cold: float = 0.0
+    """A read that must not wait would have to."""
+    kill: float = 0.0
+    """The process dies in the middle of a call."""
+    code: int = errno.EIO
+
+    def any(self) -> bool:
+        return bool(self.read or self.write or self.flush or self.save or self.kill)
+
+
+class Countdown:
+    """For n-th-fault loops: counts calls, and lets one of them (or every one from it on) fail."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fail_at = 0
+        self.sticky = False
+        self.kinds: frozenset[str] = frozenset()
+        self.hits: list[str] = []
+
+    def strikes(self, kind: str) -> bool:
+        """Count a call of ``kind``; True if it has to fail."""
+        if self.kinds and kind not in self.kinds:
+            return False
+        self.calls += 1
+        hit = self.fail_at and (self.calls == self.fail_at or (self.sticky and self.calls >= self.fail_at))
+        if hit:
+            self.hits.append(kind)
+        return bool(hit)
+
+
+class Platter:
+    """The medium: what is in the machine, and outlives its processes."""
+
+    def __init__(self, name: str, size: int, chance: random.Random, faults: Faults) -> None:
+        self.name = name
+        self.size = size
+        self.contents = bytearray(size)
+        self.stable = bytearray(size)
+        self.versions = np.frombuffer(self.contents, np.uint64)[:: SECTOR // 8]
+        """The first word of each sector: which write it comes from."""
+        self.stable_versions = np.frombuffer(self.stable, np.uint64)[:: SECTOR // 8]
+        self.journal: list[tuple[int, bytes]] = []
+        self.chance = chance
+        self.faults = faults
+        self.countdown = Countdown()
+        self.changed: Callable[[], None] = lambda: None
+        self.between: Callable[[Platter, str], None] = lambda _platter, _kind: None
+        """Called in the middle of an operation: something else may happen now."""
+        self.read_only_view = memoryview(self.contents)
+        self.fills: set[int] = set()
+
+    def put(self, offset: int, data: Any) -> None:
+        """A write reached the page cache."""
+        data = bytes(data)
+        self.contents[offset : offset + len(data)] = data
+        self.journal.append((offset, data))
+        self.changed()
+
+    def sync(self) -> None:
+        """The journal is on stable storage."""
+        for offset, data in self.journal:
+            self.stable[offset : offset + len(data)] = data
+        self.journal.clear()
+
+    def lose_power(self) -> None:
+        """Each sector written since the last flush is there or not."""
+        chance = self.chance
+        keep = chance.choice((0.0, 0.5, 0.5, 1.0))
+        for offset, data in self.journal:
+            for start in range(0, len(data), SECTOR):
+                if chance.random() < keep:
+                    self.stable[offset + start : offset + start + SECTOR] = data[start : start + SECTOR]
+        self.journal.clear()
+        self.contents[:] = self.stable
+        self.changed()
+
+    def forget_cache(self) -> None:
+        """After a failed flush the kernel calls pages clean that it could not write: some of them are lost for good."""
+        for offset, data in self.journal:
+            for start in range(0, len(data), SECTOR):
+                where = slice(offset + start, offset + start + SECTOR)
+                if self.chance.random() < 0.5:
+                    self.stable[where] = data[start : start + SECTOR]
+                else:
+                    self.contents[where] = self.stable[where]
+        self.journal.clear()
+        self.contents[:] = self.stable
+        self.changed()
+
+    def trouble(self, kind: str, likelihood: float) -> None:
+        """Die or fail here, if that is to be."""
+        faults = self.faults
+        if faults.kill and self.chance.random() < faults.kill:
+            raise Killed
+        if self.countdown.strikes(f"{self.name} {kind}") or (likelihood and self.chance.random() < likelihood):
+            raise OSError(faults.code, os.strerror(faults.code))
+
+
+class SimDisk:
+    """A process' handle on a ``Platter``; a ``common.disk.Disk``."""
+
+    read_only = False
+    preferred_block = 4096
+
+    def __init__(self, platter: Platter, *, forgetful: bool) -> None:
+        self.platter = platter
+        self.path = platter.name
+        self.forgetful = forgetful
+        """A failed flush may lose what it was to write."""
+        self.process: Process | None = PROCESS.get()
+
+    @property
+    def size(self) -> int:
+        return self.platter.size
+
+    def fileno(self) -> int:
+        return -1
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        platter = self.platter
+        platter.trouble("read", platter.faults.read)
+        platter.between(platter, "read")
+        view[:] = platter.read_only_view[offset : offset + len(view)]
+
+    def read_nowait(self, offset: int, view: memoryview) -> None:
+        platter = self.platter
+        if platter.faults.cold and platter.chance.random() < platter.faults.cold:
+            raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+        self.read_into(offset, view)
+
+    def write(self, offset: int, data: Any) -> None:
+        self._change("write", offset, bytes(data))
+
+    def _change(self, kind: str, offset: int, data: bytes) -> None:
+        platter = self.platter
+        if self.process is not None and self.process.dead:
+            return
+        try:
+            platter.trouble(kind, platter.faults.write)
+        except BaseException:
+            sectors = len(data) // SECTOR
+            done = platter.chance.randint(0, sectors) * SECTOR if platter.chance.random() < 0.5 else 0
+            if done:
+                platter.put(offset, data[:done])
+            raise
+        platter.put(offset, data)
+        platter.between(platter, kind)
+
+    def flush(self) -> None:
+        platter = self.platter
+        if self.process is not None and self.process.dead:
+            return
+        try:
+            platter.trouble("flush", platter.faults.flush)
+        except OSError:
+            if self.forgetful:
+                platter.forget_cache()
+            raise
+        platter.sync()
+
+    def discard(self, offset: int, length: int) -> None:
+        self._change("discard", offset, bytes(length))
+
+    def zero(self, offset: int, length: int, *, may_unmap: bool = True, fast: bool = False) -> None:
+        self._change("zero", offset, bytes(length))
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        platter = self.platter
+        platter.trouble("extents", platter.faults.read)
+        found: list[tuple[int, int]] = []
+        versions = platter.versions[offset // SECTOR : (offset + length) // SECTOR]
+        for version in versions.tolist():
+            flags = 0 if version else HOLE_AND_ZERO
+            if found and found[-1][1] == flags:
+                found[-1] = (found[-1][0] + SECTOR, flags)
+            else:
+                found.append((SECTOR, flags))
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class MetadataFile:
+    """The file ``metadata`` of one side. ``now`` is what the file system shows, ``stable`` what a loss of power leaves."""
+
+    chance: random.Random
+    faults: Faults
+    now: bytes | None = None
+    stable: bytes | None = None
+    countdown: Countdown = field(default_factory=Countdown)
+    saved: int = 0
+    name: str = ""
+
+    def load(self, path: str) -> Metadata | None:
+        return parse(self.now, path) if self.now is not None else None
+
+    def save(self, path: str, metadata: Metadata) -> None:
+        process = PROCESS.get()
+        if process is not None and process.dead:
+            return
+        data = serialise(metadata)
+        faults = self.faults
+        if faults.kill and self.chance.random() < faults.kill:
+            if self.chance.random() < 0.5:
+                self.now = self.stable = data
+            raise Killed
+        if self.countdown.strikes(f"{self.name} save") or (faults.save and self.chance.random() < faults.save):
+            if self.chance.random() < 0.3:
+                # renamed, and then the directory could not be synced: what a loss of power leaves is open
+                self.now = data
+                if self.chance.random() < 0.5:
+                    self.stable = data
+            raise DiskError(f"The metadata file {path} cannot be written: {os.strerror(faults.code)}.")
+        self.now = self.stable = data
+        self.saved += 1
+
+    def lose_power(self) -> None:
+        self.now = self.stable

@@ -1,0 +1,72 @@
+"""Swarm options: what kind of life a seed's pair has. Each seed switches some kinds of trouble on and leaves the others out, because a run
+with every fault at once only ever finds the shallowest of its bugs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, fields
+
+TROUBLES = (
+    "cut", "one_way", "reset", "bad_messages", "stale", "jitter",
+    "kill_primary", "kill_secondary", "kill_export", "power_primary", "power_secondary", "pause", "stop",
+    "disk_primary", "disk_secondary", "slow", "metadata", "kill_inside", "slow_reader", "preempt", "clocks",
+)  # fmt: skip
+
+
+@dataclass
+class Options:
+    """One pair and its life. ``troubles``: which kinds may come."""
+
+    sync: bool = True
+    loss: str = "continue"
+    block_size: int = 1024
+    blocks: tuple[int, ...] = (24,)
+    """Blocks of each volume."""
+    odd_end: bool = False
+    """The last block is shorter."""
+    small_pool: int = 0
+    """Blocks of a pool at least; 0: a slot for each block."""
+    large: bool = False
+    """Clients send batches that are larger than half a pool."""
+    assume: bool = False
+    interval_s: float = 0.0
+    window_bytes: int = 1 << 20
+    steps: int = 60
+    guest: bool = True
+    failover: str = ""
+    """How it ends: a failover to this target somewhere in the second half; empty: none."""
+    troubles: frozenset[str] = field(default_factory=frozenset)
+    tempo_s: float = 0.05
+
+    def describe(self) -> str:
+        """One line, what is not the default."""
+        default = Options()
+        said = [
+            f"{item.name}={getattr(self, item.name)!r}" for item in fields(self)
+            if item.name != "troubles" and getattr(self, item.name) != getattr(default, item.name)
+        ]  # fmt: skip
+        return " ".join([*said, "troubles=" + ",".join(sorted(self.troubles))])
+
+
+def draw(chance: random.Random) -> Options:
+    """The options of a seed."""
+    share = chance.choice((0.0, 0.1, 0.2, 0.35, 0.6))
+    block_size = chance.choice((512, 1024, 1024, 4096))
+    volumes = chance.choice((1, 1, 1, 2))
+    return Options(
+        sync=chance.random() < 0.8,
+        loss="block" if chance.random() < 0.2 else "continue",
+        block_size=block_size,
+        blocks=tuple(chance.choice((6, 16, 24, 40)) for _ in range(volumes)),
+        odd_end=block_size > 512 and chance.random() < 0.3,
+        small_pool=chance.choice((0, 0, 0, 3, 6, 12)),
+        large=chance.random() < 0.2,
+        assume=chance.random() < 0.3,
+        interval_s=chance.choice((0.0, 0.0, 0.3, 2.0)),
+        window_bytes=chance.choice((1 << 20, 1 << 20, 8192, 20000)),
+        steps=chance.choice((30, 60, 60, 120)),
+        guest=chance.random() < 0.7,
+        failover=chance.choice(("", "", "latest", "checkpoint")),
+        troubles=frozenset(name for name in TROUBLES if chance.random() < share),
+        tempo_s=chance.choice((0.002, 0.02, 0.1, 0.5)),
+    )

@@ -1,0 +1,428 @@
+"""The independent model of a pair, and the checks of the invariants against it.
+
+Contents are versions: every write op of a client gets a number of its own, and each 512-byte sector that it covers is filled with that
+number. So a disk is an array of numbers, and who wrote what is visible in it. Zeroes and discards are version 0.
+
+A *lineage* is one stretch of the primary's life: the contents of its disk when its process started, and the batches submitted since, in
+order. The secondary disk must be a prefix of one (I2). What the oracle knows of the product it takes from outside: contents of disks,
+answers to clients, metadata as it is on stable storage, and the one state word of the disk buffer as it is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.batch import DISCARD, WRITE
+from common.metadata import Metadata, parse
+from secondary.header import Stage
+from tests.simulation.disk import SECTOR, MetadataFile, Platter
+
+Versions = NDArray[np.uint64]
+Extent = tuple[int, int, int]
+"""(first sector, sector behind the last, version)"""
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+    def __init__(self, invariant: str, sentence: str) -> None:
+        super().__init__(f"{invariant}: {sentence}")
+        self.invariant = invariant
+
+
+@dataclass(slots=True)
+class ClientBatch:
+    """A batch of a client of the primary."""
+
+    index: int
+    extents: list[Extent]
+    fua: bool
+    process: Any
+    lineage: Lineage
+    flush: bool = False
+    finished: bool = False
+    failed: bool = False
+
+
+@dataclass
+class Lineage:
+    """See the module. ``owed``: the secondary has everything up to this batch, clients were told."""
+
+    base: Versions
+    batches: list[ClientBatch] = field(default_factory=list)
+    owed: int = 0
+
+    def apply(self, model: Versions, count: int) -> None:
+        """Batch number ``count`` (from 1) onto ``model``."""
+        for first, last, version in self.batches[count - 1].extents:
+            model[first:last] = version
+
+
+@dataclass
+class Tracked:
+    """Where the secondary disk is: ``model`` is ``lineage`` after ``count`` batches."""
+
+    lineage: Lineage
+    count: int
+    model: Versions
+
+
+class Oracle:
+    """See the module. Sectors of all volumes are numbered through; ``starts[i]`` is the first of volume i."""
+
+    def __init__(self, sizes: list[int], *, sync: bool) -> None:
+        self.sync = sync
+        self.starts = [sum(sizes[:i]) // SECTOR for i in range(len(sizes))]
+        self.sectors = sum(sizes) // SECTOR
+        self.version = 0
+        self.lineage = Lineage(np.zeros(self.sectors, np.uint64))
+        self.lineages = [self.lineage]
+        self.model = np.zeros(self.sectors, np.uint64)
+        """The primary disk after everything submitted."""
+        self.poisoned = np.zeros(self.sectors, bool)
+        """An operation on them failed: their contents are nobody's promise until they are written again."""
+        self.unsure = np.zeros(self.sectors, bool)
+        """The same for the guest's view, or the promoted disk."""
+        self.tracked: Tracked | None = None
+        self.may_be_torn = False
+        self.cut = False
+        """The primary may cut batches in pieces, and then a checkpoint may fall between two of them."""
+        self.view: Versions | None = None
+        """What the guest has to see: checkpoint and its own writes; after a promotion, the disk."""
+        self.promoted = False
+        self.checkpoints: dict[int, tuple[Lineage, int]] = {}
+        self.acknowledged = 0
+        self.operations = 0
+        self.generations: dict[int, str] = {}
+        self.guest_acknowledged = 0
+        self.reads = 0
+        self.seen: tuple[Versions, ...] = ()
+        self._parsed: dict[bytes, Metadata] = {}
+        self.checkpoint_count = 0
+        self.prefix_checks = 0
+
+    # Disks as versions
+
+    def versions(self, platters: list[Platter]) -> Versions:
+        if len(platters) == 1:
+            return platters[0].versions
+        return np.concatenate([platter.versions for platter in platters])
+
+    def stable(self, platters: list[Platter]) -> Versions:
+        if len(platters) == 1:
+            return platters[0].stable_versions
+        return np.concatenate([platter.stable_versions for platter in platters])
+
+    def metadata(self, file: MetadataFile) -> Metadata | None:
+        """What the side would know after a loss of power."""
+        if file.stable is None:
+            return None
+        known = self._parsed.get(file.stable)
+        if known is None:
+            known = self._parsed[file.stable] = parse(file.stable, "metadata")
+        return known
+
+    # Clients of the primary
+
+    def new_version(self) -> int:
+        self.version += 1
+        return self.version
+
+    def primary_started(self, platters: list[Platter], *, power_lost: bool) -> None:
+        """A new process: what its disk holds is where it begins."""
+        now = self.versions(platters)
+        if not power_lost:
+            wrong = (now != self.model) & ~self.poisoned & ~self._unfinished()
+            if wrong.any():
+                raise Violation("I6", f"the primary disk lost what was written before its process ended: {_where(wrong)}")
+        self.lineage = Lineage(now.copy())
+        self.lineages = [*self.lineages[-4:], self.lineage]
+        self.model = now.copy()
+        self.poisoned[:] = False
+
+    def _unfinished(self) -> NDArray[np.bool_]:
+        mask = np.zeros(self.sectors, bool)
+        for batch in self.lineage.batches:
+            if not batch.finished:
+                for first, last, _ in batch.extents:
+                    mask[first:last] = True
+        return mask
+
+    def submitted(self, extents: list[Extent], fua: bool, process: Any) -> ClientBatch:
+        """A client sends a batch; call it before the product gets it."""
+        lineage = self.lineage
+        batch = ClientBatch(len(lineage.batches) + 1, extents, fua, process, lineage)
+        lineage.batches.append(batch)
+        for first, last, version in extents:
+            self.model[first:last] = version
+            self.poisoned[first:last] = False
+        return batch
+
+    def answered(
+        self, batch: ClientBatch, errors: Any, primary: list[Platter], secondary: list[Platter],
+        mine: MetadataFile, theirs: MetadataFile, side: str,
+    ) -> None:  # fmt: skip
+        """The client got its answer."""
+        if batch.finished:
+            raise Violation("answers", f"batch {batch.index} was answered twice")
+        batch.finished = True
+        if errors:
+            batch.failed = True
+            for number, (first, last, _) in enumerate(batch.extents):
+                if number in errors:
+                    self.poisoned[first:last] = True
+            if len(errors) == len(batch.extents):
+                return
+        self.acknowledged += len(batch.extents) - len(errors or ())
+        good = [extent for number, extent in enumerate(batch.extents) if number not in (errors or {})]
+        self._present("I6", self.versions(primary), batch, good, "acknowledged and not on the primary disk")
+        if batch.fua:
+            self._present("durability", self.stable(primary), batch, good, "acknowledged with FUA and not stable on the primary")
+        own, other = self.metadata(mine), self.metadata(theirs)
+        assert own is not None
+        self._one_writer(own, side)
+        if not self.sync:
+            return
+        alone = not other or not own.history or own.history[-1].identity not in {g.identity for g in other.history}
+        missing = self._missing(self.versions(secondary), batch, good)
+        if not missing:
+            if not alone:
+                batch.lineage.owed = max(batch.lineage.owed, batch.index)
+                if batch.fua:
+                    self._present("I4", self.stable(secondary), batch, good, "acknowledged with FUA and not stable on the secondary")
+        elif not alone:
+            raise Violation("I4", f"batch {batch.index} is acknowledged; the secondary lacks it and the primary did not start a "
+                            f"generation of its own (sectors {missing})")
+
+    def _one_writer(self, own: Metadata, side: str) -> None:
+        """I5: in one generation one side writes."""
+        if own.role != "primary" or not own.history:
+            raise Violation("I5", f"side {side} acknowledged a write and is {own.role} by its metadata")
+        identity = own.history[-1].identity
+        if self.generations.setdefault(identity, side) != side:
+            raise Violation("I5", f"both sides acknowledged writes in {own.history[-1]}")
+
+    def _missing(self, disk: Versions, batch: ClientBatch, extents: list[Extent]) -> list[int]:
+        """Sectors of the batch where ``disk`` holds neither it nor something later."""
+        found: list[int] = []
+        for first, last, version in extents:
+            for sector in np.flatnonzero(disk[first:last] != version).tolist():
+                if not self._later(batch, first + sector, int(disk[first + sector])):
+                    found.append(first + sector)
+        return found
+
+    def _later(self, batch: ClientBatch, sector: int, version: int) -> bool:
+        if self.poisoned[sector]:
+            return True
+        return any(
+            first <= sector < last and version == written
+            for other in batch.lineage.batches[batch.index - 1 :]
+            for first, last, written in other.extents
+        )
+
+    def _present(self, invariant: str, disk: Versions, batch: ClientBatch, extents: list[Extent], what: str) -> None:
+        missing = self._missing(disk, batch, extents)
+        if missing:
+            raise Violation(invariant, f"batch {batch.index} is {what}: sectors {missing}")
+
+    def check_primary_read(self, first: int, contents: bytes) -> None:
+        """A client of the primary read; sectors with unanswered writes may show either."""
+        got = sector_versions(contents)
+        span = slice(first, first + len(got))
+        wrong = (got != self.model[span]) & ~self.poisoned[span]
+        if wrong.any() and (wrong & ~self._unfinished()[span]).any():
+            raise Violation("read", f"the primary's export shows other contents than were written: {_where(wrong)} from {first}")
+
+    # The secondary disk
+
+    def check_secondary(self, platters: list[Platter], *, exact: bool | None, exactly: bool = False) -> None:
+        """I2. ``exact``: by the product's own word the disk is at a point of the stream (None: nobody is there to ask).
+        ``exactly``: at the end of a batch."""
+        if exact is None or self.promoted:
+            return
+        if not exact:
+            self.tracked = None
+            return
+        self.prefix_checks += 1
+        disk = self.versions(platters)
+        tracked = self.tracked
+        if tracked is None:
+            tracked = self._find(disk)
+            if tracked is None:
+                raise Violation("I2", f"the secondary calls its disk exact, and it is no prefix of the primary's writes: "
+                                f"{_where(disk != self.model)} differ from the latest")
+            self.tracked = tracked
+            return
+        if self._advance(tracked, disk, strictly=exactly):
+            return
+        if tracked.lineage is not self.lineage:
+            found = self._find(disk)
+            if found is not None:
+                self.tracked = found
+                return
+        raise Violation("I2", f"the secondary disk is no prefix of the primary's writes after batch {tracked.count}: "
+                        f"{_where(disk != tracked.model)}")
+
+    def _find(self, disk: Versions) -> Tracked | None:
+        for lineage in reversed(self.lineages):
+            tracked = Tracked(lineage, 0, lineage.base.copy())
+            if self._advance(tracked, disk, strictly=False):
+                return tracked
+        return None
+
+    def _advance(self, tracked: Tracked, disk: Versions, *, strictly: bool) -> bool:
+        """Move ``tracked`` on to where ``disk`` is."""
+        lineage, count, model = tracked.lineage, tracked.count, tracked.model
+        if np.array_equal(disk, model):
+            return True
+        model = model.copy()
+        torn: tuple[int, Versions] | None = None
+        while True:
+            wrong = disk != model
+            if tracked.lineage is self.lineage:
+                wrong &= ~self.poisoned
+            if not wrong.any():
+                tracked.count, tracked.model = count, model
+                return True
+            if count == len(lineage.batches):
+                break
+            if self.may_be_torn and torn is None and not strictly:
+                for first, last, version in lineage.batches[count].extents:
+                    wrong[first:last] &= disk[first:last] != version
+                if not wrong.any():
+                    torn = count, model.copy()
+            count += 1
+            lineage.apply(model, count)
+        if torn is not None:
+            tracked.count, tracked.model = torn
+            return True
+        return False
+
+    # The state word of the disk buffer
+
+    def state_stored(self, old: tuple[int, int, bool], new: tuple[int, int, bool], number: int, secondary: list[Platter],
+                     *, exact: bool | None) -> None:  # fmt: skip
+        """(stage, epoch, syncing) before and after one store."""
+        (old_stage, old_epoch, _), (stage, epoch, syncing) = old, new
+        if stage == Stage.RUNNING:
+            if syncing:
+                self.view = None
+            elif old_stage == Stage.NONE or epoch != old_epoch:
+                self._checkpoint(number, secondary, exact=exact)
+        elif stage == Stage.FAILOVER and old_stage == Stage.RUNNING:
+            if self.view is None:
+                raise Violation("I3", "a failover to the checkpoint without one")
+            self.promoted = True
+        elif stage == Stage.DONE and old_stage == Stage.RUNNING:
+            if self.promoted:  # before its host went down
+                self.view = self.versions(secondary).copy()
+            else:
+                self._latest(secondary, exact=exact)
+        elif stage == Stage.DONE and old_stage == Stage.FAILOVER:
+            assert self.view is not None
+            wrong = (self.versions(secondary) != self.view) & ~self.unsure
+            if wrong.any():
+                raise Violation("I3", f"the commit is complete, and the disk is not what the guest saw: {_where(wrong)}")
+
+    def _checkpoint(self, number: int, secondary: list[Platter], *, exact: bool | None) -> None:
+        self.check_secondary(secondary, exact=exact, exactly=not self.cut)
+        self.view = self.versions(secondary).copy()
+        self.unsure[:] = False
+        self.checkpoint_count += 1
+        if self.tracked is not None:
+            self.checkpoints[number] = (self.tracked.lineage, self.tracked.count)
+
+    def checkpoint_done(self, number: int, lineage: Lineage, index: int) -> None:
+        """I3: an operator's checkpoint is exactly what was submitted before it was asked for."""
+        known = self.checkpoints.get(number)
+        if known is None:
+            raise Violation("I3", f"checkpoint {number} is reported and was never taken")
+        if known[0] is not lineage or known[1] != index:
+            # batches without effect (the same bytes again) do not show
+            model = known[0].base.copy()
+            for count in range(1, known[1] + 1):
+                known[0].apply(model, count)
+            wanted = lineage.base.copy()
+            for count in range(1, index + 1):
+                lineage.apply(wanted, count)
+            wrong = (model != wanted) & ~self.poisoned
+            if wrong.any():
+                raise Violation("I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {known[1]}")
+
+    def _latest(self, secondary: list[Platter], *, exact: bool | None) -> None:
+        tracked = self.tracked
+        self.check_secondary(secondary, exact=exact)
+        if self.tracked is None:
+            raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
+        if self.tracked.count < self.tracked.lineage.owed:
+            raise Violation("I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged")
+        del tracked
+        self.promoted = True
+        self.view = self.versions(secondary).copy()
+        self.unsure[:] = False
+
+    # The guest
+
+    def guest_wrote(self, first: int, operations: Any, view: memoryview, errors: Any, stage: int) -> None:
+        """The guest's batch was carried out in one step, on a volume that starts at sector ``first``."""
+        if self.view is None:
+            if any(number not in (errors or {}) for number in range(len(operations))):
+                raise Violation("I1", "a guest's write was accepted where there is nothing to write on")
+            return
+        for number, (kind, offset, length, position, _) in enumerate(operations):
+            begin = first + offset // SECTOR
+            end = begin + length // SECTOR
+            if errors and number in errors:
+                self.unsure[begin:end] = True
+            elif kind == DISCARD:
+                if stage != Stage.RUNNING:
+                    self.unsure[begin:end] = True
+            else:
+                version = int.from_bytes(view[position : position + 8], "little") if kind == WRITE else 0
+                self.view[begin:end] = version
+                self.unsure[begin:end] = False
+
+    def guest_unsure(self, first: int, operations: Any) -> None:
+        """The guest's batch was interrupted by the death of its process."""
+        for _, offset, length, _, _ in operations:
+            self.unsure[first + offset // SECTOR : first + (offset + length) // SECTOR] = True
+
+    def check_guest_read(self, first: int, contents: bytes) -> None:
+        """I1."""
+        self.reads += 1
+        got = sector_versions(contents)
+        if self.view is None:
+            raise Violation("I1", f"the guest could read sector {first} where there is no checkpoint")
+        span = slice(first, first + len(got))
+        wrong = (got != self.view[span]) & ~self.unsure[span]
+        if wrong.any():
+            raise Violation("I1", f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
+                            f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}")
+
+    def memory_lost(self, platters: list[Platter], metadata: MetadataFile) -> None:
+        """The secondary's host went down: checkpoint and guest writes were in its memory."""
+        own = self.metadata(metadata)
+        self.promoted = self.promoted or (own is not None and own.role == "primary")
+        if self.promoted:
+            self.view = self.versions(platters).copy()
+            self.unsure[:] = False
+        else:
+            self.view = None
+        self.tracked = None
+
+
+def sector_versions(contents: bytes) -> Versions:
+    """The version of each sector; every word of it must say the same."""
+    words = np.frombuffer(contents, np.uint64).reshape(-1, SECTOR // 8)
+    if (words != words[:, :1]).any():
+        raise Violation("contents", "a sector is a mixture of two writes")
+    return words[:, 0]
+
+
+def _where(mask: NDArray[np.bool_]) -> str:
+    found = np.flatnonzero(mask).tolist()
+    return f"{len(found)} sectors {found[:8]}"

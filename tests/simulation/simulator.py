@@ -1,0 +1,630 @@
+"""A seed's life: a pair is born, lives through what its options allow, everything is healed, and it must come to rest.
+
+    seed ─▶ options (swarm) ─▶ steps at random: clients, commands, troubles; checks all the time
+         ─▶ heal ─▶ both sides protected and equal within ``PATIENCE_S`` of virtual time, every client answered
+         ─▶ a last checkpoint is exact, a last failover keeps everything
+
+The same seed and options give the same trace, byte for byte; ``Result.trace`` is its hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64
+
+from common.errors import TandemDiskError
+from secondary.header import Stage
+from tests.simulation.clients import Clients
+from tests.simulation.clock import Killed
+from tests.simulation.network import Manners
+from tests.simulation.options import Options, draw
+from tests.simulation.oracle import Violation
+from tests.simulation.world import OTHER, Host, Running, World
+
+PATIENCE_S = 240.0
+
+WEIGHTS = {
+    "write": 40.0, "read": 2.0, "flush": 2.0, "guest_read": 10.0, "guest_write": 3.0, "checkpoint": 2.0,
+    "cut": 1.0, "one_way": 1.0, "reset": 1.5, "bad_messages": 1.0, "kill_primary": 0.7, "kill_secondary": 1.0,
+    "kill_export": 0.7, "power_primary": 0.5, "power_secondary": 0.5, "pause": 0.7, "stop": 0.6,
+    "disk_primary": 0.7, "disk_secondary": 0.7, "slow": 0.7, "metadata": 0.7, "kill_inside": 0.7, "slow_reader": 1.5,
+}  # fmt: skip
+ALWAYS = ("write", "read", "flush", "checkpoint")
+
+
+@dataclass
+class Result:
+    """What became of a seed."""
+
+    seed: int
+    options: Options
+    failure: BaseException | None = None
+    trace: int = 0
+    log: list[str] = field(default_factory=list)
+    acknowledged: int = 0
+    steps: int = 0
+    virtual_s: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    step: int = 0
+
+    @property
+    def what(self) -> str:
+        """The failure in a word, to compare failures by."""
+        if isinstance(self.failure, Violation):
+            return self.failure.invariant
+        return type(self.failure).__name__ if self.failure is not None else ""
+
+    def describe(self) -> str:
+        """For a person: the failure, where it came from and how to see it again."""
+        lines = [f"seed {self.seed}: {self.what}: {self.failure}", f"  options: {self.options.describe()}",
+                 f"  again:   python -m tests.simulation --seed {self.seed}"]  # fmt: skip
+        if self.failure is not None and not isinstance(self.failure, Violation):
+            lines += ["".join(traceback.format_exception(self.failure))]
+        return "\n".join(lines)
+
+
+class Simulation:
+    """One life in an open world. Scenarios use its verbs one by one; ``live`` draws them at random."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.options = world.options
+        self.seed = seed
+        self.chance = random.Random(seed ^ 0x5EED)
+        self.clients = Clients(world, random.Random(seed ^ 0xC11E))
+        self.counts: Counter[str] = Counter()
+        self.step = 0
+        self.supervised = True
+        self.restart_at: dict[tuple[str, str], float] = {}
+        self.roles = {"a": "primary", "b": "secondary"}
+        self.healing = False
+        world.on_between = self._between
+
+    # Verbs
+
+    @property
+    def a(self) -> Host:
+        return self.world.hosts["a"]
+
+    @property
+    def b(self) -> Host:
+        return self.world.hosts["b"]
+
+    @property
+    def primary(self) -> Running | None:
+        return self.a.process("primary")
+
+    @property
+    def secondary(self) -> Running | None:
+        return self.b.process("secondary")
+
+    @property
+    def export(self) -> Running | None:
+        return self.b.process("export")
+
+    def start(self, side: str) -> Running:
+        """Start the process of that side's role."""
+        return self.world.spawn(self.world.hosts[side], self.roles[side])
+
+    async def pause(self, seconds: float) -> None:
+        """Let virtual time go by."""
+        await asyncio.sleep(seconds)
+        if self.world.violation is not None:
+            raise Stop
+
+    async def until(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
+        """Wait in virtual time for a condition that has to come."""
+        deadline = self.world.loop.now + seconds
+        while not condition():
+            if self.world.loop.now > deadline:
+                raise Violation("liveness", f"{what} did not happen within {seconds:g} s")
+            await self.pause(0.05)
+
+    def write(self) -> bool:
+        process = self.primary
+        return process is not None and not process.stopped and self.clients.write(process)
+
+    def command(self, process: Running | None, name: str, then: Callable[[Any], None] | None = None, **args: Any) -> None:
+        """Give a control command, as the command line would; ``then`` gets its result or its error."""
+        if process is None or name not in process.handlers:
+            return
+        world, handler = self.world, process.handlers[name]
+
+        async def run() -> None:
+            try:
+                result = await handler(args)
+            except TandemDiskError as error:
+                world.trace(f"refused {name} {error}")
+                if then is not None:
+                    then(error)
+                return
+            world.trace(f"done {name} {result.get('checkpoint')}")
+            if then is not None:
+                then(result)
+
+        process.run(world.loop.create_task, run())
+
+    def checkpoint(self) -> None:
+        """An operator's checkpoint: exactly what was submitted when it is asked for."""
+        process, world = self.primary, self.world
+        if process is None or "checkpoint" not in process.handlers:
+            return
+        handler = process.handlers["checkpoint"]
+        node = process.node
+
+        async def run() -> None:
+            if node.engine.mirror.detaching:
+                return
+            lineage, index = world.oracle.lineage, len(world.oracle.lineage.batches)
+            with contextlib.suppress(TandemDiskError):
+                result = await handler({})
+                self.counts["operator checkpoints"] += 1
+                world.guard(world.oracle.checkpoint_done, result["checkpoint"], lineage, index)
+
+        process.run(world.loop.create_task, run())
+
+    def kill(self, process: Running | None, seconds: float) -> None:
+        """SIGKILL; the supervisor starts it again after ``seconds``."""
+        if process is None:
+            return
+        self.world.kill(process)
+        self.restart_at[process.host.side, process.role] = self.world.loop.now + seconds
+
+    def power(self, side: str, seconds: float) -> None:
+        """The machine loses its power and comes back after ``seconds``."""
+        host = self.world.hosts[side]
+        self.world.lose_power(host)
+        self.restart_at[side, self.roles[side]] = self.world.loop.now + seconds
+
+    def later(self, seconds: float, call: Callable[..., None], *args: Any) -> None:
+        self.world.loop.call_later(seconds, call, *args)
+
+    # The supervisor
+
+    def supervise(self) -> None:
+        """Start what should run and does not."""
+        now = self.world.loop.now
+        for side, role in self.roles.items():
+            host = self.world.hosts[side]
+            if host.process(role) is not None:
+                continue
+            due = self.restart_at.setdefault((side, role), now + self.chance.random())
+            if now >= due:
+                del self.restart_at[side, role]
+                self.start(side)
+
+    # Life
+
+    async def live(self) -> None:
+        """The whole life, from birth to rest."""
+        chance, options = self.chance, self.options
+        self._manners()
+        first = chance.choice("ab")
+        self.start(first)
+        await self.pause(chance.random() * chance.choice((0.0, 0.1, 6.0)))
+        self.start(OTHER[first])
+        if chance.random() < 0.5:
+            with contextlib.suppress(TimeoutError):
+                await self._protected(5.0)
+        names = [name for name in WEIGHTS if name in ALWAYS or name in options.troubles
+                 or (options.guest and name.startswith("guest"))]  # fmt: skip
+        weights = [WEIGHTS[name] for name in names]
+        failover_at = chance.randrange(options.steps // 2, options.steps) if options.failover else -1
+        for self.step in range(options.steps):
+            self.supervise()
+            if self.step == failover_at:
+                await self._failover_somehow()
+            else:
+                self.act(chance.choices(names, weights)[0])
+            await self.pause(chance.expovariate(1 / options.tempo_s))
+        await self.rest()
+
+    def _manners(self) -> None:
+        troubles, chance, world = self.options.troubles, self.chance, self.world
+        manners = world.network.manners
+        if "jitter" in troubles:
+            manners.delay_s = chance.choice((0.0001, 0.002, 0.05))
+            manners.jitter_s = chance.choice((0.001, 0.02, 0.2))
+        if "stale" in troubles:
+            manners.stale = 0.4
+        if "preempt" in troubles:
+            world.preempt = 0.3
+        if "clocks" in troubles:
+            for host in world.hosts.values():
+                host.rate = chance.uniform(-0.1, 0.1)
+                host.offset = chance.uniform(0, 1e6)
+        if "slow" in troubles:
+            world.loop.slowness = chance.choice((0.01, 0.1, 0.5))
+
+    def act(self, name: str) -> None:
+        """Do one thing."""
+        self.counts[name] += 1
+        if name not in ("write", "guest_read", "read"):
+            self.world.trace(f"act {name}")
+        getattr(self, f"_do_{name}")()
+
+    def _do_write(self) -> None:
+        for _ in range(self.chance.choice((1, 1, 2, 6))):
+            if not self.write():
+                return
+
+    def _do_read(self) -> None:
+        if self.primary is not None and not self.primary.stopped:
+            self.clients.read(self.primary)
+
+    def _do_flush(self) -> None:
+        if self.primary is not None and not self.primary.stopped:
+            self.clients.flush(self.primary)
+
+    def _do_guest_read(self) -> None:
+        if self.export is not None:
+            self.clients.guest_read(self.export)
+
+    def _do_guest_write(self) -> None:
+        if self.export is not None and not self.export.stopped:
+            self.clients.guest_write(self.export)
+
+    def _do_checkpoint(self) -> None:
+        self.checkpoint()
+
+    def _do_cut(self) -> None:
+        self.world.network.set_cut(True, True)
+        self._heal_later(self._join)
+
+    def _do_one_way(self) -> None:
+        up = self.chance.random() < 0.5
+        self.world.network.set_cut(up, not up)
+        self._heal_later(self._join)
+
+    def _join(self) -> None:
+        network = self.world.network
+        if self.chance.random() < 0.5:
+            network.break_all()
+        network.set_cut(False, False)
+
+    def _heal_later(self, heal: Callable[[], None]) -> None:
+        self.later(self.chance.choice((0.05, 0.5, 1.0, 4.0, 8.0)) * self.chance.random(), heal)
+
+    def _do_reset(self) -> None:
+        self.world.network.break_all()
+
+    def _do_bad_messages(self) -> None:
+        chance, manners = self.chance, self.world.network.manners
+        for name in ("lose", "repeat", "damage", "cut_short", "junk"):
+            setattr(manners, name, chance.choice((0.0, 0.02, 0.1)))
+        self._heal_later(self._good_messages)
+
+    def _good_messages(self) -> None:
+        manners = self.world.network.manners
+        manners.lose = manners.repeat = manners.damage = manners.cut_short = manners.junk = 0.0
+
+    def _do_kill_primary(self) -> None:
+        self.kill(self.primary, self.chance.random() * 4)
+
+    def _do_kill_secondary(self) -> None:
+        self.kill(self.secondary, self.chance.random() * 4)
+
+    def _do_kill_export(self) -> None:
+        if self.export is not None:
+            self.world.kill(self.export)
+
+    def _do_power_primary(self) -> None:
+        self.power("a", self.chance.random() * 8)
+
+    def _do_power_secondary(self) -> None:
+        self.power("b", self.chance.random() * 8)
+
+    def _do_pause(self) -> None:
+        process = self.chance.choice((self.primary, self.secondary, self.export))
+        if process is not None and not process.stopped:
+            process.stopped = True
+            self._heal_later(lambda: self.world.loop.resume(process))
+
+    def _do_stop(self) -> None:
+        process = self.chance.choice((self.primary, self.secondary))
+        if process is not None and process.lifecycle.is_ready:
+            process.lifecycle.stop.set()
+
+    def _do_disk_primary(self) -> None:
+        self._disk_trouble(self.a)
+
+    def _do_disk_secondary(self) -> None:
+        self._disk_trouble(self.b)
+
+    def _disk_trouble(self, host: Host) -> None:
+        chance, faults = self.chance, host.faults
+        faults.code = chance.choice((5, 28))
+        kind = chance.choice(("read", "write", "flush", "all"))
+        likelihood = chance.choice((0.05, 0.5, 1.0))
+        for name in ("read", "write", "flush"):
+            if kind in (name, "all"):
+                setattr(faults, name, likelihood)
+
+        def heal() -> None:
+            faults.read = faults.write = faults.flush = 0.0
+
+        self._heal_later(heal)
+
+    def _do_slow(self) -> None:
+        for host in self.world.hosts.values():
+            host.faults.cold = self.chance.choice((0.0, 0.2, 1.0))
+
+    def _do_metadata(self) -> None:
+        host = self.chance.choice((self.a, self.b))
+        host.faults.save = self.chance.choice((0.2, 1.0))
+        self._heal_later(lambda: setattr(host.faults, "save", 0.0))
+
+    def _do_kill_inside(self) -> None:
+        host = self.chance.choice((self.a, self.b))
+        host.faults.kill = 0.05
+        self.later(self.chance.random(), lambda: setattr(host.faults, "kill", 0.0))
+
+    def _do_slow_reader(self) -> None:
+        if self.export is not None:
+            self.clients.slow_read(self.export, self.chance.choice((0.01, 0.1, 0.8)))
+
+    def _between(self, platter: Any, kind: str, process: Running | None) -> None:
+        """In the middle of a disk operation of ``process``: the other process of the secondary gets a turn."""
+        export, secondary = self.export, self.secondary
+        if process is secondary and export is not None and export.alive and not export.stopped:
+            self.clients.guest_read(export)
+        elif process is export and secondary is not None and not secondary.stopped and secondary.node is not None:
+            applier = secondary.node.__dict__.get("applier")
+            if applier is not None and not secondary.node.link._stopped:
+                with contextlib.suppress(Killed):
+                    secondary.run(applier.drain)
+
+    # Failover
+
+    async def _failover_somehow(self) -> None:
+        """The primary goes away in some manner; an operator decides."""
+        chance, world = self.chance, self.world
+        manner = chance.choice(("kill", "power", "cut", "pause", "stop", "none"))
+        world.trace(f"failover to {self.options.failover} after {manner}")
+        primary = self.primary
+        if manner == "kill":
+            self.kill(primary, 3 + chance.random() * 5)
+        elif manner == "power":
+            self.power("a", 3 + chance.random() * 5)
+        elif manner == "cut":
+            world.network.set_cut(True, True)
+            self.later(4 + chance.random() * 5, self._join)
+        elif manner == "pause" and primary is not None:
+            primary.stopped = True
+            self.later(chance.random() * 8, lambda: world.loop.resume(primary))
+        elif manner == "stop" and primary is not None and primary.lifecycle.is_ready:
+            primary.lifecycle.stop.set()
+        await self.pause(chance.choice((0.0, 0.05, 1.0, 4.0)) * chance.random())
+        for _ in range(chance.randint(1, 3)):
+            self.failover(self.options.failover, force=chance.random() < 0.3)
+            await self.pause(chance.random())
+
+    def failover(self, target: str, *, force: bool = False) -> None:
+        """The operator's command."""
+        self.command(self.secondary, "failover", to=target, force=force)
+
+    # Rest
+
+    def heal(self) -> None:
+        """No more troubles."""
+        world = self.world
+        self.healing = True
+        self._good_messages()
+        world.network.manners = Manners(stale=world.network.manners.stale, delay_s=world.network.manners.delay_s)
+        for host in world.hosts.values():
+            faults = host.faults
+            faults.read = faults.write = faults.flush = faults.save = faults.cold = faults.kill = 0.0
+            for process in host.processes.values():
+                if process.alive and process.stopped:
+                    world.loop.resume(process)
+        world.network.set_cut(False, False)
+        self.restart_at.clear()
+
+    async def rest(self) -> None:
+        """Heal, wait until the pair is at rest, compare everything."""
+        self.heal()
+        self.world.trace("healed")
+        b = self.b
+        own = self.world.oracle.metadata(b.metadata)
+        if self.world.oracle.promoted or (own is not None and own.role == "primary"):
+            await self._rest_promoted()
+            return
+        await self._protected(PATIENCE_S)
+        await self.until(self._equal, 30.0, "equal disks")
+        await self._answered()
+        await self._last_checkpoint()
+        if self.chance.random() < 0.5:
+            await self._last_failover()
+
+    async def _protected(self, seconds: float) -> None:
+        deadline = self.world.loop.now + seconds
+        while not self.protected():
+            if self.world.loop.now > deadline:
+                if not self.healing:
+                    raise TimeoutError
+                raise Violation("liveness", f"not protected after {seconds:g} s: {self.standing()}")
+            self.supervise()
+            await self.pause(0.1)
+
+    def protected(self) -> bool:
+        """By the primary's own word, and nothing in flight."""
+        process = self.primary
+        if process is None or process.node is None or "engine" not in process.node.__dict__ or self.secondary is None:
+            return False
+        engine = process.node.engine
+        return bool(engine.serving and engine.state == "protected" and engine.session.idle)
+
+    def standing(self) -> str:
+        """How things are, for a failure."""
+        parts = []
+        for process in (self.primary, self.secondary):
+            if process is None:
+                parts.append("down")
+            elif process.role == "primary":
+                engine = process.node.__dict__.get("engine") if process.node is not None else None
+                if engine is not None:
+                    parts.append(f"primary {engine.state} ({engine.reason}) session {engine.session.state.name} idle {engine.session.idle}")
+            elif process.node is not None and "session" in process.node.__dict__:
+                parts.append(f"secondary {process.node.session.position}")
+        ended = [f"{p.name}: {p.error}" for p in self.world.ends[-6:] if p.ended]
+        return "; ".join([*parts, *ended])
+
+    def _equal(self) -> bool:
+        oracle = self.world.oracle
+        one, other = oracle.versions(self.a.platters), oracle.versions(self.b.platters)
+        return not ((one != other) & ~oracle.poisoned).any()
+
+    async def _answered(self) -> None:
+        def all_answered() -> bool:
+            return not any(process.alive for _, process in self.clients.outstanding.values())
+
+        await self.until(all_answered, 20.0, "an answer to every client")
+        oracle = self.world.oracle
+        wrong = (oracle.versions(self.a.platters) != oracle.model) & ~oracle.poisoned
+        if wrong.any():
+            raise Violation("I6", f"the primary disk is not what its clients wrote: {np.flatnonzero(wrong)[:8].tolist()}")
+
+    async def _last_checkpoint(self) -> None:
+        done: list[Any] = []
+        self.command(self.primary, "checkpoint", done.append)
+        await self.until(lambda: done, 30.0, "a last checkpoint")
+        if isinstance(done[0], TandemDiskError):
+            raise Violation("liveness", f"no checkpoint of a protected pair: {done[0]}")
+        await self._whole_view()
+
+    async def _whole_view(self) -> None:
+        """All of the guest's view, read once."""
+        await self.until(lambda: self.export is not None and self.export.server is not None and self.export.server.listening,
+                         30.0, "an export of the secondary")
+        export = self.export
+        assert export is not None
+        assert export.server is not None
+        for index, volume in enumerate(export.server.volumes.values()):
+            contents = bytearray(volume.size)
+            export.run(volume.read_blocking, 0, memoryview(contents))
+            self.world.oracle.check_guest_read(self.world.oracle.starts[index], bytes(contents))
+
+    async def _last_failover(self) -> None:
+        for _ in range(self.chance.randint(0, 4)):
+            self.write()
+        await self.pause(0.2 * self.chance.random())
+        self.supervised = False
+        if self.primary is not None:
+            self.world.kill(self.primary)
+        await self.pause(PEER_PAUSE_S)
+        target = self.chance.choice(("latest", "checkpoint"))
+        done: list[Any] = []
+        self.command(self.secondary, "failover", done.append, to=target, force=True)
+        await self.until(lambda: done, 30.0, "a last failover")
+        if isinstance(done[0], TandemDiskError):
+            raise Violation("liveness", f"no failover of a protected pair: {done[0]}")
+        await self._rest_promoted()
+
+    async def _rest_promoted(self) -> None:
+        """The promoted side finishes its commit and serves what it has to."""
+        self.roles.pop("a", None)
+        deadline = self.world.loop.now + PATIENCE_S
+
+        def done() -> bool:
+            node = self.secondary.node if self.secondary is not None else None
+            return node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.DONE
+
+        while not done():
+            if self.world.loop.now > deadline:
+                raise Violation("liveness", f"the failover is not complete after {PATIENCE_S:g} s: {self.standing()}")
+            self.supervise()
+            node = self.secondary.node if self.secondary is not None else None
+            if node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.FAILOVER_FAILED:
+                self.failover("checkpoint")
+            await self.pause(0.2)
+        await self._whole_view()
+        for _ in range(3):
+            if self.export is not None:
+                self.clients.guest_write(self.export)
+            await self.pause(0.05)
+        await self._whole_view()
+
+
+PEER_PAUSE_S = 0.5
+
+
+class Stop(Exception):
+    """A check has failed: no further."""
+
+
+def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
+        life: Callable[[Simulation], Any] | None = None) -> Result:  # fmt: skip
+    """Live the life of ``seed``, or what ``life`` makes of it."""
+    chance = random.Random(seed)
+    drawn = draw(chance)
+    options = options or drawn
+    result = Result(seed, options)
+    digest = xxh3_64()
+    with World.open(options, chance) as world:
+        simulation = Simulation(world, seed)
+
+        def trace(line: str) -> None:
+            text = f"{world.loop.now:.6f} {line}".replace(world.directory, "")
+            digest.update(text.encode())
+            if keep_log:
+                result.log.append(text)
+
+        world.trace = trace
+        try:
+            world.loop.run_until_complete(simulation.live() if life is None else life(simulation))
+        except Stop:
+            pass
+        except Violation as violation:
+            world.violation = world.violation or violation
+            trace(f"VIOLATION {violation}")
+        except Exception as error:
+            world.violation = world.violation or error
+        result.failure = world.violation
+        del trace
+        result.acknowledged = world.oracle.acknowledged + world.oracle.guest_acknowledged
+        result.steps = world.loop.steps
+        result.virtual_s = world.loop.now - 1000.0
+        result.counts = simulation.counts
+        result.step = simulation.step
+        result.counts["messages"] = world.network.sent
+        result.counts["checkpoints"] = world.oracle.checkpoint_count
+        result.counts["guest reads"] = world.oracle.reads
+        result.counts["promotions"] = int(world.oracle.promoted)
+    result.trace = digest.intdigest()
+    return result
+
+
+def shrink(result: Result, *, tries: int = 60) -> Result:
+    """The same failure with fewer kinds of trouble and a shorter life, as far as that can be found in ``tries`` runs."""
+    best = result
+    for options in _smaller(result):
+        if tries == 0:
+            break
+        tries -= 1
+        if len(options.troubles) > len(best.options.troubles) or options.steps > best.options.steps:
+            continue
+        merged = replace(options, troubles=options.troubles & best.options.troubles, steps=min(options.steps, best.options.steps))
+        found = run(result.seed, merged)
+        if found.failure is not None and found.what == result.what:
+            best = found
+    return best
+
+
+def _smaller(result: Result) -> Iterator[Options]:
+    options = result.options
+    yield replace(options, steps=max(1, result.step + 1))
+    for trouble in sorted(options.troubles):
+        yield replace(options, troubles=options.troubles - {trouble})
+    yield replace(options, small_pool=0)
+    yield replace(options, odd_end=False)
+    for part in (2, 4, 8):
+        yield replace(options, steps=max(1, (result.step + 1) // part))
