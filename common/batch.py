@@ -76,7 +76,8 @@ class Volume(Protocol):
     preferred_block: int
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill ``view``. Raises BlockingIOError where it would have to wait: then call ``read_blocking`` in a thread."""
+        """Fill ``view``. Raises BlockingIOError where it would have to wait: then call ``read_blocking`` in a
+        thread."""
 
     def read_blocking(self, offset: int, view: memoryview) -> None:
         """Like ``read_into``, may block; safe to call from any thread."""

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 
 class TandemDiskError(Exception):
-    """Base of all. ``str(error)`` is the sentence, ``error.hint`` what to do, ``error.exit_code`` the process' exit code."""
+    """Base of all. ``str(error)`` is the sentence, ``error.hint`` what to do, ``error.exit_code`` the process' exit
+    code."""
 
     exit_code = 1
 
@@ -94,7 +95,8 @@ class TimedOut(TandemDiskError):
 
 
 class ProtocolError(TandemDiskError):
-    """The other end of a connection sent bytes that its protocol forbids; that connection ends, nothing else changes."""
+    """The other end of a connection sent bytes that its protocol forbids; that connection ends, nothing else
+    changes."""
 
     exit_code = 10
 

@@ -32,7 +32,8 @@ class Flusher:
         self.count = 0
 
     def request(self, done: Callable[[int], None]) -> None:
-        """Call ``done(errno or 0)`` on the loop once everything written before this call is durable, or failed to be."""
+        """Call ``done(errno or 0)`` on the loop once everything written before this call is durable, or failed to
+        be."""
         self._waiting.append(done)
         if not self._running:
             self._start()

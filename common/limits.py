@@ -26,7 +26,8 @@ DEFAULT_WINDOW: Final = 64 * MIB
 MAX_BATCH_EXTENTS: Final = 16384
 MAX_BATCH_PAYLOAD: Final = MAX_PAYLOAD + RECEIVE_BUFFER
 ZERO_CHUNK: Final = 16 * MIB
-"""A zero or discard is forwarded in pieces of at most this length, so that one message needs a bounded part of the pool."""
+"""A zero or discard is forwarded in pieces of at most this length, so that one message needs a bounded part of the
+pool."""
 MAX_HEADER: Final = 1 * MIB
 MAX_VOLUMES: Final = 64
 
@@ -35,7 +36,8 @@ MIN_POOL: Final = ZERO_CHUNK + 2 * MAX_BLOCK
 PRESSURE_PERCENT: Final = 75
 """Use of a pool at which the secondary asks for a checkpoint."""
 
-assert MIN_BLOCK <= DEFAULT_BLOCK <= MAX_BLOCK and MIN_BLOCK & (MIN_BLOCK - 1) == 0
+assert MIN_BLOCK <= DEFAULT_BLOCK <= MAX_BLOCK
+assert MIN_BLOCK & (MIN_BLOCK - 1) == 0
 assert RECEIVE_BUFFER < MAX_PAYLOAD <= MAX_BATCH_PAYLOAD
 assert MAX_BATCH_PAYLOAD < DEFAULT_WINDOW
 assert MAX_BATCH_EXTENTS * 24 < MAX_HEADER

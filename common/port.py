@@ -1,10 +1,14 @@
 """The two ZeroMQ sockets of the replication stream on an asyncio loop: the primary dials, the secondary listens.
 
-Not ``zmq.asyncio``: its futures cost more than the messages. ZeroMQ shows its state on one descriptor (``zmq.FD``) that is
+Not ``zmq.asyncio``: its futures cost more than the messages. ZeroMQ shows its state on one descriptor (``zmq.FD``)
+that is
 *edge-triggered*: any call on the socket, a send too, may consume the edge that told of a received message. So whoever
-touched the socket looks at it again. A send looks for events only if the socket was left alone for about a millisecond before
-(ZeroMQ reads its clock to decide), and what it swallows then is a message that happened to arrive in that instant. So one
-look ``LOOK_AGAIN_S`` later is enough: one per millisecond under load instead of one a send, and each costs as much as a message.
+touched the socket looks at it again. A send looks for events only if the socket was left alone for about a
+millisecond before
+(ZeroMQ reads its clock to decide), and what it swallows then is a message that happened to arrive in that instant. So
+one
+look ``LOOK_AGAIN_S`` later is enough: one per millisecond under load instead of one a send, and each costs as much as
+a message.
 
 Copy or not: a payload that is sent without a copy costs a message object, a reference that ZeroMQ's I/O thread gives
 back through another socket, and a wake-up for that. Measured on two cores (``ipc``, two processes): 128 KiB a message
@@ -39,7 +43,8 @@ Frame = bytes | bytearray | memoryview
 DONTWAIT: Final = int(zmq.DONTWAIT)
 SNDMORE: Final = int(zmq.SNDMORE)
 
-# What zmq.Socket.send and .recv end in. The methods in between serve options that are not used here, at 1 to 2 us a frame.
+# What zmq.Socket.send and .recv end in. The methods in between serve options that are not used here, at 1 to 2 us a
+# frame.
 _send: Final = zmq.backend.Socket.send
 _recv: Final = zmq.backend.Socket.recv
 

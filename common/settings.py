@@ -36,7 +36,8 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ReplicationSettings:
-    """The stream. Addresses are ZeroMQ's: ``ipc://PATH`` or ``tcp://HOST:PORT``; keys are paths of CURVE certificates."""
+    """The stream. Addresses are ZeroMQ's: ``ipc://PATH`` or ``tcp://HOST:PORT``; keys are paths of CURVE
+    certificates."""
 
     listen: str | None = None
     """Where this side listens while it is the secondary."""

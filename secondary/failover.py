@@ -6,7 +6,8 @@ Two targets:
 ``checkpoint``  the guest's view becomes the disk: stage FAILOVER, and the buffer is committed in the background.
 
 Refusals name what would be lost. ``force`` overrides those that an operator can answer for (a primary that is still
-connected; guest writes in the active disk that ``latest`` would drop); it cannot make a state that does not exist: there is
+connected; guest writes in the active disk that ``latest`` would drop); it cannot make a state that does not exist:
+there is
 no checkpoint before the first synchronisation ended, and no ``latest`` in the middle of a resync, where the disk is a
 mixture of two times.
 """
@@ -25,7 +26,8 @@ TARGETS: tuple[Target, ...] = ("latest", "checkpoint")
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What the decision depends on. ``resyncing``: between RESYNC and SYNCED; ``has_checkpoint``: the buffer keeps one."""
+    """What the decision depends on. ``resyncing``: between RESYNC and SYNCED; ``has_checkpoint``: the buffer keeps
+    one."""
 
     stage: Stage
     has_checkpoint: bool
@@ -62,10 +64,13 @@ def decide(target: Target, *, force: bool, situation: Situation) -> None:
         )
     if target == "latest" and (situation.resyncing or not situation.has_checkpoint):
         hint = "Use --to checkpoint." if situation.has_checkpoint else "Wait until `tandemdisk status` says protected."
-        raise OperationFailed("A synchronisation is under way: the latest state of this disk is a mixture of two times.", hint=hint)
+        raise OperationFailed(
+            "A synchronisation is under way: the latest state of this disk is a mixture of two times.", hint=hint
+        )
     if situation.primary_connected and not force:
         raise NeedsForce(
-            "The primary is alive and connected.", hint="Stop it first, or give --force if you know that nobody writes to it."
+            "The primary is alive and connected.",
+            hint="Stop it first, or give --force if you know that nobody writes to it.",
         )
     if target == "latest" and situation.guest_has_written and not force:
         raise NeedsForce(

@@ -62,7 +62,8 @@ class Link:
                 self.applier.put(effect)
 
     def stop(self, reason: str) -> None:
-        """End the session and listen to nobody's work any more; still answers a HELLO, with the standing of the session."""
+        """End the session and listen to nobody's work any more; still answers a HELLO, with the standing of the
+        session."""
         self.hold()
         self.perform(self.session.close(reason))
 
@@ -86,7 +87,8 @@ class Link:
             self.applier.drain()
 
     def _connection_broke(self) -> None:
-        """Some connection did. A message to the primary tells whether it was that one: to a peer that is gone none can be sent."""
+        """Some connection did. A message to the primary tells whether it was that one: to a peer that is gone none
+        can be sent."""
         self.perform(self.session.ping(time.monotonic()))
 
     def _arm(self) -> None:

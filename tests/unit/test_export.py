@@ -573,7 +573,9 @@ def test_junk_ends_that_connection_only_and_the_reason_is_logged(
         wait_until(lambda: plain.clients == 1, what="the end of the one")
 
 
-@pytest.mark.parametrize("junk", [b"\xff" * 4, struct.pack(">I", 3) + b"GET / HTTP/1.1\r\n\r\n", bytes(range(100, 200))])
+@pytest.mark.parametrize(
+    "junk", [b"\xff" * 4, struct.pack(">I", 3) + b"GET / HTTP/1.1\r\n\r\n", bytes(range(100, 200))]
+)
 def test_junk_in_the_handshake(served: Served, junk: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
