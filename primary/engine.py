@@ -386,7 +386,7 @@ class Engine:
     def _starved(self) -> None:
         """The hidden disk is full and the session may not put a checkpoint: only a resync can have brought that
         about."""
-        if self.session.syncing:
+        if self.session.in_resync:
             self.link.send(self.session.give_up_checkpoint(time.monotonic()))
         else:
             self.link.send(self.session.checkpoint(None, time.monotonic()))

@@ -254,6 +254,11 @@ class PrimarySession:
         self._window.waiting.appendleft(control_entry(RESYNC, [self.stream, full, keep], now))
         return [*map(Send, self._pump(now)), *effects]
 
+    @property
+    def in_resync(self) -> bool:
+        """Between RESYNC and SYNCED in the stream: what waits to be sent may lie there still when ``syncing`` does not."""
+        return self._window.sync_open
+
     def give_up_checkpoint(self, now: float) -> list[Frames]:
         """The pool is too small for this resync: tell the secondary to drop its checkpoint and stop copying."""
         assert self._window.sync_open

@@ -102,7 +102,9 @@ class BackupJob(Serialised):
 
     @property
     def free_blocks(self) -> int:
-        """Slots of the hidden disk that are left before the next checkpoint."""
+        """Slots of the hidden disk that are left before the next checkpoint; all while there is none to protect."""
+        if self._header.syncing:
+            return self._layer.slots  # nothing is copied, whatever the epoch before holds
         return self._layer.slots - self._layer.used(self._header.epoch)
 
     # Inside

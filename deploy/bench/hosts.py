@@ -300,7 +300,10 @@ class Bench:
             buffer_bytes=max(2 * size, 128 * MIB),
             hosts=f"netns:{self._hosts.tag}",
             encrypt=curve,
-            overrides={"buffer": {"directory": str(self._directory / "buffer")}},
+            overrides={
+                "buffer": {"directory": str(self._directory / "buffer")},
+                "replication": {"heartbeat_s": 0.5, "peer_timeout_s": 2.0},  # so that a cut is soon noticed
+            },
         )
         try:
             with Pair.create(directory, options) as pair:
