@@ -224,15 +224,16 @@ def started(pair: Pair, *roles: Role) -> Iterator[dict[Role, Child]]:
     A test may take a child out of the mapping after it has ended, and put another one in.
     """
     children: dict[Role, Child] = {}
-    try:
-        for role in roles:
-            children[role] = start_side(pair, role)
-        yield children
-    finally:
-        with contextlib.suppress(TandemDiskError):
-            pair.down(purge=True)
-        for child in children.values():
-            child.stop(10)
+    with pair.directory.hosts_held():
+        try:
+            for role in roles:
+                children[role] = start_side(pair, role)
+            yield children
+        finally:
+            with contextlib.suppress(TandemDiskError):
+                pair.down(purge=True)
+            for child in children.values():
+                child.stop(10)
 
 
 def start_side(pair: Pair, role: Role) -> Child:
@@ -243,8 +244,9 @@ def start_side(pair: Pair, role: Role) -> Child:
     try:
         with open(f"{settings.directory}/log", "ab") as log:
             child = Child.launch(
-                "tests.faulty_process", [role, "--settings-fd", str(fd)], pass_fds=(fd,), stderr=log
-            )
+                "tests.faulty_process", [role, "--settings-fd", str(fd)], pass_fds=(fd,), stderr=log,
+                prefix=pair.directory.prefix(role),
+            )  # fmt: skip
     finally:
         os.close(fd)
     try:
