@@ -136,6 +136,32 @@ def test_systemd_is_told_by_the_process_that_it_started(short_dir: Path, monkeyp
         assert service.wait(20) == 0
 
 
+def test_systemd_hears_that_the_loop_turns(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it does not: a process that was stopped says nothing, and systemd would kill it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(short_dir / "notify"))
+        notify.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_dir / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        fd = settings_memfd(settings(short_dir, "serve"))
+        command = [*python_command(TOY), "--settings-fd", str(fd)]
+        with (short_dir / "log").open("ab") as log:
+            service = subprocess.Popen(command, pass_fds=(fd,), stderr=log, env=python_environment())
+        os.close(fd)
+        assert notify.recv(4096).startswith(b"READY=1")
+        assert [notify.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        service.send_signal(signal.SIGSTOP)
+        notify.settimeout(1)
+        with pytest.raises(TimeoutError):
+            while notify.recv(4096) == b"WATCHDOG=1":
+                continue
+        notify.settimeout(20)
+        service.send_signal(signal.SIGCONT)
+        assert notify.recv(4096) == b"WATCHDOG=1"
+        service.terminate()
+        assert service.wait(20) == 0
+
+
 def test_a_folder_of_the_user_is_not_imported(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (short_dir / "common").mkdir()
     (short_dir / "common" / "__init__.py").write_text("raise SystemExit(99)")
