@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.child import Child, python_environment, settings_memfd
 from common.errors import TandemDiskError
@@ -145,30 +146,51 @@ class Load:
         wait_until(lambda: self.answered >= count or self.end, 30, f"{count} writes answered")
         assert self.answered >= count, self.end
 
-    def check(self, found: bytes, before: bytes | None = None) -> int:
+    def check(self, found: bytes, before: bytes | None = None, *, torn: bool = False) -> int:
         """How many of the writes ``found`` holds: a beginning of their order, with all that were answered.
 
-        ``before``: the contents before the first write (zeroes). AssertionError if there is no such number.
+        ``before``: contents before the first write (zeroes). With ``torn`` the write after that may be there in part:
+        SIGKILL ends a pwrite(2) between two pages. AssertionError if there is no such number.
         """
-        model = np.frombuffer(before if before is not None else bytes(len(found)), np.uint8).copy()
+        model = self._answered_model(found, before)
         is_there = np.frombuffer(found, np.uint8)
-        for offset, data in self.writes[: self.answered]:
-            model[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         wrong = int(np.count_nonzero(model != is_there))
+        best = (wrong, self.answered)
         for number in range(self.answered, len(self.writes) + 1):
+            best = min(best, (wrong, number))
             if wrong == 0:
                 return number
             if number < len(self.writes):
                 offset, data = self.writes[number]
-                part = slice(offset, offset + len(data))
-                wrong -= int(np.count_nonzero(model[part] != is_there[part]))
-                model[part] = np.frombuffer(data, np.uint8)
-                wrong += int(np.count_nonzero(model[part] != is_there[part]))
-        different = np.flatnonzero(model != is_there)
+                part, new = slice(offset, offset + len(data)), np.frombuffer(data, np.uint8)
+                before_it = model[part] != is_there[part]
+                if torn and np.count_nonzero(before_it) == wrong and not np.any(before_it & (new != is_there[part])):
+                    return number
+                model[part] = new
+                wrong += int(np.count_nonzero(new != is_there[part])) - int(np.count_nonzero(before_it))
         raise AssertionError(
-            f"no prefix of the {len(self.writes)} writes, {self.answered} of them answered, makes what was found: "
-            f"{len(different)} bytes differ from {different[0]} to {different[-1]}"
+            f"no prefix of {len(self.writes)} writes, {self.answered} of them answered, makes what was found: after "
+            f"{best[1]} of them {best[0]} bytes differ"
         )
+
+    def check_answered(self, found: bytes, before: bytes | None = None) -> None:
+        """AssertionError unless ``found`` holds what was answered, save where a write in flight at the end may be.
+
+        This is all that NBD promises for requests in flight: they may be there in any order, and in part.
+        """
+        is_there = np.frombuffer(found, np.uint8)
+        wrong = self._answered_model(found, before) != is_there
+        for offset, data in self.writes[self.answered :]:
+            part = slice(offset, offset + len(data))
+            wrong[part] &= np.frombuffer(data, np.uint8) != is_there[part]
+        different = np.flatnonzero(wrong)
+        assert not len(different), f"{len(different)} bytes differ from {different[0]} to {different[-1]}"
+
+    def _answered_model(self, found: bytes, before: bytes | None) -> npt.NDArray[np.uint8]:
+        model = np.frombuffer(before if before is not None else bytes(len(found)), np.uint8).copy()
+        for offset, data in self.writes[: self.answered]:
+            model[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        return model
 
     def model(self, before: bytes | None = None, size: int = 0) -> bytes:
         """What the disk holds after all writes; for a load that was stopped and got every answer."""
