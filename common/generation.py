@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+RETURNING: Final = (1 << 64) - 1
+"""Stream of a side that gave the primary role up: it stands at no point of any stream, but what it wrote is listed."""
 MAX_HISTORY: Final = 64
 """Generations that a side remembers; the oldest ones go first."""
 
@@ -50,6 +52,15 @@ def extend(history: History, identity: int, side: str) -> History:
     """``history`` with a new generation at its end; ``identity`` is a random u64 that the caller drew."""
     number = history[-1].number + 1 if history else 1
     return (*history, Generation(identity, number, side))[-MAX_HISTORY:]
+
+
+def common_past(mine: History, theirs: History) -> History:
+    """The beginning of ``mine`` up to the newest generation that ``theirs`` has, too; empty if there is none."""
+    known = {generation.identity for generation in theirs}
+    for index in range(len(mine) - 1, -1, -1):
+        if mine[index].identity in known:
+            return mine[: index + 1]
+    return ()
 
 
 class Standing(NamedTuple):

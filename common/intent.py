@@ -18,10 +18,12 @@ be used at once with ``keep_only``; a lock orders the two that write.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -31,6 +33,8 @@ from common.bitmap import DirtyBitmap
 from common.errors import DiskError
 from common.limits import MIB
 
+INTENT_FILE: Final = "intent"
+"""Its name in a side's directory. On a secondary: what that side wrote by itself, until a resync is complete."""
 REGION: Final = 4 * MIB
 PAGE: Final = 4096
 _BYTES: Final = PAGE - 8
@@ -45,8 +49,14 @@ assert _HEADER.size == 24
 class IntentFile:
     """The file at ``path`` for volumes of ``sizes`` bytes. ``found``: it was there and of this layout."""
 
-    def __init__(self, path: str, sizes: Sequence[int], region: int = REGION) -> None:
+    def __init__(
+        self, path: str, sizes: Sequence[int], region: int = REGION, *, shared: bool = False, everything: bool = False
+    ) -> None:
+        """``shared``: other processes mark in it at the same time. ``everything``: a file that was not there begins
+        with all bits set."""
         assert region > 0
+        self._shared = shared
+        self._everything = everything
         self.path = path
         self.region = region
         self._sizes = tuple(sizes)
@@ -86,13 +96,15 @@ class IntentFile:
     def set_ranges(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Mark (volume, offset, length) ranges; on stable storage when it returns. DiskError if that cannot be done:
         then nothing counts as marked that was not before."""
-        with self._lock:
+        with self._lock, self._alone():
             pages: dict[int, bytearray] = {}
             for volume, offset, length in ranges:
                 first = self._first[volume]
                 for bit in range(first + offset // self.region, first + (offset + length - 1) // self.region + 1):
                     number, at = divmod(bit >> 3, _BYTES)
                     if number not in pages:
+                        if self._shared:
+                            self._read(number)
                         pages[number] = self._bits[number * _BYTES : (number + 1) * _BYTES]
                     pages[number][at] |= 1 << (bit & 7)
             self._write(pages, durable=True)
@@ -131,6 +143,12 @@ class IntentFile:
                     offset = index * self.region
                     bitmap.set_range(offset, min(self.region, size - offset))
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """(volume, offset, length) of what is marked, neighbouring regions as one."""
+        bitmaps = [DirtyBitmap(size, self.region) for size in self._sizes]
+        self.add_to(bitmaps)
+        return [(volume, offset, length) for volume, bitmap in enumerate(bitmaps) for offset, length in bitmap.runs()]
+
     def close(self) -> None:
         """Close the file; what it says stays."""
         os.close(self._file)
@@ -147,15 +165,9 @@ class IntentFile:
         found = os.fstat(self._file).st_size > 0
         if os.pread(self._file, PAGE, 0) == self._header():
             for number in range(self._pages):
-                page = os.pread(self._file, PAGE, (number + 1) * PAGE)
-                body = page[8:]
-                if len(page) == PAGE and _CHECKSUM.unpack_from(page)[0] == xxh3_64_intdigest(body, number):
-                    self._bits[number * _BYTES : (number + 1) * _BYTES] = body
-                else:
-                    self.damaged_pages += 1
-                    self._bits[number * _BYTES : (number + 1) * _BYTES] = b"\xff" * _BYTES
+                self._read(number)
             return True
-        if found:
+        if found or self._everything:
             self._bits[:] = b"\xff" * len(self._bits)
         os.ftruncate(self._file, 0)
         pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
@@ -163,6 +175,26 @@ class IntentFile:
         os.pwrite(self._file, self._header(), 0)
         os.fsync(self._file)
         return False
+
+    def _read(self, number: int) -> None:
+        page = os.pread(self._file, PAGE, (number + 1) * PAGE)
+        body = page[8:]
+        if len(page) == PAGE and _CHECKSUM.unpack_from(page)[0] == xxh3_64_intdigest(body, number):
+            self._bits[number * _BYTES : (number + 1) * _BYTES] = body
+        else:
+            self.damaged_pages += 1
+            self._bits[number * _BYTES : (number + 1) * _BYTES] = b"\xff" * _BYTES
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the file meanwhile, if any could."""
+        if self._shared:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self._shared:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _write(self, pages: dict[int, bytearray], *, durable: bool) -> None:
         try:

@@ -63,6 +63,8 @@ class Metadata:
     """Primary: identity of the generation from which on its bitmaps know every write; 0: none."""
     bases: tuple[tuple[int, int], ...] = ()
     """Primary: (stream, sequence) pairs from which on its bitmaps know every write of that stream."""
+    disks: tuple[tuple[int, int], ...] = ()
+    """(inode, time of the last change in ns) of each disk when the process stopped; the time is 0 while it runs."""
     failover: str = ""
     """On a side that was promoted: the target, ``latest`` or ``checkpoint``; a crash half-way is finished by it."""
 
@@ -142,7 +144,7 @@ def parse(data: bytes, path: str) -> Metadata:
 _TYPES: Final[dict[str, type]] = {
     "pair_id": str, "side": str, "role": str, "volumes": list, "history": list, "consistent": bool, "clean": bool,
     "syncing": bool, "stream": int, "sequence": int, "checkpoint": int, "base": int, "bases": list,
-    "failover": str,
+    "disks": list, "failover": str,
 }
 assert list(_TYPES) == [field.name for field in dataclasses.fields(Metadata)]
 
@@ -160,7 +162,8 @@ def _metadata(fields: Any) -> Metadata:
                     for identity, number, side in fields["history"])
     volumes = tuple((str(name), _number(size)) for name, size in fields["volumes"])
     bases = tuple((_number(stream), _number(sequence)) for stream, sequence in fields["bases"])
-    return Metadata(**{**fields, "history": history, "volumes": volumes, "bases": bases})
+    disks = tuple((_number(inode), _number(changed)) for inode, changed in fields["disks"])
+    return Metadata(**{**fields, "history": history, "volumes": volumes, "bases": bases, "disks": disks})
 
 
 def _number(value: Any) -> int:

@@ -1,13 +1,16 @@
 """A side's metadata in a running process: read by everybody, changed durably by whoever has a reason.
 
-``update`` returns when the change is on disk, and blocks for it: call it in a thread. ``update_soon`` is for what may be a
-little old after a crash (the number of the last checkpoint, say): it never blocks, and many calls become one write.
+``update`` returns when the change is on disk, and blocks for it: call it in a thread. ``update_soon`` is for what may
+be a little old after a crash (the number of the last checkpoint, say): it never blocks, and many calls become one
+write.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -101,6 +104,29 @@ def check_metadata(settings: NodeSettings, metadata: Metadata, sizes: list[int])
             f"{_names(volumes)}.",
             hint="Put the old disks back, or remove the metadata file to start this side anew.",
         )
+
+
+def fingerprints(settings: NodeSettings, *, running: bool) -> tuple[tuple[int, int], ...]:
+    """What tells the disks of a side from others, and, unless they are being written, from themselves at another
+    time."""
+    found: list[tuple[int, int]] = []
+    for volume in settings.volumes:
+        status = os.stat(volume.disk)
+        device = stat.S_ISBLK(status.st_mode)
+        found.append((status.st_rdev if device else status.st_ino, 0 if running or device else status.st_mtime_ns))
+    return tuple(found)
+
+
+def disks_changed(settings: NodeSettings, metadata: Metadata) -> str:
+    """Why the disks cannot be what this side left; empty if they can. Somebody may have replaced them, or written to
+    them."""
+    now = fingerprints(settings, running=False)
+    for volume, (inode, changed), (was, when) in zip(settings.volumes, now, metadata.disks, strict=False):
+        if inode != was:
+            return f"{volume.disk} is another file than before"
+        if when and changed != when:
+            return f"{volume.disk} was written to since this side stopped"
+    return ""
 
 
 def _names(volumes: tuple[tuple[str, int], ...]) -> str:

@@ -48,8 +48,10 @@ EXTENT: Final = np.dtype([
 """offset and length on the volume, position in the payload, volume index, kind and flags as in common.batch, pad 0."""
 QUESTION: Final = np.dtype([("offset", "<u8"), ("length", "<u4"), ("volume", "<u2"), ("pad", "<u2"), ("hash", "<u8")])
 """One range of a VERIFY: the xxh3-64 that the primary has for it."""
+RANGE: Final = np.dtype([("offset", "<u8"), ("length", "<u8"), ("volume", "<u2"), ("pad", "V6")])
+"""A range of a volume."""
 assert EXTENT_STRUCT.size == EXTENT.itemsize == 24
-assert QUESTION.itemsize == 24
+assert QUESTION.itemsize == RANGE.itemsize == 24
 
 HELLO: Final = 1
 WELCOME: Final = 2
@@ -135,7 +137,8 @@ class Welcome:
     be sent again; those after ``applied`` are still being worked on. ``exact``: the secondary disk is precisely at
     ``applied`` (not so after the secondary's host lost its memory). ``syncing``: a resync has begun and not ended.
     ``checkpoint`` is the number of the last one (0: none). ``free`` of ``pool`` hidden blocks of ``block_size`` bytes
-    are left in the fullest pool.
+    are left in the fullest pool. ``own``: packed ``RANGE``s that this side may have written by itself, before it
+    rejoined; the primary's bitmaps cannot know of them.
     """
 
     session: int
@@ -153,6 +156,7 @@ class Welcome:
     exact: bool
     syncing: bool
     standing: Standing
+    own: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +432,7 @@ _ROLE: Final = _word("primary", "secondary")
 _LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
     HELLO: (Hello, (_integer(32), _I64, _I64, _volumes, _standing)),
     WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _block_size, _flag, _flag,
-                        _standing)),
+                        _standing, _packed(24))),
     REFUSE: (Refuse, (_text(64), _SENTENCE)),
     CHECKPOINT: (Checkpoint, (_I64,)),
     CHECKPOINTED: (Checkpointed, (_I64, _I64, _seconds)),
@@ -549,6 +553,24 @@ def _bad_extent(
     where = f"of {sizes[volume]} bytes" if volume < len(sizes) else "which does not exist"
     return WireError(f"an extent of a batch cannot be: kind {kind}, {length} bytes at {offset} of volume {volume} "
                      f"{where}, at {position} of a payload of {payload_length} bytes")
+
+
+def pack_ranges(ranges: Sequence[tuple[int, int, int]]) -> bytes:
+    """Packed ``RANGE``s of (volume, offset, length); at most ``limits.MAX_BATCH_EXTENTS`` fit into a message."""
+    array = np.zeros(len(ranges), dtype=RANGE)
+    for name, values in zip(("volume", "offset", "length"), zip(*ranges, strict=True), strict=False):
+        array[name] = values
+    return array.tobytes()
+
+
+def unpack_ranges(ranges: bytes, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(volume, offset, length) of packed ``RANGE``s; WireError unless each lies on a volume."""
+    array = np.frombuffer(ranges, dtype=RANGE)
+    found = list(zip(array["volume"].tolist(), array["offset"].tolist(), array["length"].tolist(), strict=True))
+    for volume, offset, length in found:
+        if volume >= len(sizes) or not length or offset + length > sizes[volume]:
+            raise WireError(f"a WELCOME tells of {length} bytes at {offset} of volume {volume}")
+    return found
 
 
 def check_questions(questions: bytes, sizes: Sequence[int]) -> None:

@@ -29,18 +29,20 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import zmq
 
 from common.disk import Disk
 from common.errors import OperationFailed, PeerRefused, TandemDiskError, TimedOut
-from common.generation import extend
+from common.generation import RETURNING, extend
+from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, load_keys
 from common.process import Lifecycle
-from common.record import Record
+from common.record import Record, fingerprints
 from common.settings import NodeSettings
-from common.wire import Welcome
+from common.wire import Welcome, unpack_ranges
 from primary.effects import (
     Acknowledged,
     CheckpointDone,
@@ -57,7 +59,8 @@ from primary.effects import (
     Verified,
     WindowOpen,
 )
-from primary.ledger import Ledger
+from primary.guard import IntentGuard
+from primary.ledger import Ledger, mark
 from primary.link import Link, describe
 from primary.mirror import Mirror
 from primary.questions import Range
@@ -71,6 +74,9 @@ CHECKPOINT_TIMEOUT_S: Final = 60.0
 MAX_EXTENTS: Final = 1000
 """Differing extents that an answer to ``verify`` names."""
 EIO: Final = 5
+FORGET_INTERVAL_S: Final = 10.0
+"""How often the write-intent bitmap is cleared of what the secondary has."""
+MAX_BASES: Final = 16
 IDLE: Final = {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0.0}
 """Status of a resync that is not going on."""
 
@@ -131,6 +137,7 @@ class Engine:
         """What the secondary may lack, for all that is known: a resync compares it before it sends any of it."""
         self._unfinished = make_suspects(self.mirror)
         """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
+        self._guard_writes()
         self.ledger = Ledger([volume.size for volume in self.mirror.volumes], settings.buffer.block_size)
         self.session = self._make_session()
         address = settings.replication.connect
@@ -138,6 +145,27 @@ class Engine:
             raise OperationFailed("This side does not know its secondary.", hint="Set replication.connect.")
         self.link = Link(self.session, context, address, _keys(settings), self._handle)
         self.mirror.carrier = self.link
+
+    def _guard_writes(self) -> None:
+        """Open the write-intent bitmap; what a crash left in it is suspect."""
+        settings, metadata = self.settings, self.record.value
+        path = f"{settings.directory}/{INTENT_FILE}"
+        self._bases = dict(metadata.bases)
+        self._base = metadata.base
+        known = False
+        if settings.write_intent:
+            sizes = [volume.size for volume in self.mirror.volumes]
+            file = IntentFile(path, sizes)
+            self.mirror.guard = IntentGuard(file, sizes)
+            known = file.found
+            if known and not metadata.clean:
+                file.add_to(self.suspects)
+        else:
+            Path(path).unlink(missing_ok=True)
+        if metadata.clean and metadata.history:
+            self._base = metadata.history[-1].identity
+        elif not known:
+            self._bases, self._base = {}, 0
 
     def _make_session(self) -> PrimarySession:
         settings, metadata = self.settings, self.record.value
@@ -151,25 +179,33 @@ class Engine:
             max_lag_s=settings.max_lag_seconds,
         )
         resumed = metadata.clean and metadata.stream != 0
-        standing = metadata.standing()
-        if metadata.clean and metadata.history:
-            standing = standing._replace(base=metadata.history[-1].identity)
         return PrimarySession(
             config,
-            standing,
+            metadata.standing()._replace(base=self._base),
             instance=random_number(32),
             stream=metadata.stream if resumed else random_number(64),
             next_sequence=metadata.sequence + 1 if resumed else 1,
             checkpoint=metadata.checkpoint,
-            bases=dict(metadata.bases) if metadata.clean else {},
+            bases=self._bases | {RETURNING: 0},
             ledger=self.ledger,
         )
 
-    def start(self, export: Export) -> None:
-        """Begin to look for the secondary."""
+    async def remember_start(self) -> None:
+        """Durably, before the first write: this process did not stop in good order, and what its bitmaps know."""
+        bases = list((self._bases | {self.session.stream: self.session.last_sequence}).items())
+        disks = fingerprints(self.settings, running=True)
+        await self.record.update_async(clean=False, base=self._base, bases=tuple(bases[-MAX_BASES:]), disks=disks)
+
+    def start(self, export: Export, *, alone: str = "") -> None:
+        """Begin to look for the secondary. ``alone``: why this side leads without one for now; else ``settle`` next."""
         self.export = export
-        self.mirror.pause = export.pause_reading
+        self.mirror.pause = self._congested
+        self.link.before_greeting = self._tell_own_blocks
+        if alone:
+            self._set_state("alone", alone)
         self.link.open()
+        if self.mirror.guard is not None:
+            self._lifecycle.critical(self._forget_now_and_then(self.mirror.guard), "intents")
         if self.settings.checkpoint_interval_s > 0:
             self._lifecycle.critical(self._checkpoint_now_and_then(), "checkpoints")
 
@@ -286,6 +322,8 @@ class Engine:
             self.ledger.clear()
             for suspects, unfinished in zip(self.suspects, self._unfinished, strict=True):
                 suspects.union(unfinished)
+        for index, offset, length in unpack_ranges(peer.own, [volume.size for volume in self.mirror.volumes]):
+            self.suspects[index].set_range(offset, length)
         for suspects, unfinished, bitmap in zip(self.suspects, self._unfinished, self.mirror.bitmaps, strict=True):
             if full:
                 suspects.set_all()
@@ -400,6 +438,48 @@ class Engine:
         self._stop_work()
         self.export.resume_reading()
         self._go_alone("alone", reason, unacknowledged)
+
+    def _congested(self) -> None:
+        """The window is full."""
+        self.export.pause_reading()
+        if self.settings.on_congestion == "pull-ahead" and self.settings.on_peer_loss == "continue":
+            self._loop.call_soon(self._pull_ahead)
+
+    def _pull_ahead(self) -> None:
+        if self.session.attached and not self.session.window_open:
+            reason = "it does not keep up, and on_congestion is pull-ahead"
+            self.link.settle(self.session.lost(reason, time.monotonic()))
+
+    def _tell_own_blocks(self) -> None:
+        """What a refusal says would be lost."""
+        size = sum(bitmap.dirty_bytes() for bitmap in (*self.mirror.bitmaps, *self.suspects))
+        standing = self.session.standing
+        blocks = -(-size // self.settings.buffer.block_size)
+        self.session.standing = standing._replace(own_blocks=blocks, own_bytes=size)
+
+    async def _forget_now_and_then(self, guard: IntentGuard) -> None:
+        while True:
+            await asyncio.sleep(FORGET_INTERVAL_S)
+            if self.state == "protected":
+                await self._forget(guard)
+
+    async def _forget(self, guard: IntentGuard) -> None:
+        """Clear the write-intent bitmap where the secondary has everything, and will remember it."""
+        wanted = [bitmap.copy() for bitmap in self.mirror.bitmaps]
+        self.ledger.add_to(wanted)
+        for extents in self.session.pending_extents():
+            mark(wanted, extents)
+        for bitmap, suspects, unfinished in zip(wanted, self.suspects, self._unfinished, strict=True):
+            bitmap.union(suspects)
+            bitmap.union(unfinished)
+        bases = ((self.session.stream, self.session.recorded),)
+        base = self.session.standing.base
+
+        async def promise() -> None:
+            await self.record.update_async(bases=bases, base=base)
+
+        left = await guard.forget(wanted, promise)
+        log.debug("write-intent bitmap regions=%d", left)
 
     def _refused(self, effect: Refused) -> None:
         self._stop_work()
@@ -525,6 +605,7 @@ class Engine:
                 "disk_errors": self.mirror.disk_errors,
                 "local_flushes": self.mirror.flusher.count,
                 **self._resyncs.counters(self._synchroniser),
+                "intent_waits": self.mirror.guard.waits if self.mirror.guard is not None else 0,
             },
             "peer": {
                 "connected": self.state in ("protected", "syncing"),
@@ -546,8 +627,9 @@ class Engine:
         self.link.perform(self.session.close("the primary stops"))
         if clean and self._lifecycle.failure is None:
             await self.record.update_async(
-                clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number
-            )
+                clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
+                disks=fingerprints(self.settings, running=False),
+            )  # fmt: skip
         self.link.close()
         self.mirror.close()
 

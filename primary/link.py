@@ -18,7 +18,7 @@ from common.keys import CurveKeys
 from common.port import Dialer
 from common.wire import Frames
 from primary.effects import Effect, Reconnect, Send
-from primary.session import PrimarySession
+from primary.session import PrimarySession, State
 
 log = logging.getLogger("link")
 
@@ -38,6 +38,7 @@ class Link:
         self.address = address
         self.trouble = ""
         """Why there is no connection, as far as the transport can tell; empty while there is one."""
+        self.before_greeting: Callable[[], None] = lambda: None
         self._context = context
         self._keys = keys
         self._handle = handle
@@ -76,6 +77,11 @@ class Link:
         self.perform(effects)
         self._arm()
 
+    def redial(self) -> None:
+        """Somebody knows that the secondary is there now: do not wait for the next attempt."""
+        if self.session.state in (State.CUT, State.REFUSED):
+            self._dial()
+
     def close(self) -> None:
         """Close the socket; the session has said goodbye before."""
         if self._timer is not None:
@@ -101,6 +107,7 @@ class Link:
             return
         self._greeted = True
         self.trouble = ""
+        self.before_greeting()
         self.settle(self.session.connect(time.monotonic()))
 
     def connection_down(self, reason: str) -> None:

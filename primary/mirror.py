@@ -29,7 +29,9 @@ from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, WriteBatch
 from common.bitmap import DirtyBitmap
 from common.disk import Disk
 from common.flusher import Flusher
+from common.intent import REGION
 from common.wire import EXTENT_STRUCT, FLUSH, Frames
+from primary.guard import REGION_SHIFT, IntentGuard
 from primary.session import PrimarySession
 
 log = logging.getLogger("mirror")
@@ -151,6 +153,9 @@ class Mirror:
         self.overlap: Callable[[int, int, int], None] | None = None
         """While a resync reads in a thread: told (volume, offset, length) of each write."""
         self.carrier: Carrier
+        self.guard: IntentGuard | None = None
+        """The write-intent bitmap, if one is kept."""
+        self._holds = 0
         self._shift = block_size.bit_length() - 1
         self._on_disk_error = on_disk_error
         self._held: list[tuple[MirroredDisk, WriteBatch]] = []
@@ -167,6 +172,13 @@ class Mirror:
             batch.finish(dict.fromkeys(range(len(batch.operations)), errno.EIO))
             return
         session = self.carrier.session
+        guard = self.guard
+        if guard is not None:
+            marks = guard.marks[volume.index]
+            for _, offset, length, _, _ in batch.operations:
+                if 0 in marks[offset >> REGION_SHIFT : (offset + length + REGION - 1) >> REGION_SHIFT]:
+                    self._wait_for_intent(guard, volume, batch)
+                    return
         if not session.attached:
             self._write_alone(volume, batch)
             return
@@ -294,15 +306,33 @@ class Mirror:
         self._written_local(batch, None, self._write_local(volume, batch))
 
     def hold(self) -> None:
-        """Accept writes and do nothing with them until ``release``: the new generation is being made durable."""
+        """Accept writes and do nothing with them until ``release``, which has to come as often: something that they
+        depend on is being made durable."""
+        self._holds += 1
         self.detaching = True
 
     def release(self) -> None:
-        """Go on with what was held."""
-        self.detaching = False
+        """Go on with what was held, in order; what has to wait again holds the rest back."""
+        self._holds -= 1
+        self.detaching = self._holds > 0
+        if self.detaching:
+            return
         held, self._held = self._held, []
         for volume, batch in held:
             self.submit(volume, batch)
+
+    def _wait_for_intent(self, guard: IntentGuard, volume: MirroredDisk, batch: WriteBatch) -> None:
+        """Hold the batch, and all after it, until it is durably known where it writes."""
+
+        def done(code: int) -> None:
+            if code:
+                self._held.pop(0)
+                batch.finish(dict.fromkeys(range(len(batch.operations)), code))
+            self.release()
+
+        self._held.insert(0, (volume, batch))
+        self.hold()
+        guard.require(volume.index, batch.operations, done)
 
     def mark_dirty(self, extents: Any) -> None:
         """Mark packed extents that the secondary may lack."""
@@ -328,5 +358,7 @@ class Mirror:
 
     def close(self) -> None:
         self.flusher.close()
+        if self.guard is not None:
+            self.guard.close()
         for volume in self.volumes:
             volume.disk.close()

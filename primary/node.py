@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common.control import ControlServer
@@ -11,12 +14,15 @@ from common.disk import FileDisk
 from common.errors import OperationFailed
 from common.export import NbdServer
 from common.generation import extend
+from common.intent import INTENT_FILE
 from common.metadata import load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_metadata, initial_metadata
+from common.record import Record, check_metadata, disks_changed, initial_metadata
 from common.settings import NodeSettings
 from primary.engine import Engine, random_number
+
+log = logging.getLogger("primary")
 
 
 class PrimaryNode:
@@ -45,6 +51,7 @@ class PrimaryNode:
                 "status": self._status,
                 "checkpoint": engine.checkpoint_command,
                 "verify": engine.verify_command,
+                "redial": self._redial,
                 "stop": self._stop,
             },
         )
@@ -52,7 +59,7 @@ class PrimaryNode:
         self._stack.push_async_callback(control.close)
         engine.start(self.server)
         await engine.settle()
-        await record.update_async(clean=False)
+        await engine.remember_start()
         await self.server.listen(settings.export)
         engine.serving = True
 
@@ -67,6 +74,10 @@ class PrimaryNode:
                 f"Side {settings.side} of pair {settings.pair_id} is the secondary: its disk follows the other side's.",
                 hint="Start it as secondary, or let it take over with `tandemdisk failover`.",
             )
+        if reason := disks_changed(settings, metadata):
+            log.warning("the whole disk is compared reason=%r", reason)
+            Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)
+            metadata = replace(metadata, clean=False, base=0, bases=())
         record = Record(path, metadata)
         self._stack.callback(record.close)
         if not metadata.history:
@@ -89,6 +100,10 @@ class PrimaryNode:
             })  # fmt: skip
         status["counters"] = {name: getattr(exported, name) for name in type(exported).__slots__} | status["counters"]
         return status | {"pid": os.getpid(), "nbd_uri": volumes[0]["nbd_uri"], "volumes": volumes}
+
+    async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self.engine.link.redial()
+        return {}
 
     async def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
         number = None

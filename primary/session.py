@@ -171,6 +171,11 @@ class PrimarySession:
         return self._window.next_sequence - 1
 
     @property
+    def recorded(self) -> int:
+        """Up to here the secondary's metadata says, durably, that it has everything."""
+        return self._window.recorded
+
+    @property
     def idle(self) -> bool:
         """True if nothing is unacknowledged and no flush is awaited."""
         window = self._window
@@ -256,7 +261,8 @@ class PrimarySession:
 
     @property
     def in_resync(self) -> bool:
-        """Between RESYNC and SYNCED in the stream: what waits to be sent may lie there still when ``syncing`` does not."""
+        """Between RESYNC and SYNCED in the stream: what waits to be sent may lie there still when ``syncing`` does
+        not."""
         return self._window.sync_open
 
     def give_up_checkpoint(self, now: float) -> list[Frames]:
@@ -477,6 +483,7 @@ class PrimarySession:
 
     def _on_welcome(self, welcome: wire.Welcome, now: float) -> list[Effect]:
         window = self._window
+        wire.unpack_ranges(welcome.own, [size for _, size in self.config.volumes])
         # without a ledger the caller's bitmaps know what was handed back, and nothing of what was applied
         base = window.applied if window.ledger is None else window.recorded
         verdict = judge(Here(self.standing, self.stream, window.next_sequence, window.applied, base, self._broken,

@@ -2,60 +2,193 @@
 
     python -m secondary.guest --settings-fd N …      (started by the secondary process, never by hand)
 
-It owns nothing: it maps what the secondary process made, opens the secondary disks beside it, and serialises each of its
-operations against the backup job through CowRequests. So it can be killed at any instant, and a failover changes nothing
-for its clients but the stage that the next operation finds.
+It owns nothing: it maps what the secondary process made, opens the secondary disks beside it, and serialises each of
+its operations against the backup job through CowRequests. So it can be killed at any instant, and a failover changes
+nothing for its clients but the stage that the next operation finds.
+
+After a promotion every write to a disk is noted in the write-intent file before it is done. When the commit is complete
+the secondary process says ``lead``, and this process becomes a primary around the clients that it has: an engine looks
+for the other side, and writes go through its mirror. From then on the side's metadata belongs to the engine.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import threading
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from common.control import ControlServer
 from common.disk import FileDisk
+from common.errors import DiskError, OperationFailed
 from common.export import NbdServer
+from common.intent import INTENT_FILE, IntentFile
+from common.metadata import load
+from common.port import zmq_context
 from common.process import Lifecycle, run
+from common.record import Record
 from common.settings import NodeSettings
+from primary.engine import Engine
 from secondary.buffer import DiskBuffer
+from secondary.header import Stage
 from secondary.replica import GuestVolume
+
+log = logging.getLogger("export")
+
+
+class Intents:
+    """Notes where a promoted side writes, durably and before it does; from any thread."""
+
+    def __init__(self, path: str, sizes: list[int]) -> None:
+        self._path = path
+        self._sizes = sizes
+        self._lock = threading.Lock()
+        self._file: IntentFile | None = None
+
+    def note(self, volume: int, offset: int, length: int) -> None:
+        """Before a write. OSError if it cannot be noted: then it must not be done."""
+        try:
+            with self._lock:
+                if self._file is None:
+                    self._file = IntentFile(self._path, self._sizes, shared=True)
+                if not self._file.covers(volume, offset, length):
+                    self._file.set_ranges([(volume, offset, length)])
+        except DiskError as error:
+            raise OSError(errno.EIO, error.sentence) from error
+
+    def close(self) -> None:
+        """The engine notes from here on."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+class GuestProcess:
+    """See the module. ``start`` it, wait, ``close`` it."""
+
+    def __init__(self, settings: NodeSettings, lifecycle: Lifecycle) -> None:
+        self.settings = settings
+        self.engine: Engine | None = None
+        self._lifecycle = lifecycle
+        self._stack = AsyncExitStack()
+        self.buffer = DiskBuffer.attach(
+            settings.buffer.directory, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
+        )
+        self.disks = [FileDisk(volume.disk, exclusive=False) for volume in settings.volumes]
+        self.intents = Intents(f"{settings.directory}/{INTENT_FILE}", [disk.size for disk in self.disks])
+        self.volumes = [
+            GuestVolume(layers, disk, on_write=partial(self.intents.note, index))
+            for index, (layers, disk) in enumerate(zip(self.buffer.volumes, self.disks, strict=True))
+        ]
+        self.server = NbdServer(self.volumes, default=settings.volumes[0].name)
+
+    async def start(self) -> None:
+        """Serve."""
+        handlers = {
+            "status": self._status,
+            "stop": self._stop,
+            "lead": self._lead,
+            "checkpoint": self._checkpoint,
+            "verify": self._verify,
+            "redial": self._redial,
+        }
+        control = ControlServer(self.settings.control_path("export"), handlers)
+        await control.start()
+        self._stack.push_async_callback(control.close)
+        await self.server.listen(self.settings.export)
+
+    # Leading
+
+    async def _lead(self, _args: dict[str, Any]) -> dict[str, Any]:
+        """Become a primary; the secondary process writes the metadata no more."""
+        if self.engine is not None:
+            return {}
+        header, settings = self.buffer.header, self.settings
+        if header.stage is not Stage.DONE:
+            raise OperationFailed(f"This side cannot lead in stage {header.stage.name}.")
+        stored = load(f"{settings.directory}/metadata")
+        assert stored is not None
+        record = Record(f"{settings.directory}/metadata", stored)
+        self._stack.callback(record.close)
+        context = self._stack.enter_context(zmq_context())
+        self.intents.close()
+        names = [volume.name for volume in settings.volumes]
+        engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
+        engine.checkpoint = header.checkpoint.number
+        await engine.remember_start()
+        engine.start(self.server, alone="this side was promoted")
+        for volume, mirrored in zip(self.volumes, engine.mirror.volumes, strict=True):
+            await volume.hand_over(mirrored)
+        engine.serving = True
+        self.engine = engine
+        log.info("leading generation=%d", stored.history[-1].number)
+        return {}
+
+    def _leader(self) -> Engine:
+        if self.engine is None:
+            raise OperationFailed("This side does not lead yet.", hint="`tandemdisk status` shows how far it is.")
+        return self.engine
+
+    async def _checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        return await self._leader().checkpoint_command(args)
+
+    async def _verify(self, args: dict[str, Any]) -> dict[str, Any]:
+        return await self._leader().verify_command(args)
+
+    async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._leader().link.redial()
+        return {}
+
+    # Commands
+
+    async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
+        statistics = self.server.statistics()
+        return {
+            "role": "export",
+            "pid": os.getpid(),
+            "stage": self.buffer.header.stage.name,
+            "volumes": [
+                {"name": volume.name, "size": volume.size, "uris": self.server.uris(volume.name)}
+                for volume in self.volumes
+            ],
+            "counters": {name: getattr(statistics, name) for name in type(statistics).__slots__},
+            "engine": self.engine.status() if self.engine is not None else None,
+        }
+
+    async def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
+        number = None
+        if args.get("checkpoint") and self.engine is not None and self.engine.state == "protected":
+            await self.server.close()
+            number = (await self.engine.take_checkpoint()).number
+        self._lifecycle.stop.set()
+        return {"checkpoint": number}
+
+    async def close(self) -> None:
+        """Answer what is in flight, and note where the stream ends."""
+        await self.server.close()
+        if self.engine is not None:
+            await self.engine.close()
+        await self._stack.aclose()
+        self.intents.close()
+        for disk in self.disks:
+            disk.close()
+        self.buffer.close()
 
 
 async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:
     """Serve until told to stop."""
-    buffer = DiskBuffer.attach(
-        settings.buffer.directory, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
-    )
-    disks = [FileDisk(volume.disk, exclusive=False) for volume in settings.volumes]
-    volumes = [GuestVolume(layers, disk) for layers, disk in zip(buffer.volumes, disks, strict=True)]
-    server = NbdServer(volumes, default=settings.volumes[0].name)
-
-    async def status(_args: dict[str, Any]) -> dict[str, Any]:
-        statistics = server.statistics()
-        return {
-            "role": "export",
-            "pid": os.getpid(),
-            "stage": buffer.header.stage.name,
-            "volumes": [{"name": volume.name, "size": volume.size, "uris": server.uris(volume.name)} for volume in volumes],
-            "counters": {name: getattr(statistics, name) for name in type(statistics).__slots__},
-        }
-
-    async def stop(_args: dict[str, Any]) -> dict[str, Any]:
-        lifecycle.stop.set()
-        return {}
-
-    control = ControlServer(settings.control_path("export"), {"status": status, "stop": stop})
-    await control.start()
+    process = GuestProcess(settings, lifecycle)
     try:
-        await server.listen(settings.export)
-        lifecycle.ready({"pid": os.getpid(), "uris": {volume.name: server.uris(volume.name) for volume in volumes}})
+        await process.start()
+        uris = {volume.name: process.server.uris(volume.name) for volume in process.volumes}
+        lifecycle.ready({"pid": os.getpid(), "uris": uris})
         await lifecycle.stop.wait()
     finally:
-        await server.close()
-        await control.close()
-        for disk in disks:
-            disk.close()
-        buffer.close()
+        await process.close()
 
 
 if __name__ == "__main__":

@@ -22,34 +22,44 @@ import os
 import secrets
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import zmq
 
+from common import limits
 from common.child import Child, exit_reason
-from common.control import ControlServer
+from common.control import ControlClient, ControlServer
 from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
-from common.generation import History, extend
+from common.generation import RETURNING, History, extend
+from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, load_keys
 from common.metadata import Metadata, load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_metadata, initial_metadata
+from common.record import Record, check_metadata, disks_changed, fingerprints, initial_metadata
 from common.settings import NodeSettings
+from common.wire import pack_ranges
 from secondary.applier import Applier
 from secondary.attach import BUFFER_LINK
 from secondary.backup import PairBackup
 from secondary.buffer import BufferVolume, DiskBuffer
-from secondary.commit import CommitJob, failover_checkpoint, failover_latest
+from secondary.commit import CommitJob, failover_checkpoint, failover_latest, held_extents
 from secondary.failover import Situation, Target, decide, parse_target
 from secondary.header import FAILURE_WORDS, Failure, Stage
 from secondary.link import Link
 from secondary.session import Position, SecondaryConfig, SecondarySession
 
 RECORD_INTERVAL_S: Final = 5.0
-"""How often the applied position is made durable together with the disks, so that a crash of the host costs a small resync."""
+"""How often the applied position is made durable together with the disks, so that a crash of the host costs a small
+resync."""
+EXPORT_TIMEOUT_S: Final = {
+    "status": 2.0, "lead": 60.0, "redial": 5.0, "checkpoint": 120.0, "stop": 120.0, "verify": 30 * 24 * 3600.0,
+}  # fmt: skip
+"""How long the export process may take to answer."""
 EXPORT_PAUSES_S: Final = (0.1, 0.5, 2.0, 5.0)
 """Pauses before an export process that died is started again; the last one repeats."""
 
@@ -72,6 +82,8 @@ class SecondaryNode:
         self._commit: CommitJob | None = None
         self._committing: asyncio.Task[None] | None = None
         self._failing_over = asyncio.Lock()
+        self._leading: asyncio.Task[None] | None = None
+        """Set once the export process was told to lead: the metadata is its from then on."""
         self._connected_at = 0.0
         self._fresh = False
         """The disk buffer was made by this process, and its start is not over: a failure takes it away again."""
@@ -89,6 +101,7 @@ class SecondaryNode:
         sizes = [disk.size for disk in self.disks]
         metadata = stored or initial_metadata(settings, "secondary", sizes)
         check_metadata(settings, metadata, sizes)
+        metadata = self._check_disks(metadata)
         self.buffer, found = self._open_buffer(stored)
         self._stack.callback(self.buffer.close)
         self._fresh = not found
@@ -99,11 +112,16 @@ class SecondaryNode:
         position = self._position(metadata, found)
         self._begin(metadata, found, position)
         self._link_buffer()
-        await self.record.update_async(clean=False)
+        await self.record.update_async(clean=False, disks=fingerprints(settings, running=True))
         self._connect(context, keys, position)
         control = ControlServer(
             settings.control_path("secondary"),
-            {"status": self._status, "failover": self._failover_command, "stop": self._stop_command},
+            {
+                "status": self._status,
+                "failover": self._failover_command,
+                "stop": self._stop_command,
+                **{command: partial(self._pass_on, command) for command in ("checkpoint", "verify", "redial")},
+            },
         )
         await control.start()
         self._stack.push_async_callback(control.close)
@@ -113,6 +131,34 @@ class SecondaryNode:
         self._recorder = self._lifecycle.critical(self._keep_record(), "recorder")
         if self.promoted:
             await self._finish_failover()
+
+    def _check_disks(self, metadata: Metadata) -> Metadata:
+        """A disk that is not as this side left it may differ anywhere: say so, durably, and trust no buffer."""
+        settings = self.settings
+        reason = disks_changed(settings, metadata) if metadata.role == "secondary" else ""
+        if not reason:
+            return metadata
+        log.warning("the whole disk is compared reason=%r", reason)
+        path = f"{settings.directory}/{INTENT_FILE}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        IntentFile(path, [disk.size for disk in self.disks], everything=True).close()
+        if DiskBuffer.exists(settings.buffer.directory):
+            DiskBuffer.remove(settings.buffer.directory)
+        return replace(metadata, clean=False, consistent=False, stream=RETURNING, sequence=0)
+
+    def _own_writes(self) -> bytes:
+        """Where this side wrote by itself before it became, or rejoined as, secondary; packed for WELCOME."""
+        path = f"{self.settings.directory}/{INTENT_FILE}"
+        if self.promoted or not os.path.exists(path):
+            return b""
+        sizes = [disk.size for disk in self.disks]
+        file = IntentFile(path, sizes)
+        ranges = file.ranges()
+        file.close()
+        if len(ranges) > limits.MAX_BATCH_EXTENTS:
+            ranges = [(index, 0, size) for index, size in enumerate(sizes)]
+        return pack_ranges(ranges)
 
     def _keys(self) -> CurveKeys | None:
         replication = self.settings.replication
@@ -197,6 +243,7 @@ class SecondaryNode:
         free = min(job.free_blocks for job in self.backup.jobs)
         standing = self.record.value.standing()._replace(consistent=not self.buffer.header.syncing)
         self.session = SecondarySession(config, standing, position, free_blocks=free)
+        self.session.own = self._own_writes()
         self.link = Link(self.session, context, replication.listen, keys, self._connection_changed)
         self._stack.callback(self.link.close)
         self.applier = Applier(self.session, self.backup, self.disks, self, self.link.perform)
@@ -221,6 +268,8 @@ class SecondaryNode:
     def resync_ended(self, history: History) -> None:
         """Durably: the disk is what the primary's was at this point."""
         self.record.update(history=history, syncing=False)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.settings.directory}/{INTENT_FILE}")
 
     def checkpointed(self, number: int) -> None:
         """A checkpoint was taken; it may be noted late."""
@@ -269,6 +318,9 @@ class SecondaryNode:
             self._export_restarts += 1
             try:
                 await self._start_export()
+                if self._leading is not None:
+                    self._leading = None
+                    self._lead_soon()
             except TandemDiskError as error:
                 log.error("the export process does not start: %s", error)
 
@@ -299,8 +351,14 @@ class SecondaryNode:
             log.warning("failover target=%s checkpoint=%d applied=%d", target, header.checkpoint.number, position.applied)
             self.link.hold()
             await self.applier.stop()
-            history = extend(self.record.value.history, secrets.randbits(64) or 1, self.settings.side)
-            await self.record.update_async(role="primary", history=history, failover=target, clean=False)
+            past = self.record.value.history
+            history = extend(past, secrets.randbits(64) or 1, self.settings.side)
+            await asyncio.to_thread(self._begin_intents, target)
+            point = self.session.point()
+            await self.record.update_async(
+                role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
+                checkpoint=header.checkpoint.number, base=past[-1].identity, bases=((point.stream, point.sequence),),
+            )  # fmt: skip
             self.promoted = True
             self.session.standing = self.session.standing._replace(role="primary", history=history, consistent=True)
             self.link.perform(self.session.depose(f"side {self.settings.side} has taken over, in {history[-1]}"))
@@ -316,16 +374,67 @@ class SecondaryNode:
             else:
                 await asyncio.to_thread(lambda: failover_latest(self.backup, force=force))
         if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and self._committing is None:
+            await asyncio.to_thread(self._note_held)
             self._commit = CommitJob(self.buffer, self.disks)
             self._committing = self._loop.create_task(self._run_commit(self._commit), name="commit")
+        elif header.stage is Stage.DONE:
+            self._lead_soon()
 
     async def _run_commit(self, job: CommitJob) -> None:
         try:
-            await asyncio.to_thread(job.run)
+            if await asyncio.to_thread(job.run):
+                self._lead_soon()
         except OperationFailed as error:
             log.error("commit failed: %s", error)
         finally:
             self._committing = None
+
+    def _begin_intents(self, target: Target) -> None:
+        """Before the first write of a promoted side: an empty write-intent file, or one that marks what a commit
+        moves."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.settings.directory}/{INTENT_FILE}")
+        IntentFile(f"{self.settings.directory}/{INTENT_FILE}", [disk.size for disk in self.disks]).close()
+        if target == "checkpoint":
+            self._note_held()
+
+    def _note_held(self) -> None:
+        """Mark what the buffer holds: the commit writes it. The export process marks in the same file."""
+        path = f"{self.settings.directory}/{INTENT_FILE}"
+        file = IntentFile(path, [disk.size for disk in self.disks], shared=True)
+        try:
+            file.set_ranges(
+                (volume.index, offset, length)
+                for volume in self.buffer.volumes
+                for offset, length in held_extents(volume)
+            )
+        finally:
+            file.close()
+
+    # Leading
+
+    def _lead_soon(self) -> None:
+        """The disks are what this side decided on: its export process goes on as a primary."""
+        if self._leading is None and self.settings.replication.connect is not None:
+            self._leading = self._loop.create_task(self._lead(), name="lead")
+
+    async def _lead(self) -> None:
+        await self.record.update_async()  # behind whatever is being written: from here on the engine writes it
+        try:
+            await self._call_export("lead")
+        except TandemDiskError as error:
+            log.error("the export process does not lead: %s", error)
+            self._leading = None
+
+    async def _call_export(self, command: str, **args: Any) -> dict[str, Any]:
+        client = ControlClient(self.settings.control_path("export"), EXPORT_TIMEOUT_S[command])
+        return await client.call_async(command, **args)
+
+    async def _pass_on(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        """A command for whoever leads."""
+        if not self.promoted:
+            raise OperationFailed(f"This side is the secondary: the primary takes the command {command}.")
+        return await self._call_export(command, **args)
 
     # Status
 
@@ -357,7 +466,7 @@ class SecondaryNode:
         done, total = self._commit.statistics if self._commit is not None else (0, 0)
         export = self._export
         history = self.record.value.history
-        return {
+        told = {
             "role": "primary" if self.promoted else "secondary",
             "side": self.settings.side,
             "pid": os.getpid(),
@@ -410,10 +519,42 @@ class SecondaryNode:
             ],
             "error": self._error(),
         }  # fmt: skip
+        return told | await self._status_of_engine(told)
 
-    async def _stop_command(self, _args: dict[str, Any]) -> dict[str, Any]:
+    async def _status_of_engine(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What a promoted side's engine adds and knows better."""
+        if self._leading is None:
+            return {}
+        try:
+            engine = (await self._call_export("status")).get("engine")
+        except TandemDiskError:
+            return {}
+        if engine is None:
+            return {}
+        volumes = [
+            volume | {"dirty_bytes": dirty}
+            for volume, dirty in zip(told["volumes"], engine["dirty_bytes"], strict=True)
+        ]
+        same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "peer", "checkpoint_seconds")
+        alone = engine["state"] == "alone"
+        return {
+            **{key: engine[key] for key in same},
+            "engine": engine["state"],
+            "state": told["state"] if alone else engine["state"],
+            "checkpoint_time": engine["checkpoint_time"] or told["checkpoint_time"],
+            "volumes": volumes,
+            "counters": told["counters"] | engine["counters"],
+            "error": engine["error"] or told["error"],
+        }
+
+    async def _stop_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        number = None
+        if self._leading is not None and args.get("checkpoint"):
+            if self._exporter is not None:
+                self._exporter.cancel()  # it would start the process that is about to end again
+            number = (await self._call_export("stop", checkpoint=True)).get("checkpoint")
         self._lifecycle.stop.set()
-        return {}
+        return {"checkpoint": number}
 
     # End
 
@@ -430,7 +571,7 @@ class SecondaryNode:
             if self._committing is not None and self._commit is not None:
                 self._commit.stopping.set()
                 await self._committing
-            await self._record_now(clean=self._lifecycle.failure is None)
+            await self._note_end()
         elif "record" in self.__dict__:
             await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before
         empty = "buffer" in self.__dict__ and not any(
@@ -441,6 +582,14 @@ class SecondaryNode:
             DiskBuffer.remove(self.settings.buffer.directory)
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 os.rmdir(self.settings.buffer.directory)
+
+
+    async def _note_end(self) -> None:
+        """Durably: where this side stands. A promoted one stands where its engine says."""
+        if self.promoted:
+            return
+        clean = self._lifecycle.failure is None
+        await self._record_now(clean=clean, disks=fingerprints(self.settings, running=not clean))
 
 
 async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:

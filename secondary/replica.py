@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, Operation, WriteBatch
+from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, Operation, Volume, WriteBatch
 from common.disk import Disk
 from common.errors import TandemDiskError
 from secondary import header as h
@@ -63,6 +63,8 @@ class GuestVolume(VolumeView):
         self._lock = threading.Lock()
         self._queue: deque[tuple[WriteBatch, asyncio.AbstractEventLoop]] = deque()
         self._working = False
+        self._successor: Volume | None = None
+        self._arriving: list[WriteBatch] | None = None
 
     # Writing
 
@@ -71,6 +73,12 @@ class GuestVolume(VolumeView):
 
         It is finished at once, or later on the running event loop if it had to wait for something.
         """
+        if self._successor is not None:
+            self._successor.submit(batch)
+            return
+        if self._arriving is not None:
+            self._arriving.append(batch)
+            return
         if not self._working and not (batch.fua and self._words[h.W_STATE] >> h.STAGE_SHIFT > Stage.RUNNING):
             try:
                 errors = self.apply(batch.operations, batch.buffer.view, wait=False)
@@ -85,6 +93,19 @@ class GuestVolume(VolumeView):
                 return
             self._working = True
         threading.Thread(target=self._work, name=f"guest writes {self.name}", daemon=True).start()
+
+    async def hand_over(self, successor: Volume) -> None:
+        """From now on ``successor``, on the same disk, does what changes it. Nothing overtakes; reads stay here.
+
+        In stage DONE: then both read the same.
+        """
+        self._arriving = []
+        while self._working:  # noqa: ASYNC110 - it is a thread that ends this
+            await asyncio.sleep(0.001)
+        self._successor = successor
+        arrived, self._arriving = self._arriving, None
+        for batch in arrived:
+            successor.submit(batch)
 
     def _work(self) -> None:
         """The worker thread: batches in order, until there is none."""
@@ -157,6 +178,9 @@ class GuestVolume(VolumeView):
 
     def flush(self, done: Callable[[int], None]) -> None:
         """Durable, as far as there is anything that can be; then ``done(errno or 0)`` on the event loop."""
+        if self._successor is not None:
+            self._successor.flush(done)
+            return
         if self._words[h.W_STATE] >> h.STAGE_SHIFT <= Stage.RUNNING:
             done(0)
             return

@@ -169,6 +169,8 @@ class SecondarySession:
         self.config = config
         self.standing = standing
         """Keep it up to date: role ``primary`` after a promotion, the history after EndResync."""
+        self.own = b""
+        """Packed wire.RANGEs that this side wrote before it rejoined; goes with the end of the next resync."""
         self._stream = position.stream
         self._applied = position.applied
         self._durable = position.durable
@@ -334,7 +336,7 @@ class SecondarySession:
         welcome = wire.Welcome(
             hello.session, 0, wire.PROTOCOL_VERSION, self._stream, applied, self._received, durable, recorded,
             self._checkpoint_received, free, self.config.pool_blocks, self.config.block_size, self._exact,
-            self._syncing, self.standing,
+            self._syncing, self.standing, self.own,
         )
         return [*effects, self._send(welcome), Connected(peer, hello, self._aligned)]
 
@@ -390,6 +392,7 @@ class SecondarySession:
         """EndResync is done and ``history`` is on stable storage."""
         self.applied(sequence)
         self._syncing = False
+        self.own = b""
         self.standing = self.standing._replace(history=history)
 
     def checkpointed(self, sequence: int, number: int, seconds: float) -> list[Effect]:

@@ -1,0 +1,97 @@
+"""The write-intent bitmap at work: nothing is written to a region, on either side, before its bit is durable.
+
+The mirror looks into ``marks``, a byte a region, as it packs a batch. A batch that touches a region without a mark is
+held, with all that come after it, until ``require`` has put the bits on stable storage; that happens once a region,
+and a few regions ahead, so that a sequential writer does not stop at every one.
+
+``forget`` clears lazily, and in this order: the marks in memory (who writes now waits again), then what the metadata
+says of how far the bits reach back, durably, then the bits. So the file always knows at least what the metadata
+promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from common.batch import Operation
+from common.bitmap import DirtyBitmap
+from common.errors import DiskError
+from common.intent import REGION, IntentFile
+
+REGION_SHIFT: Final = REGION.bit_length() - 1
+AHEAD: Final = 4
+"""Regions that are marked together, from the one that is needed on."""
+
+log = logging.getLogger("guard")
+
+
+class IntentGuard:
+    """Of volumes of ``sizes`` bytes, over ``file``, which it owns."""
+
+    def __init__(self, file: IntentFile, sizes: Sequence[int]) -> None:
+        self.file = file
+        self.marks = [bytearray((size >> REGION_SHIFT) + 1) for size in sizes]
+        """One byte a region: 1 if its bit is durable."""
+        self.waits = 0
+        """Times that writes were held for a bit."""
+        self._sizes = tuple(sizes)
+        self._loop = asyncio.get_running_loop()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="intent")
+        for volume, offset, length in file.ranges():
+            self._mark(volume, offset, length)
+
+    def _mark(self, volume: int, offset: int, length: int) -> None:
+        first, stop = offset >> REGION_SHIFT, ((offset + length - 1) >> REGION_SHIFT) + 1
+        self.marks[volume][first:stop] = b"\1" * (stop - first)
+
+    def covers(self, volume: int, offset: int, length: int) -> bool:
+        """Whether a write there may go on."""
+        marks = self.marks[volume]
+        return 0 not in marks[offset >> REGION_SHIFT : ((offset + length - 1) >> REGION_SHIFT) + 1]
+
+    def require(self, volume: int, operations: Sequence[Operation], done: Callable[[int], None]) -> None:
+        """Make the bits for ``operations`` durable, then ``done(errno or 0)`` on the loop."""
+        self.waits += 1
+        size = self._sizes[volume]
+        ranges = [
+            (volume, offset, min(length + (AHEAD - 1) * REGION, size - offset))
+            for _, offset, length, _, _ in operations
+            if not self.covers(volume, offset, length)
+        ]
+        future = self._loop.run_in_executor(self._executor, self.file.set_ranges, ranges)
+        future.add_done_callback(lambda finished: self._required(finished, ranges, done))
+
+    def _required(
+        self, finished: asyncio.Future[None], ranges: list[tuple[int, int, int]], done: Callable[[int], None]
+    ) -> None:
+        error = finished.exception()
+        if error is not None:
+            log.error("write-intent file: %s", error)
+            if not isinstance(error, DiskError):
+                raise error
+            done(errno.EIO)
+            return
+        for volume, offset, length in ranges:
+            self._mark(volume, offset, length)
+        done(0)
+
+    async def forget(self, wanted: Sequence[DirtyBitmap], promise: Callable[[], Awaitable[None]]) -> int:
+        """Clear every region in which ``wanted`` marks nothing; ``promise`` makes durable from where on the bits know
+        every write. Returns the regions that are left. DiskError if a file cannot be written."""
+        for marks, bitmap in zip(self.marks, wanted, strict=True):
+            for region in [index for index, mark in enumerate(marks) if mark]:
+                offset = region << REGION_SHIFT
+                if offset < bitmap.size and not bitmap.any_in(offset, min(REGION, bitmap.size - offset)):
+                    marks[region] = 0
+        await promise()
+        return await self._loop.run_in_executor(self._executor, self.file.keep_only, wanted)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._executor.shutdown(wait=True)
+        self.file.close()
