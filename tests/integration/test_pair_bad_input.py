@@ -226,6 +226,7 @@ def test_every_error_at_once(short_dir: Path) -> None:
     refused("up", "--dir", short_dir / "p", "--detach", code=2, says=says)
 
 
+@pytest.mark.local_hosts
 def test_a_stream_that_leaves_the_machine_without_keys(short_dir: Path) -> None:
     pair = Pair.create(short_dir / "p", OPTIONS)
     replication(pair, "secondary", listen=f"tcp://0.0.0.0:{free_port()}")
@@ -285,6 +286,7 @@ def test_more_memory_than_there_is(short_dir: Path) -> None:
 # Addresses
 
 
+@pytest.mark.local_hosts
 def test_an_nbd_port_in_use(short_dir: Path, disks: tuple[Path, Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, untouched(*disks):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -292,6 +294,7 @@ def test_an_nbd_port_in_use(short_dir: Path, disks: tuple[Path, Path]) -> None:
     assert not (short_dir / "p").exists()
 
 
+@pytest.mark.local_hosts
 def test_a_replication_port_in_use(short_dir: Path) -> None:
     pair = Pair.create(short_dir / "p", OPTIONS)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -329,6 +332,7 @@ def pair_with_keys(short_dir: Path) -> Pair:
     return pair
 
 
+@pytest.mark.local_hosts
 def test_keys_that_match(pair_with_keys: Pair) -> None:
     with pair_with_keys as pair:
         pair.up()
@@ -338,6 +342,7 @@ def test_keys_that_match(pair_with_keys: Pair) -> None:
         pairs.compare_disks(pair)
 
 
+@pytest.mark.local_hosts
 @pytest.mark.parametrize("role", ["primary", "secondary"])
 def test_keys_that_do_not_match(pair_with_keys: Pair, short_dir: Path, role: Role) -> None:
     """One side has a stranger's public key in place of its peer's."""
@@ -366,6 +371,7 @@ def zmq_socket(kind: int) -> Iterator[zmq.Socket[bytes]]:
         yield sock
 
 
+@pytest.mark.local_hosts
 def test_a_primary_of_another_protocol_version(standing_pair: Pair) -> None:
     """The secondary says why, in what stays the same in every version, and goes on with its own primary."""
     settings = standing_pair.settings("secondary")
@@ -388,6 +394,7 @@ def test_a_primary_of_another_protocol_version(standing_pair: Pair) -> None:
     assert standing_pair.status()["state"] == "protected"
 
 
+@pytest.mark.local_hosts
 def test_a_secondary_of_another_protocol_version(short_dir: Path) -> None:
     """It refuses as ours would; the primary hands the sentence on and ends."""
     pair = Pair.create(short_dir / "p", OPTIONS)

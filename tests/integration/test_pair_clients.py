@@ -138,6 +138,7 @@ def test_fio_verifies(uri: str, tmp_path: Path, block: str) -> None:
     nbd_tools.fio_verify(uri, size=8 * MIB, depth=32, block=block, pattern="randwrite", directory=tmp_path)
 
 
+@pytest.mark.local_hosts
 def test_tcp_export_and_unix_export_are_one_disk(pair: Pair, tmp_path: Path) -> None:
     uris = pair.client("primary").call("status")["volumes"][0]["uris"]
     assert [uri.split(":")[0] for uri in uris] == ["nbd+unix", "nbd"]
