@@ -318,6 +318,40 @@ def failover(directory: Path, as_json: bool, to: str, force: bool) -> None:
 @main.command()
 @directory_option
 @json_option
+@click.option("--discard", type=click.Choice(["a", "b"]), help="After a split brain: whose writes are thrown away.")
+@click.option("--dry-run", is_flag=True, help="Only say what would happen.")
+@reporting
+def rejoin(directory: Path, as_json: bool, discard: Any, dry_run: bool) -> None:
+    """Make the side that was left behind the secondary of the one that leads."""
+    told = Pair(directory).rejoin(discard=discard, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    console.print(f"{told['sentence'][0].upper()}{told['sentence'][1:]}.", soft_wrap=True, highlight=False)
+    verb = "would rejoin" if dry_run else "rejoins"
+    lost = f"at most {told['blocks']} blocks ({format_size(told['bytes'])}) that it alone wrote are overwritten"
+    console.print(f"Side {told['side']} {verb} as secondary; {lost}.", soft_wrap=True, highlight=False)
+    for path in told["saved"]:
+        console.print(f"Saved them in {path}.", soft_wrap=True)
+
+
+@main.command()
+@directory_option
+@json_option
+@reporting
+def switchover(directory: Path, as_json: bool) -> None:
+    """Swap the roles without losing a write."""
+    done = Pair(directory).switchover()
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    number, uri = done["generation"], done["nbd_uri"]
+    console.print(f"Roles are swapped, generation {number}; the new primary is {uri}.", soft_wrap=True)
+
+
+@main.command()
+@directory_option
+@json_option
 @click.option("--purge", is_flag=True, help="Free the disk buffer even if it holds the only copy of a checkpoint.")
 @reporting
 def down(directory: Path, as_json: bool, purge: bool) -> None:

@@ -4,8 +4,9 @@
 
 One supervisor a directory (a lock sees to that), whether ``tandemdisk up`` stays in the foreground or not:
 
-* **Start**: the secondary, then, when it says that it is ready, the primary. A side that a former run has left promoted
-  is started alone: its old primary would only be refused.
+* **Start**: each side as what its metadata says that it is, the secondary first, then, when it says that it is ready,
+the
+  primary. Beside a side that a former run has left promoted its old primary is not started: it would only be refused.
 * **Watch**: a pidfd a child. A death is recorded with its reason and shows in ``status``; nothing is restarted behind
   the operator's back, because whether to restart or to fail over is a decision. ``tandemdisk up`` again starts what
   is dead.
@@ -14,7 +15,8 @@ One supervisor a directory (a lock sees to that), whether ``tandemdisk up`` stay
 * **No orphans**: the children die with the supervisor, even by SIGKILL (PR_SET_PDEATHSIG), and it dies with its
   parent when that stays in the foreground.
 
-Commands on DIR/supervisor.control: ``status``, ``start`` {"roles": […]}, ``stop`` {"purge": false}.
+Commands on DIR/supervisor.control: ``status``, ``start`` {"roles": […]}, ``stop_side`` {"role": …}, ``stop`` {"purge":
+false}.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from common.errors import AddressInUse, OperationFailed, TandemDiskError
 from common.process import Lifecycle, fields, live
 from common.settings import NodeSettings, Role
 from deploy.layout import ROLES, PairDirectory
+from deploy.roles import judge, process_role
 from secondary.buffer import DiskBuffer
 
 STOP_TIMEOUT_S: Final = 60.0
@@ -57,6 +60,9 @@ class Supervisor:
         self.settings = directory.settings()
         self._lifecycle = lifecycle
         self._children: dict[Role, Child] = {}
+        """By what the side is configured as, whatever it is now."""
+        self._processes: dict[Role, Role] = {}
+        """What the child of each side runs as."""
         self._deaths: dict[Role, dict[str, Any]] = self._former_deaths()
         self._stopping = False
         self._busy = asyncio.Lock()
@@ -69,22 +75,35 @@ class Supervisor:
             if self._stopping:
                 raise OperationFailed("The pair is being stopped.", hint="Wait, then give the command again.")
             started: list[Role] = []
-            for role in ROLES:
-                if role not in roles or role not in self.settings or self._running(role):
+            behind = self._left_behind()
+            processes = {role: process_role(settings, role) for role, settings in self.settings.items()}
+            for role in sorted(self.settings, key=lambda role: (processes[role] == "primary", ROLES.index(role))):
+                if role not in roles or self._running(role):
                     continue
-                if role == "primary" and await self._is_promoted():
-                    log.info("primary left alone reason='the secondary is promoted'")
+                if role == behind:
+                    log.info("%s left alone reason='the other side leads'", role)
                     continue
+                self._processes[role] = processes[role]
                 await self._start_one(role)
                 started.append(role)
             return {"started": started, "children": self._describe_children()}
 
+    def _left_behind(self) -> Role | None:
+        """The side that calls itself primary and may not be started as one."""
+        judgement = judge(self.settings)
+        if len([1 for standing in judgement.standings.values() if standing.role == "primary"]) < 2:
+            return None
+        return judgement.loser or "primary"
+
     async def _start_one(self, role: Role) -> None:
         settings = self.settings[role]
         prefix = self.directory.prefix(role)
-        child = _start_child(role, settings, prefix)
+        process = self._processes[role]
+        if process == "primary" and DiskBuffer.exists(settings.buffer.directory):
+            remove_buffer(settings.buffer.directory)  # of the time before its promotion, which is complete
+        child = _start_child(process, settings, prefix)
         self._children[role] = child
-        log.info("started %s", fields({"role": role, "pid": child.pid}))
+        log.info("started %s", fields({"role": role, "process": process, "pid": child.pid}))
         try:
             await child.wait_ready_async()
         except BaseException as error:
@@ -103,11 +122,6 @@ class Supervisor:
     def _running(self, role: Role) -> bool:
         child = self._children.get(role)
         return child is not None and child.poll() is None
-
-    async def _is_promoted(self) -> bool:
-        """True if the side that starts as secondary says that it leads."""
-        status = await self._ask_secondary()
-        return status is not None and status.get("role") == "primary"
 
     # What is known about them
 
@@ -166,33 +180,50 @@ class Supervisor:
         self._stopping = True
         async with self._busy:
             report: dict[str, Any] = {"stopped": [], "killed": [], "buffers": []}
-            clean = self._running("primary")
-            if clean:
-                clean = await self._stop_one("primary", report, checkpoint=True)
-            secondary = await self._ask_secondary()
-            if self._running("secondary"):
-                await self._stop_one("secondary", report)
-            if "secondary" in self.settings:
-                report["buffers"].append(
-                    release_buffer(self.settings["secondary"], secondary, clean=clean, purge=purge)
-                )
+            told = {role: await self._ask(role) for role in self.settings}
+            clean = False
+            for role in sorted(self.settings, key=lambda role: not self._leads(role, told[role])):
+                if not self._running(role):
+                    continue
+                if self._leads(role, told[role]):
+                    clean = await self._stop_one(role, report, checkpoint=True)
+                else:
+                    await self._stop_one(role, report)
+            for role, settings in self.settings.items():
+                if self._processes.get(role, role) == "secondary":
+                    report["buffers"].append(release_buffer(settings, told[role], clean=clean, purge=purge))
             self._save()
             return report
 
-    async def _ask_secondary(self) -> dict[str, Any] | None:
-        if not self._running("secondary"):
+    async def stop_side(self, role: Role) -> dict[str, Any]:
+        """Stop one side's process in good order, the rest goes on; a report as of ``stop``."""
+        async with self._busy:
+            report: dict[str, Any] = {"stopped": [], "killed": [], "clean": False}
+            if self._running(role):
+                told = await self._ask(role)
+                report["clean"] = await self._stop_one(role, report, checkpoint=self._leads(role, told))
+            return report
+
+    def _leads(self, role: Role, told: dict[str, Any] | None) -> bool:
+        """Whether the side is the primary, by its own word, or if it says nothing by what it was started as."""
+        return self._processes.get(role, role) == "primary" if told is None else told.get("role") == "primary"
+
+    def _control(self, role: Role) -> str:
+        return self.settings[role].control_path(self._processes.get(role, role))
+
+    async def _ask(self, role: Role) -> dict[str, Any] | None:
+        if not self._running(role):
             return None
-        path = self.settings["secondary"].control_path("secondary")
         try:
-            return await ControlClient(path, STATUS_TIMEOUT_S).call_async("status")
+            return await ControlClient(self._control(role), STATUS_TIMEOUT_S).call_async("status")
         except TandemDiskError as error:
-            log.warning("secondary did not tell its state reason=%r", str(error))
+            log.warning("%s did not tell its state reason=%r", role, str(error))
             return None
 
     async def _stop_one(self, role: Role, report: dict[str, Any], **args: object) -> bool:
         """True if the process ended in good order."""
         child = self._children[role]
-        path = self.settings[role].control_path(role)
+        path = self._control(role)
         asked = True
         try:
             await ControlClient(path, STOP_TIMEOUT_S).call_async("stop", **args)
@@ -297,7 +328,11 @@ async def supervise(path: Path, lifecycle: Lifecycle) -> None:
             loop.call_soon(lifecycle.stop.set)  # after the answer
             return report
 
-        control = ControlServer(directory.supervisor_control, {"status": status, "start": start, "stop": stop})
+        async def stop_side(args: dict[str, Any]) -> dict[str, Any]:
+            return await supervisor.stop_side("primary" if args.get("role") == "primary" else "secondary")
+
+        handlers = {"status": status, "start": start, "stop": stop, "stop_side": stop_side}
+        control = ControlServer(directory.supervisor_control, handlers)
         await control.start()
         try:
             started = await _unless_stopped(supervisor, lifecycle)

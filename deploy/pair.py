@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,8 +41,10 @@ from common.child import Child
 from common.control import ControlClient, error_from_dict
 from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
+from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
+from deploy.roles import choose_loser, give_up, judge, process_role, remembered, save_diverged
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
 
@@ -194,17 +197,17 @@ class Pair:
         """Stop processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``), if any."""
         self._wait_for_orphans()
         stopped: list[Role] = []
-        with contextlib.suppress(TandemDiskError):
-            self._stop_side("primary", checkpoint=True)
-            stopped.append("primary")
-        status: dict[str, Any] | None = None
-        with contextlib.suppress(TandemDiskError):
-            status = self._stop_side("secondary")
-            stopped.append("secondary")
+        told: dict[Role, dict[str, Any]] = {}
+        for role in (self.leader(), self.follower()):
+            with contextlib.suppress(TandemDiskError):
+                told[role] = self._stop_side(role, checkpoint=role == self.leader())
+                stopped.append(role)
         self._wait_gone()
         buffers: list[dict[str, Any]] = []
         with contextlib.suppress(TandemDiskError):
-            buffers.append(release_buffer(self.settings("secondary"), status, clean="primary" in stopped, purge=purge))
+            follower = self.follower()
+            clean = self.leader() in stopped
+            buffers.append(release_buffer(self.settings(follower), told.get(follower), clean=clean, purge=purge))
         return {"stopped": stopped, "killed": [], "buffers": buffers}
 
     def _stop_side(self, role: Role, **args: object) -> dict[str, Any]:
@@ -221,34 +224,45 @@ class Pair:
         state = read_state(self.directory)
         if _process(state.get("pid"), "deploy.launcher") is not None:
             return  # it lives, though it does not answer: it will refuse the one that is about to start
-        for role, child in state.get("children", {}).items():
-            if child.get("alive") and (orphan := _process(child["pid"], role)) is not None:
-                psutil.wait_procs([orphan], timeout=STOP_TIMEOUT_S)
+        for child in state.get("children", {}).values():
+            for process in SIDES if child.get("alive") else ():
+                if (orphan := _process(child["pid"], process)) is not None:
+                    psutil.wait_procs([orphan], timeout=STOP_TIMEOUT_S)
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""
-        for path in (self.directory.supervisor_control, *(self._control_path(role) for role in SIDES)):
+        for path in (self.directory.supervisor_control, *self._control_paths()):
             deadline = time.monotonic() + STOP_TIMEOUT_S
-            while path is not None and _answers(path):
+            while _answers(path):
                 if time.monotonic() > deadline:
                     raise TimedOut(f"The process at {path} did not end.", hint="Its log may say why.")
                 time.sleep(0.01)
 
-    def _control_path(self, role: Role) -> str | None:
-        try:
-            return self.settings(role).control_path(role)
-        except TandemDiskError:
-            return None
+    def _control_paths(self) -> list[str]:
+        with contextlib.suppress(TandemDiskError):
+            sides = self.directory.settings().values()
+            return [settings.control_path(process) for settings in sides for process in SIDES]
+        return []
 
     # Commands
 
     def client(self, role: Role, timeout_s: float = COMMAND_TIMEOUT_S) -> ControlClient:
-        """The control channel of the process that started as ``role``."""
-        return ControlClient(self.settings(role).control_path(role), timeout_s)
+        """The control channel of the side that is configured as ``role``, whatever it is now."""
+        return ControlClient(control_path(self.settings(role), role), timeout_s)
+
+    def leader(self) -> Role:
+        """The side that is primary now, by what both remember; named by what it is configured as."""
+        return judge(self.directory.settings()).leader or "primary"
+
+    def follower(self) -> Role:
+        """The other one. After a failover it is the promoted side until its old primary has rejoined."""
+        standings = judge(self.directory.settings()).standings
+        following: list[Role] = [role for role, standing in standings.items() if standing.role == "secondary"]
+        return following[0] if len(following) == 1 else "secondary"
 
     def checkpoint(self) -> Checkpoint:
         """Take a checkpoint; returns when the secondary has switched epochs."""
-        taken = self.client("primary").call("checkpoint")
+        taken = self.client(self.leader()).call("checkpoint")
         return Checkpoint(number=int(taken["checkpoint"]), seconds=float(taken["seconds"]))
 
     def verify(self, *, repair: bool = False) -> dict[str, Any]:
@@ -256,7 +270,80 @@ class Pair:
 
         They are marked for the next resync, or sent at once with ``repair``.
         """
-        return self.client("primary", VERIFY_TIMEOUT_S).call("verify", repair=repair)
+        return self.client(self.leader(), VERIFY_TIMEOUT_S).call("verify", repair=repair)
+
+    def rejoin(self, *, discard: Side | None = None, dry_run: bool = False) -> dict[str, Any]:
+        """Make the side that was left behind the secondary of the one that leads, and start what does not run.
+
+        ``discard`` names the side whose writes are thrown away when both wrote (split brain), which is refused without.
+        With ``dry_run`` nothing happens; the answer says what would. Raises PeerRefused, or OperationFailed if there is
+        nothing to do.
+        """
+        sides = self.directory.settings()
+        judgement = judge(sides)
+        loser = choose_loser(judgement, discard)
+        winner: Role = "secondary" if loser == "primary" else "primary"
+        standing = judgement.standings[loser]
+        report: dict[str, Any] = {
+            "side": standing.side,
+            "sentence": judgement.sentence,
+            "split_brain": judgement.split_brain,
+            "blocks": standing.own_blocks,
+            "bytes": standing.own_bytes,
+            "dry_run": dry_run,
+            "saved": [],
+        }
+        if dry_run:
+            return report
+        self._stop_one(loser)
+        if sides[loser].keep_diverged:
+            report["saved"] = save_diverged(sides[loser])
+        give_up(sides[loser], judgement.standings[winner].history)
+        self._start_all(winner)
+        return report
+
+    def switchover(self) -> dict[str, Any]:
+        """Swap the roles without losing a write: the primary stops with a final checkpoint, the secondary takes over,
+        the old primary follows it. Raises OperationFailed, with the roles as they were, if the pair is not
+        protected."""
+        started = time.perf_counter()
+        sides = self.directory.settings()
+        old, new = self.leader(), self.follower()
+        state = self.client(old).call("status")["state"]
+        if state != "protected" or old == new:
+            raise OperationFailed(
+                f"Roles can be swapped only while the pair is protected; it is {str(state).lower()}.",
+                hint="`tandemdisk failover` takes over from a primary that is dead.",
+            )
+        self._stop_one(old)
+        try:
+            self.wait_for(lambda now: not now[new]["peer"]["connected"], "without its old primary", PEER_LOSS_TIMEOUT_S)
+            done = self.client(new).call("failover", to="latest", force=False)
+        except TandemDiskError:
+            self.up(detach=not self.is_supervising())
+            raise
+        seconds = time.perf_counter() - started
+        history = judge(sides).standings[new].history
+        give_up(sides[old], history, in_line=True)
+        self._start_all(new)
+        return {**done, "seconds": seconds}
+
+    def _stop_one(self, role: Role) -> None:
+        """Stop the process of one side, if it runs."""
+        try:
+            ControlClient(self.directory.supervisor_control, 4 * STOP_TIMEOUT_S).call("stop_side", role=role)
+        except NotRunning:
+            with contextlib.suppress(NotRunning):
+                self._stop_side(role, checkpoint=True)
+
+    def _start_all(self, leader: Role) -> None:
+        """Start what does not run, and tell the leader that the other side is there."""
+        try:
+            ControlClient(self.directory.supervisor_control, START_TIMEOUT_S).call("start")
+        except NotRunning:
+            return  # sides that run by themselves are started by whoever started them
+        with contextlib.suppress(TandemDiskError):
+            self.client(leader).call("redial")
 
     def failover(self, to: str = "latest", *, force: bool = False) -> dict[str, Any]:
         """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.
@@ -264,7 +351,7 @@ class Pair:
         Raises NeedsForce when the primary is alive and connected, or when guest writes would be lost. A primary whose
         end the supervisor has seen is not alive, even while the secondary has yet to notice: no need to wait for it.
         """
-        client = self.client("secondary")
+        client = self.client(self.follower())
         dead = self._primary_is_dead()
         try:
             return client.call("failover", to=to, force=force, primary_dead=dead)
@@ -276,13 +363,12 @@ class Pair:
 
     def _primary_is_dead(self) -> bool:
         """True if the supervisor has seen the primary's process end, and no other one answers in its place."""
-        child = self._supervisor_status().get("children", {}).get("primary", {})
-        return (
-            child.get("alive") is False and child.get("pid") is not None and not _answers(self.client("primary").path)
-        )
+        leader = self.leader()
+        child = self._supervisor_status().get("children", {}).get(leader, {})
+        return child.get("alive") is False and child.get("pid") is not None and not _answers(self.client(leader).path)
 
     def _connected(self) -> bool:
-        return bool(self.client("secondary").call("status")["peer"]["connected"])
+        return bool(self.client(self.follower()).call("status")["peer"]["connected"])
 
     def status(self) -> dict[str, Any]:
         """Both sides, merged as the module says, whatever is dead. Raises ConfigError if there is no pair here."""
@@ -306,12 +392,14 @@ class Pair:
         if settings is None:
             return {"role": role, "pid": None, "state": "elsewhere", "nbd_uri": None, "error": None}
         try:
-            return ControlClient(settings.control_path(role), 5.0).call("status")
+            return ControlClient(control_path(settings, role), 5.0).call("status")
         except TandemDiskError as error:
             known = supervisor.get("children", {}).get(role, {})
+            metadata = remembered(settings)
+            now = metadata.role if metadata is not None else role
             if known.get("alive"):
                 return {
-                    "role": role,
+                    "role": now,
                     "pid": known["pid"],
                     "state": "unresponsive",
                     "nbd_uri": None,
@@ -319,7 +407,7 @@ class Pair:
                 }
             reason = known.get("reason") or "not started"
             return {
-                "role": role,
+                "role": now,
                 "pid": None,
                 "state": "stopped" if reason == "stopped" else "dead",
                 "nbd_uri": None,
@@ -332,7 +420,7 @@ class Pair:
 
     def resync_progress(self) -> Resync:
         """How far the resync is, from the primary."""
-        status = self.client("primary").call("status")
+        status = self.client(self.leader()).call("status")
         resync = status.get("resync") or {}
         if status.get("error"):
             raise error_from_dict(status["error"])
@@ -354,7 +442,7 @@ class Pair:
 
     def wait_protected(self, timeout_s: float = 60.0) -> None:
         """Until both sides are connected and in line. Raises TimedOut with the state that it is in instead."""
-        self.wait_for(lambda status: status["primary"]["state"] == "protected", "protected", timeout_s)
+        self.wait_for(lambda status: status["state"] == "protected", "protected", timeout_s)
 
     def wait_for(
         self, condition: Callable[[dict[str, Any]], object], what: str, timeout_s: float = 60.0
@@ -412,6 +500,16 @@ def _watched(pid: int) -> Iterator[Callable[[float], None]]:
         os.close(pidfd)
 
 
+def control_path(settings: NodeSettings, configured: Role) -> str:
+    """The control socket of a side's process: the one that somebody listens on, else what it would be started as."""
+    for process in SIDES:
+        path = settings.control_path(process)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(path)
+            return path
+    return settings.control_path(process_role(settings, configured))
+
+
 def _answers(path: str) -> bool:
     try:
         ControlClient(path, 1.0).call("status")
@@ -427,6 +525,8 @@ def merge(
 ) -> dict[str, Any]:
     """The status of the pair out of its sides' own; ``settings`` of either side fill in what nobody alive can tell."""
 
+    lead, follow = _by_authority(primary, secondary)
+
     def known(key: str) -> Any:
         values = (side.get(key) for side in _by_authority(primary, secondary))
         return next((value for value in values if value is not None), None)
@@ -438,11 +538,13 @@ def merge(
         "generation": known("generation"),
         "primary": primary,
         "secondary": secondary,
-        "lag": primary.get("lag") or {"bytes": None, "seconds": None},
-        "buffer": secondary.get("buffer")
+        "lag": lead.get("lag") or {"bytes": None, "seconds": None},
+        "buffer": follow.get("buffer")
+        or lead.get("buffer")
         or dict.fromkeys(("bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes")),
-        "resync": primary.get("resync") or {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0},
-        "commit": secondary.get("commit") or {"active": False, "done_bytes": 0, "total_bytes": 0},
+        "resync": lead.get("resync") or {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0},
+        "verify": lead.get("verify") or {"active": False},
+        "commit": lead.get("commit") or follow.get("commit") or {"active": False, "done_bytes": 0, "total_bytes": 0},
         "counters": {"primary": primary.get("counters") or {}, "secondary": secondary.get("counters") or {}},
         "volumes": _volumes(primary, secondary, settings),
         "supervisor": {"pid": supervisor.get("pid")},
@@ -456,17 +558,18 @@ def _by_authority(primary: dict[str, Any], secondary: dict[str, Any]) -> tuple[d
 
 def merged_state(primary: dict[str, Any], secondary: dict[str, Any]) -> str:
     """The leading side's own word, or "primary_lost", "secondary_lost", "stopped" when processes are dead."""
-    alive = [side.get("pid") is not None for side in (primary, secondary)]
-    elsewhere = [side.get("state") == "elsewhere" for side in (primary, secondary)]
-    if secondary.get("role") == "primary":
-        return str(secondary["state"]).lower()
+    lead, follow = _by_authority(primary, secondary)
+    alive = [side.get("pid") is not None for side in (lead, follow)]
+    elsewhere = [side.get("state") == "elsewhere" for side in (lead, follow)]
+    if alive[0] and lead is secondary:
+        return str(lead["state"]).lower()
     if not any(alive):
         return "stopped"
     if not alive[0] and not elsewhere[0]:
         return "primary_lost"
     if not alive[1] and not elsewhere[1]:
         return "secondary_lost"
-    return str(secondary["state"] if elsewhere[0] else primary["state"]).lower()
+    return str(follow["state"] if elsewhere[0] else lead["state"]).lower()
 
 
 def _volumes(primary: dict[str, Any], secondary: dict[str, Any], settings: NodeSettings) -> list[dict[str, Any]]:

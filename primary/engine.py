@@ -119,6 +119,7 @@ class Engine:
         """Set once it is known how this primary and its secondary stand to each other, or that nobody is there."""
         self._own_generation = False
         """The newest generation was begun here, and no secondary has it."""
+        self._closing = False
         self._refusal = ""
         self._error: dict[str, Any] | None = None
         self._synchroniser: Synchroniser | None = None
@@ -432,6 +433,8 @@ class Engine:
     # Losing the secondary
 
     def _lost(self, reason: str, unacknowledged: list[Unacknowledged]) -> None:
+        if self._closing:
+            return  # nobody writes any more, so nothing begins
         if self.session.attached:
             self._set_state("blocked", reason)
             return
@@ -624,6 +627,7 @@ class Engine:
         if self._tasks:
             await asyncio.wait(self._tasks)
         last = self.session.last_sequence
+        self._closing = True
         self.link.perform(self.session.close("the primary stops"))
         if clean and self._lifecycle.failure is None:
             await self.record.update_async(

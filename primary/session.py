@@ -341,6 +341,11 @@ class PrimarySession:
     def handle_timer(self, now: float) -> list[Effect]:
         """Do what is due by ``now``."""
         effects: list[Effect] = []
+        due = self.next_deadline()
+        if due is not None and self._connected and now - due >= self.config.peer_timeout_s / 2:
+            # This process stood still, not the secondary: it is judged by what comes from now on. It may have been
+            # promoted meanwhile, and to go on alone before that is heard would be split brain.
+            self._heard = now
         if self._connected and now >= self._heard + self.config.peer_timeout_s:
             silence = f"the secondary has not been heard for {now - self._heard:.1f} s"
             greeted = self.state is State.GREETING

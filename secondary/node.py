@@ -348,7 +348,8 @@ class SecondaryNode:
         )
         decide(target, force=force, situation=situation)
         if header.stage is Stage.RUNNING:
-            log.warning("failover target=%s checkpoint=%d applied=%d", target, header.checkpoint.number, position.applied)
+            number = header.checkpoint.number
+            log.warning("failover target=%s checkpoint=%d applied=%d", target, number, position.applied)
             self.link.hold()
             await self.applier.stop()
             past = self.record.value.history
@@ -575,7 +576,9 @@ class SecondaryNode:
         elif "record" in self.__dict__:
             await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before
         empty = "buffer" in self.__dict__ and not any(
-            layer.used(self.buffer.header.epoch) for volume in self.buffer.volumes for layer in (volume.hidden, volume.active)
+            layer.used(self.buffer.header.epoch)
+            for volume in self.buffer.volumes
+            for layer in (volume.hidden, volume.active)
         )
         await self._stack.aclose()
         if self._fresh and empty:

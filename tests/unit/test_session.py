@@ -413,6 +413,14 @@ def test_earlier_streams_reach_back_as_far_as_their_base() -> None:
         assert effect.full == full
 
 
+def test_a_primary_that_stood_still_does_not_blame_its_secondary() -> None:
+    session = established()
+    session.write(EXTENT, bytes(512), 1, 0, "pin", 2.0)
+    assert kinds(session.handle_timer(100.0)) == ["Send"], "what came meanwhile waits in the socket"
+    refusal = wire.Refuse(session._session, 0, "rejoin", "the other side was promoted")
+    assert kinds(session.receive(wire.encode(refusal), 100.1)) == ["Refused"]
+
+
 def test_heartbeats_silence_and_retries_that_grow() -> None:
     session = established()
     assert session.next_deadline() == 1.0
@@ -420,6 +428,8 @@ def test_heartbeats_silence_and_retries_that_grow() -> None:
     session.receive(wire.encode(wire.Pong(session._session, 0, 1.0)), 1.25)
     assert session.statistics().round_trip_s == 0.25
     session.write(EXTENT, bytes(512), 1, 0, "pin", 2.0)
+    for now in (2.0, 3.0, 4.0, 5.0, 6.0):
+        assert kinds(session.handle_timer(now)) == ["Send"]
     effects = session.handle_timer(6.25)
     assert kinds(effects) == ["Cut", "Lost"]
     assert effects[1].unacknowledged == [(EXTENT, 0, "pin")]

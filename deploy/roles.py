@@ -1,0 +1,199 @@
+"""Which side of a pair leads, by what both remember; and how a side that was left behind gives the primary role up.
+
+A side is configured as primary or as secondary, which is where it starts. From then on its metadata says what it is.
+Two metadata files and the write-intent files beside them are all that is looked at here: whether processes run makes
+no difference to who may lead.
+
+``tandemdisk rejoin`` in steps: judge, name the loser, stop its process, save what it alone wrote if that was asked
+for, write its new metadata durably. A crash in between leaves the side what it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from common import limits
+from common.disk import HOLE, FileDisk
+from common.errors import DiskError, OperationFailed, PeerRefused
+from common.generation import RETURNING, History, Rejoin, SplitBrain, Standing, common_past, decide
+from common.intent import INTENT_FILE, IntentFile
+from common.metadata import Metadata, load, save
+from common.settings import NodeSettings, Role
+from deploy.hosts import Side
+from secondary.buffer import HEADER_FILE, DiskBuffer
+from secondary.header import PairHeader, Stage
+
+UNFINISHED: Final = frozenset({Stage.RUNNING, Stage.FAILOVER, Stage.FAILOVER_FAILED})
+"""Stages in which the buffer of a promoted side holds what is not yet on its disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the two sides are to each other. ``loser`` has to give up the primary role; None: nobody, or not decided."""
+
+    sentence: str
+    loser: Role | None
+    split_brain: bool
+    standings: Mapping[Role, Standing]
+
+    @property
+    def leader(self) -> Role | None:
+        """The side that calls itself primary and may; None if there is none, or no telling which."""
+        leading = [role for role, standing in self.standings.items() if standing.role == "primary"]
+        if len(leading) == 2:
+            return None if self.loser is None else next(role for role in leading if role != self.loser)
+        return leading[0] if leading else None
+
+
+def remembered(settings: NodeSettings) -> Metadata | None:
+    """The metadata of a side; None if it never ran."""
+    return load(f"{settings.directory}/metadata")
+
+
+def process_role(settings: NodeSettings, configured: Role) -> Role:
+    """The process that a side is started as: by its metadata, else as configured.
+
+    A promoted side whose commit is not complete goes on as the secondary process, which completes it.
+    """
+    metadata = remembered(settings)
+    if metadata is None:
+        return configured
+    if metadata.role == "secondary" or unfinished_promotion(settings, metadata):
+        return "secondary"
+    return "primary"
+
+
+def unfinished_promotion(settings: NodeSettings, metadata: Metadata) -> bool:
+    """True if the disk buffer holds a part of what this promoted side decided on."""
+    directory = settings.buffer.directory
+    if not metadata.failover or not DiskBuffer.exists(directory):
+        return False
+    header = PairHeader(f"{directory}/{HEADER_FILE}")
+    try:
+        return header.stage in UNFINISHED
+    finally:
+        header.close()
+
+
+def judge(sides: Mapping[Role, NodeSettings]) -> Judgement:
+    """What both sides' memory says; with one side only, or one that never ran, there is nothing to decide."""
+    standings: dict[Role, Standing] = {}
+    for role, settings in sides.items():
+        metadata = remembered(settings)
+        if metadata is not None:
+            size = own_bytes(settings, metadata)
+            standings[role] = metadata.standing(-(-size // settings.buffer.block_size), size)
+    if len(standings) < 2:
+        return Judgement("one side has never run", None, False, standings)
+    first, second = standings.values()
+    decision = decide(first, second)
+    loser: Role | None = None
+    if isinstance(decision, Rejoin):
+        loser = next(role for role, standing in standings.items() if standing.side == decision.side)
+    return Judgement(decision.sentence, loser, isinstance(decision, SplitBrain), standings)
+
+
+def own_bytes(settings: NodeSettings, metadata: Metadata) -> int:
+    """Bytes of the regions in which a primary may have written what the other side lacks: an upper bound."""
+    sizes = [size for _, size in metadata.volumes]
+    if metadata.role != "primary" or metadata.clean:
+        return 0
+    if not os.path.exists(f"{settings.directory}/{INTENT_FILE}"):
+        return sum(sizes)
+    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes)
+    try:
+        return sum(length for _, _, length in file.ranges())
+    finally:
+        file.close()
+
+
+def choose_loser(judgement: Judgement, discard: Side | None) -> Role:
+    """The side that has to rejoin. Raises PeerRefused where an operator has to say it, OperationFailed if there is
+    none."""
+    if judgement.split_brain:
+        if discard is None:
+            raise PeerRefused(
+                f"{judgement.sentence[0].upper()}{judgement.sentence[1:]}.",
+                hint="Name the side whose writes are thrown away: `tandemdisk rejoin --discard a` or `--discard b`.",
+            )
+        return next(role for role, standing in judgement.standings.items() if standing.side == discard)
+    if judgement.loser is None:
+        raise OperationFailed(f"Neither side has to rejoin: {judgement.sentence}.", hint="See `tandemdisk status`.")
+    if judgement.standings[judgement.loser].role != "primary":
+        raise PeerRefused(
+            f"{judgement.sentence[0].upper()}{judgement.sentence[1:]}.", hint="Its metadata is an older copy."
+        )
+    if discard is not None and judgement.standings[judgement.loser].side != discard:
+        raise PeerRefused(f"Side {discard} is not the one that has to rejoin: {judgement.sentence}.")
+    return judgement.loser
+
+
+def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -> None:
+    """Durably: this side is secondary from now on. None of its processes may run. ``in_line``: it has nothing of its
+    own and lacks nothing, as after a switchover."""
+    metadata = remembered(settings)
+    assert metadata is not None
+    past = common_past(metadata.history, winner)
+    clean = metadata.clean and past == metadata.history
+    intent = Path(f"{settings.directory}/{INTENT_FILE}")
+    if clean:
+        intent.unlink(missing_ok=True)
+    elif not intent.exists():
+        IntentFile(str(intent), [size for _, size in metadata.volumes], everything=True).close()
+    if DiskBuffer.exists(settings.buffer.directory):
+        DiskBuffer.remove(settings.buffer.directory)
+    changed = replace(
+        metadata, role="secondary", history=past, failover="", base=0, bases=(), syncing=False, clean=clean,
+        consistent=clean and in_line,
+        stream=metadata.stream if clean else RETURNING, sequence=metadata.sequence if clean else 0,
+    )  # fmt: skip
+    save(f"{settings.directory}/metadata", changed)
+
+
+def save_diverged(settings: NodeSettings) -> list[str]:
+    """Copy what this side may have written alone into sparse files beside its metadata; their paths."""
+    metadata = remembered(settings)
+    assert metadata is not None
+    sizes = [size for _, size in metadata.volumes]
+    intent = f"{settings.directory}/{INTENT_FILE}"
+    ranges = [(index, 0, size) for index, size in enumerate(sizes)]
+    if os.path.exists(intent):
+        file = IntentFile(intent, sizes)
+        ranges = file.ranges()
+        file.close()
+    paths: list[str] = []
+    for index, volume in enumerate(settings.volumes):
+        number = metadata.history[-1].number if metadata.history else 0
+        path = f"{settings.directory}/diverged-{volume.name}-{number}.raw"
+        _copy_sparse(volume.disk, path, sizes[index], [(at, length) for i, at, length in ranges if i == index])
+        paths.append(path)
+    return paths
+
+
+def _copy_sparse(source: str, target: str, size: int, ranges: list[tuple[int, int]]) -> None:
+    disk = FileDisk(source, read_only=True)
+    memory = memoryview(bytearray(limits.MIB))
+    try:
+        with open(target, "wb") as file:
+            file.truncate(size)
+            for start, total in ranges:
+                at = start
+                for length, flags in disk.extents(start, total):
+                    for offset in range(at, at + length, len(memory)) if not flags & HOLE else ():
+                        view = memory[: min(len(memory), at + length - offset)]
+                        disk.read_into(offset, view)
+                        file.seek(offset)
+                        file.write(view)
+                    at += length
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DiskError(
+            f"Cannot save diverged blocks to {target}: {error.strerror}.", hint="Nothing was changed."
+        ) from error
+    finally:
+        disk.close()

@@ -1,0 +1,199 @@
+"""The way back: a side that was left behind rejoins, roles are swapped, split brain is refused and resolved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import OperationFailed, PeerRefused
+from common.nbd_client import NbdClient
+from deploy.layout import PairOptions
+from deploy.pair import Pair
+from tests.conftest import wait_until
+from tests.pairs import (
+    MIB,
+    QUICK,
+    Load,
+    compare_disks,
+    contents,
+    guest_uri,
+    kill,
+    kill_primary,
+    primary_disk,
+    primary_uri,
+    random_bytes,
+    running,
+    tandemdisk,
+)
+
+SIZE = 64 * MIB
+REGION = 4 * MIB
+
+
+def put(uri: str, offset: int, data: bytes) -> None:
+    with NbdClient(uri) as client:
+        for at in range(0, len(data), MIB):
+            client.write(offset + at, data[at : at + MIB])
+
+
+def settled(pair: Pair) -> None:
+    pair.wait_protected()
+    pair.checkpoint()
+    compare_disks(pair)
+
+
+def led_by_b(pair: Pair) -> dict[str, Any]:
+    return pair.wait_for(lambda now: now["secondary"].get("engine"), "led by side b", 20)
+
+
+@pytest.mark.parametrize("target", ["latest", "checkpoint"])
+def test_failover_rejoin_and_back(short_dir: Path, target: str) -> None:
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+        put(primary_uri(pair), 0, random_bytes(1, 4 * MIB))
+        pair.checkpoint()
+        put(primary_uri(pair), 8 * MIB, random_bytes(2, 1 * MIB))
+        with NbdClient(guest_uri(pair)) as guest:  # one connection, from before the failover to after the rejoin
+            kill_primary(pair)
+            pair.failover(target)
+            guest.write(20 * MIB, random_bytes(3, 1 * MIB))
+            led_by_b(pair)
+            guest.write(24 * MIB, random_bytes(4, 1 * MIB))
+            told = pair.rejoin()
+            assert told["side"] == "a"
+            guest.write(28 * MIB, random_bytes(5, 1 * MIB))
+            pair.wait_protected()
+            guest.write(32 * MIB, random_bytes(6, 1 * MIB))
+            guest.flush()
+            settled(pair)
+            now = pair.status()
+            assert now["primary"]["role"] == "secondary"
+            assert now["secondary"]["role"] == "primary"
+            assert now["counters"]["secondary"]["full_resyncs"] == 0
+            assert now["counters"]["secondary"]["resync_moved_bytes"] <= 5 * MIB
+            assert pair.verify()["differing"] == 0
+        # and back: side b dies, side a takes over, b rejoins
+        before = contents(guest_uri(pair))
+        put(guest_uri(pair), 40 * MIB, random_bytes(7, 1 * MIB))
+        kill(pair.status()["secondary"]["pid"])
+        pair.wait_for(lambda now: now["secondary"]["pid"] is None, "without side b", 20)
+        pair.failover("checkpoint")
+        assert contents(primary_uri(pair)) == before
+        put(primary_uri(pair), 44 * MIB, random_bytes(8, 1 * MIB))
+        assert pair.rejoin()["side"] == "b"
+        settled(pair)
+        assert pair.status()["primary"]["role"] == "primary"
+        # a restart goes on with the roles as they are
+        pair.down()
+        pair.up()
+        settled(pair)
+
+
+def test_switchover_loses_nothing_and_goes_both_ways(short_dir: Path) -> None:
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+        with Load(primary_uri(pair), seed=5) as load:
+            load.wait_for(200)
+            told = tandemdisk("switchover", "--dir", pair.directory.path)
+            assert told.returncode == 0, told.stderr
+            load.join()
+        load.check(contents(guest_uri(pair)))
+        settled(pair)
+        now = pair.status()
+        assert now["secondary"]["role"] == "primary"
+        assert now["counters"]["secondary"]["resync_moved_bytes"] == 0
+        put(guest_uri(pair), 0, random_bytes(1, 2 * MIB))
+        pair.checkpoint()
+        pair.down()
+        pair.up()
+        settled(pair)
+        assert pair.status()["secondary"]["role"] == "primary", "as it was"
+        pair.switchover()
+        settled(pair)
+        assert pair.status()["primary"]["role"] == "primary"
+
+
+def test_a_fenced_primary_rejoins(short_dir: Path) -> None:
+    """It was stopped for so long that it was left; awake again it acknowledges nothing, and rejoins alive."""
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+        pid = pair.status()["primary"]["pid"]
+        with NbdClient(primary_uri(pair)) as client:
+            client.write(0, random_bytes(1, MIB))
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(
+                lambda: not pair.client("secondary").call("status")["peer"]["connected"], 20, "noticing the silence"
+            )
+            pair.client("secondary").call("failover", to="latest", force=False)
+            os.kill(pid, signal.SIGCONT)
+            pair.wait_for(lambda now: now["primary"]["state"] == "fenced", "fenced", 30)
+            client.submit_write(MIB, b"x" * 4096)
+            assert client.collect(1)[0].error is not None
+        put(guest_uri(pair), 2 * MIB, random_bytes(2, MIB))
+        assert pair.rejoin()["side"] == "a"
+        settled(pair)
+
+
+def split(pair: Pair) -> None:
+    """Both sides write alone: the secondary is stopped, then the primary killed, then the secondary promoted."""
+    put(primary_uri(pair), 0, random_bytes(1, MIB))
+    pair.checkpoint()
+    stopped = pair.status()["secondary"]["pid"]
+    primary = pair.client("primary")
+    uri = primary_uri(pair)
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: primary.call("status")["state"] == "alone", 20, "going on alone")
+    put(uri, 10 * MIB, random_bytes(2, MIB))
+    kill(primary.call("status")["pid"])
+    os.kill(stopped, signal.SIGCONT)
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+    pair.failover("latest")
+    put(guest_uri(pair), 20 * MIB, random_bytes(3, MIB))
+
+
+@pytest.mark.parametrize("loser", ["a", "b"])
+def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: str) -> None:
+    options = PairOptions(size=SIZE, overrides={**QUICK, "keep_diverged": True})
+    with running(short_dir / "p", options) as pair:
+        split(pair)
+        with pytest.raises(PeerRefused, match="Split brain.*side a.*would lose.*side b.*would lose"):
+            pair.rejoin()
+        dry = tandemdisk("rejoin", "--dir", pair.directory.path, "--dry-run", "--discard", loser, "--json")
+        assert dry.returncode == 0, dry.stderr
+        said = json.loads(dry.stdout)
+        assert said["side"] == loser
+        assert MIB <= said["bytes"] <= 8 * REGION
+        told = pair.rejoin(discard="a" if loser == "a" else "b")
+        pair.up()
+        settled(pair)
+        offset, data = (10 * MIB, random_bytes(2, MIB)) if loser == "a" else (20 * MIB, random_bytes(3, MIB))
+        kept = Path(told["saved"][0]).read_bytes()
+        assert kept[offset : offset + MIB] == data, "what was overwritten was saved before"
+        there = primary_disk(pair).read_bytes()
+        assert there[offset : offset + MIB] == bytes(MIB)
+        with pytest.raises(OperationFailed, match="Neither side"):
+            pair.rejoin()
+
+
+def test_failover_in_the_middle_of_a_resync_gives_the_exact_checkpoint(short_dir: Path) -> None:
+    overrides = {**QUICK, "resync_rate": 8 * MIB}
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=overrides)) as pair:
+        put(primary_uri(pair), 0, random_bytes(1, 12 * MIB))
+        pair.checkpoint()
+        exact = contents(guest_uri(pair))
+        kill(pair.status()["secondary"]["pid"])
+        pair.wait_for(lambda now: now["state"] == "secondary_lost", "without its secondary", 20)
+        wait_until(lambda: pair.client("primary").call("status")["state"] == "alone", 20, "going on alone")
+        put(primary_uri(pair), 0, random_bytes(2, 12 * MIB))
+        pair.up()
+        pair.wait_for(
+            lambda now: now["resync"]["active"] and now["resync"]["moved_bytes"] > 2 * MIB, "in the middle of a resync"
+        )
+        kill_primary(pair)
+        pair.failover("checkpoint")
+        assert contents(guest_uri(pair)) == exact
+        pair.rejoin(discard="a")
+        settled(pair)
+        assert contents(primary_uri(pair)) == exact
