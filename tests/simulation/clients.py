@@ -89,7 +89,7 @@ class Clients:
             world.oracle.starts[index], world.sizes[index], world.most_blocks
         )
         host = process.host
-        batch = world.oracle.submitted(extents, fua, process)
+        batch = world.oracle.submitted(extents, fua, process, risky=bool(host.faults.write))
         self._count += 1
         number = self._count
         self.outstanding[number] = batch, process

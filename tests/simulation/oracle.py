@@ -43,9 +43,9 @@ class ClientBatch:
     fua: bool
     process: Any
     lineage: Lineage
-    flush: bool = False
+    risky: bool = False
+    """The primary disk was failing: what it refused is not replicated."""
     finished: bool = False
-    failed: bool = False
 
 
 @dataclass
@@ -56,10 +56,12 @@ class Lineage:
     batches: list[ClientBatch] = field(default_factory=list)
     owed: int = 0
 
-    def apply(self, model: Versions, count: int) -> None:
-        """Batch number ``count`` (from 1) onto ``model``."""
-        for first, last, version in self.batches[count - 1].extents:
+    def apply(self, model: Versions, count: int, loose: NDArray[np.bool_]) -> None:
+        """Batch number ``count`` (from 1) onto ``model``. ``loose`` becomes true where it may not have come that far."""
+        batch = self.batches[count - 1]
+        for first, last, version in batch.extents:
             model[first:last] = version
+            loose[first:last] = batch.risky
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Tracked:
     lineage: Lineage
     count: int
     model: Versions
+    loose: NDArray[np.bool_]
 
 
 class Oracle:
@@ -152,10 +155,10 @@ class Oracle:
                     mask[first:last] = True
         return mask
 
-    def submitted(self, extents: list[Extent], fua: bool, process: Any) -> ClientBatch:
+    def submitted(self, extents: list[Extent], fua: bool, process: Any, *, risky: bool = False) -> ClientBatch:
         """A client sends a batch; call it before the product gets it."""
         lineage = self.lineage
-        batch = ClientBatch(len(lineage.batches) + 1, extents, fua, process, lineage)
+        batch = ClientBatch(len(lineage.batches) + 1, extents, fua, process, lineage, risky)
         lineage.batches.append(batch)
         for first, last, version in extents:
             self.model[first:last] = version
@@ -171,7 +174,6 @@ class Oracle:
             raise Violation("answers", f"batch {batch.index} was answered twice")
         batch.finished = True
         if errors:
-            batch.failed = True
             for number, (first, last, _) in enumerate(batch.extents):
                 if number in errors:
                     self.poisoned[first:last] = True
@@ -269,24 +271,22 @@ class Oracle:
 
     def _find(self, disk: Versions) -> Tracked | None:
         for lineage in reversed(self.lineages):
-            tracked = Tracked(lineage, 0, lineage.base.copy())
+            tracked = Tracked(lineage, 0, lineage.base.copy(), np.zeros(self.sectors, bool))
             if self._advance(tracked, disk, strictly=False):
                 return tracked
         return None
 
     def _advance(self, tracked: Tracked, disk: Versions, *, strictly: bool) -> bool:
         """Move ``tracked`` on to where ``disk`` is."""
-        lineage, count, model = tracked.lineage, tracked.count, tracked.model
-        if np.array_equal(disk, model):
+        lineage, count = tracked.lineage, tracked.count
+        if np.array_equal(disk, tracked.model):
             return True
-        model = model.copy()
-        torn: tuple[int, Versions] | None = None
+        model, loose = tracked.model.copy(), tracked.loose.copy()
+        torn: Tracked | None = None
         while True:
-            wrong = disk != model
-            if tracked.lineage is self.lineage:
-                wrong &= ~self.poisoned
+            wrong = (disk != model) & ~loose
             if not wrong.any():
-                tracked.count, tracked.model = count, model
+                tracked.count, tracked.model, tracked.loose = count, model, loose
                 return True
             if count == len(lineage.batches):
                 break
@@ -294,11 +294,11 @@ class Oracle:
                 for first, last, version in lineage.batches[count].extents:
                     wrong[first:last] &= disk[first:last] != version
                 if not wrong.any():
-                    torn = count, model.copy()
+                    torn = Tracked(lineage, count, model.copy(), loose.copy())
             count += 1
-            lineage.apply(model, count)
+            lineage.apply(model, count, loose)
         if torn is not None:
-            tracked.count, tracked.model = torn
+            tracked.count, tracked.model, tracked.loose = torn.count, torn.model, torn.loose
             return True
         return False
 
@@ -343,24 +343,23 @@ class Oracle:
             raise Violation("I3", f"checkpoint {number} is reported and was never taken")
         if known[0] is not lineage or known[1] != index:
             # batches without effect (the same bytes again) do not show
-            model = known[0].base.copy()
-            for count in range(1, known[1] + 1):
-                known[0].apply(model, count)
-            wanted = lineage.base.copy()
-            for count in range(1, index + 1):
-                lineage.apply(wanted, count)
-            wrong = (model != wanted) & ~self.poisoned
+            (taken, loose), (wanted, also) = self._after(*known), self._after(lineage, index)
+            wrong = (taken != wanted) & ~loose & ~also
             if wrong.any():
                 raise Violation("I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {known[1]}")
 
+    def _after(self, lineage: Lineage, count: int) -> tuple[Versions, NDArray[np.bool_]]:
+        model, loose = lineage.base.copy(), np.zeros(self.sectors, bool)
+        for number in range(1, count + 1):
+            lineage.apply(model, number, loose)
+        return model, loose
+
     def _latest(self, secondary: list[Platter], *, exact: bool | None) -> None:
-        tracked = self.tracked
         self.check_secondary(secondary, exact=exact)
         if self.tracked is None:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
         if self.tracked.count < self.tracked.lineage.owed:
             raise Violation("I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged")
-        del tracked
         self.promoted = True
         self.view = self.versions(secondary).copy()
         self.unsure[:] = False

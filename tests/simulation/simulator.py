@@ -126,7 +126,9 @@ class Simulation:
         deadline = self.world.loop.now + seconds
         while not condition():
             if self.world.loop.now > deadline:
-                raise Violation("liveness", f"{what} did not happen within {seconds:g} s")
+                raise Violation("liveness", f"{what} did not happen within {seconds:g} s: {self.standing()}")
+            if self.healing and self.supervised:
+                self.supervise()
             await self.pause(0.05)
 
     def write(self) -> bool:
@@ -517,7 +519,7 @@ class Simulation:
         for _ in range(self.chance.randint(0, 4)):
             self.write()
         await self.pause(0.2 * self.chance.random())
-        self.supervised = False
+        self.roles.pop("a", None)
         if self.primary is not None:
             self.world.kill(self.primary)
         await self.pause(PEER_PAUSE_S)
