@@ -162,7 +162,8 @@ class Window:
         messages: list[Frames] = []
         while self.waiting:
             entry = self.waiting[0]
-            if entry[BLOCKS] > self.credit:
+            # a message that moves no data is never held back, also when the credit is below zero
+            if entry[BLOCKS] > max(self.credit, 0):
                 if entry[BLOCKS] > max(1, self.pool // 2) and self._cut_head():
                     continue
                 if not self._may_put_barrier():
