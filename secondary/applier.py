@@ -117,8 +117,8 @@ class Applier:
             self._void -= 1
 
     def free_blocks(self) -> int:
-        """Free blocks in the fullest hidden disk."""
-        return min(job.free_blocks for job in self._jobs)
+        """Free blocks in the fullest hidden disk, as of what is reported as applied: not of the work in the thread."""
+        return self._free_before if self._busy else min(job.free_blocks for job in self._jobs)
 
     async def stop(self) -> None:
         """Take no more work and wait until what was begun is done."""
@@ -163,6 +163,7 @@ class Applier:
     # The same in the thread
 
     def _go_to_thread(self, work: Work) -> None:
+        self._free_before = self.free_blocks()
         self._busy = True
         self.waits += 1
         future = self._loop.run_in_executor(self._executor, self._do_blocking, work)
