@@ -33,7 +33,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     facts.add_row("state", _state(status["state"]), "mode", str(status["mode"]))
     facts.add_row("checkpoint", _or_dash(status["checkpoint"]), "generation", _or_dash(status["generation"]))
     facts.add_row("lag", _lag(status["lag"]), "buffer", _buffer(status["buffer"]))
-    for name in ("resync", "commit"):
+    for name in ("resync", "verify", "commit"):
         if status[name].get("active"):
             facts.add_row(name, _ratio(status[name]))
     parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status["volumes"])]
@@ -98,7 +98,14 @@ def _buffer(buffer: dict[str, Any]) -> str:
 
 
 def _ratio(progress: dict[str, Any]) -> str:
-    return f"{format_size(progress['done_bytes'])} of {format_size(progress['total_bytes'])}"
+    parts = [f"{format_size(progress['done_bytes'])} of {format_size(progress['total_bytes'])}"]
+    if progress.get("phase"):
+        parts.insert(0, progress["phase"])
+    if progress.get("rate"):
+        parts.append(f"{format_size(progress['rate'])}/s")
+    if progress.get("seconds_left") is not None:
+        parts.append(f"{progress['seconds_left']:.0f} s left")
+    return ", ".join(parts)
 
 
 def watch_resync(pair: Pair, console: Console) -> None:

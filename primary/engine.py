@@ -144,7 +144,7 @@ class Engine:
         address = settings.replication.connect
         if address is None:
             raise OperationFailed("This side does not know its secondary.", hint="Set replication.connect.")
-        self.link = Link(self.session, context, address, _keys(settings), self._handle)
+        self.link = Link(self.session, context, address, stream_keys(settings), self._handle)
         self.mirror.carrier = self.link
 
     def _guard_writes(self) -> None:
@@ -673,7 +673,8 @@ def random_number(bits: int) -> int:
     return secrets.randbits(bits) or 1
 
 
-def _keys(settings: NodeSettings) -> CurveKeys | None:
+def stream_keys(settings: NodeSettings) -> CurveKeys | None:
+    """The keys of the replication stream; None for plain text."""
     replication = settings.replication
     if replication.secret_key is None or replication.peer_key is None:
         return None

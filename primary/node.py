@@ -20,7 +20,8 @@ from common.port import zmq_context
 from common.process import Lifecycle
 from common.record import Record, check_metadata, disks_changed, initial_metadata
 from common.settings import NodeSettings
-from primary.engine import Engine, random_number
+from primary.doorman import Doorman
+from primary.engine import Engine, random_number, stream_keys
 
 log = logging.getLogger("primary")
 
@@ -57,6 +58,10 @@ class PrimaryNode:
         )
         await control.start()
         self._stack.push_async_callback(control.close)
+        if settings.replication.listen is not None:
+            listen, keys = settings.replication.listen, stream_keys(settings)
+            doorman = Doorman(context, listen, keys, lambda: engine.session.standing)
+            self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()
         await engine.remember_start()

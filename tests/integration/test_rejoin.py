@@ -28,6 +28,7 @@ from tests.pairs import (
     primary_uri,
     random_bytes,
     running,
+    start_side,
     tandemdisk,
 )
 
@@ -133,6 +134,23 @@ def test_a_fenced_primary_rejoins(short_dir: Path) -> None:
             assert client.collect(1)[0].error is not None
         put(guest_uri(pair), 2 * MIB, random_bytes(2, MIB))
         assert pair.rejoin()["side"] == "a"
+        settled(pair)
+
+
+def test_a_stale_primary_is_turned_away_after_a_restart(short_dir: Path) -> None:
+    """Side b leads, and was restarted; side a comes back as the primary that it was, on a host that knows nothing."""
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+        put(primary_uri(pair), 0, random_bytes(1, MIB))
+        kill_primary(pair)
+        pair.failover("latest")
+        led_by_b(pair)
+        put(guest_uri(pair), 2 * MIB, random_bytes(2, MIB))
+        pair.down()
+        pair.up()
+        assert pair.status()["secondary"]["role"] == "primary"
+        with pytest.raises(PeerRefused, match="side a has to rejoin as secondary"):
+            start_side(pair, "primary")
+        pair.rejoin()
         settled(pair)
 
 
