@@ -284,6 +284,7 @@ class DiskBuffer:
             VolumeGeometry(volume.name, volume.size, volume.disk, hidden, active)
             for volume, (hidden, active) in zip(volumes, slots, strict=True)
         ]
+        ours = not os.path.isdir(directory)
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         cls.remove(directory)
         files: list[tuple[str, int]] = []
@@ -297,6 +298,8 @@ class DiskBuffer:
             buffer.header.own()
         except BaseException:
             _unlink(directory)
+            if ours:
+                os.rmdir(directory)
             raise
         return buffer
 
