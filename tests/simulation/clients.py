@@ -182,7 +182,7 @@ class Clients:
             server.done()
             buffer.unpin()
             stage = volume.buffer.header.stage
-            if errors or not world.oracle.promoted or stage < Stage.FAILOVER:
+            if errors or stage < Stage.FAILOVER:
                 return
             world.oracle.guest_acknowledged += len(operations)
             own = world.oracle.metadata(host.metadata)

@@ -45,6 +45,30 @@ class Process:
         self.context.run(PROCESS.set, self)
 
 
+class Once:
+    """Something that happens once; any number of futures hear of it."""
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def set(self) -> None:
+        self.happened = True
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def future(self) -> asyncio.Future[None]:
+        """Done when it has happened."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.happened:
+            future.set_result(None)
+        else:
+            self._waiting.append(future)
+        return future
+
+
 PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 

@@ -96,7 +96,11 @@ class Oracle:
         """The primary may cut batches in pieces, and then a checkpoint may fall between two of them."""
         self.view: Versions | None = None
         """What the guest has to see: checkpoint and its own writes; after a promotion, the disk."""
+        self.leader = "a"
+        """The side whose clients' writes count."""
         self.promoted = False
+        """The other side has taken over, and its commit is not complete: ``view`` is what its clients see."""
+        self.promoted_side = ""
         self.checkpoints: dict[int, tuple[Lineage, int]] = {}
         self.acknowledged = 0
         self.operations = 0
@@ -134,6 +138,19 @@ class Oracle:
     def new_version(self) -> int:
         self.version += 1
         return self.version
+
+    def lead(self, side: str, platters: list[Platter]) -> None:
+        """From now on ``side`` is the primary, with what its disks hold."""
+        self.leader = side
+        self.promoted = False
+        self.promoted_side = side
+        self.view = self.tracked = None
+        self.unsure[:] = False
+        now = self.versions(platters)
+        self.lineage = Lineage(now.copy())
+        self.lineages = [self.lineage]
+        self.model = now.copy()
+        self.poisoned[:] = False
 
     def primary_started(self, platters: list[Platter], *, power_lost: bool) -> None:
         """A new process: what its disk holds is where it begins."""
@@ -175,7 +192,7 @@ class Oracle:
         batch.finished = True
         if errors:
             for number, (first, last, _) in enumerate(batch.extents):
-                if number in errors:
+                if number in errors and batch.lineage is self.lineage:
                     self.poisoned[first:last] = True
             if len(errors) == len(batch.extents):
                 return
@@ -184,6 +201,8 @@ class Oracle:
         self._present("I6", self.versions(primary), batch, good, "acknowledged and not on the primary disk")
         if batch.fua:
             self._present("durability", self.stable(primary), batch, good, "acknowledged with FUA and not stable on the primary")
+        if batch.lineage is not self.lineage and side == self.leader:
+            return
         own, other = self.metadata(mine), self.metadata(theirs)
         assert own is not None
         self._one_writer(own, side)
@@ -304,9 +323,13 @@ class Oracle:
 
     # The state word of the disk buffer
 
-    def state_stored(self, old: tuple[int, int, bool], new: tuple[int, int, bool], number: int, secondary: list[Platter],
-                     *, exact: bool | None) -> None:  # fmt: skip
+    def state_stored(
+        self, side: str, old: tuple[int, int, bool], new: tuple[int, int, bool], number: int, secondary: list[Platter],
+        *, exact: bool | None,
+    ) -> None:  # fmt: skip
         """(stage, epoch, syncing) before and after one store."""
+        if side == self.leader:
+            return
         (old_stage, old_epoch, _), (stage, epoch, syncing) = old, new
         if stage == Stage.RUNNING:
             if syncing:
@@ -317,16 +340,17 @@ class Oracle:
             if self.view is None:
                 raise Violation("I3", "a failover to the checkpoint without one")
             self.promoted = True
+            self.promoted_side = side
         elif stage == Stage.DONE and old_stage == Stage.RUNNING:
-            if self.promoted:  # before its host went down
-                self.view = self.versions(secondary).copy()
-            else:
+            if not self.promoted:  # else it was before its host went down
                 self._latest(secondary, exact=exact)
+            self.lead(side, secondary)
         elif stage == Stage.DONE and old_stage == Stage.FAILOVER:
             assert self.view is not None
             wrong = (self.versions(secondary) != self.view) & ~self.unsure
             if wrong.any():
                 raise Violation("I3", f"the commit is complete, and the disk is not what the guest saw: {_where(wrong)}")
+            self.lead(side, secondary)
 
     def _checkpoint(self, number: int, secondary: list[Platter], *, exact: bool | None) -> None:
         self.check_secondary(secondary, exact=exact, exactly=not self.cut)
@@ -360,14 +384,13 @@ class Oracle:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
         if self.tracked.count < self.tracked.lineage.owed:
             raise Violation("I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged")
-        self.promoted = True
-        self.view = self.versions(secondary).copy()
-        self.unsure[:] = False
 
     # The guest
 
-    def guest_wrote(self, first: int, operations: Any, view: memoryview, errors: Any, stage: int) -> None:
+    def guest_wrote(self, side: str, first: int, operations: Any, view: memoryview, errors: Any, stage: int) -> None:
         """The guest's batch was carried out in one step, on a volume that starts at sector ``first``."""
+        if side == self.leader:
+            return
         if self.view is None:
             if any(number not in (errors or {}) for number in range(len(operations))):
                 raise Violation("I1", "a guest's write was accepted where there is nothing to write on")
@@ -402,10 +425,14 @@ class Oracle:
             raise Violation("I1", f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
                             f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}")
 
-    def memory_lost(self, platters: list[Platter], metadata: MetadataFile) -> None:
+    def memory_lost(self, side: str, platters: list[Platter], metadata: MetadataFile) -> None:
         """The secondary's host went down: checkpoint and guest writes were in its memory."""
+        if side == self.leader:
+            return
         own = self.metadata(metadata)
-        self.promoted = self.promoted or (own is not None and own.role == "primary")
+        if own is not None and own.role == "primary":
+            self.promoted = True
+            self.promoted_side = side
         if self.promoted:
             self.view = self.versions(platters).copy()
             self.unsure[:] = False

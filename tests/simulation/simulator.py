@@ -22,6 +22,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from common.errors import TandemDiskError
+from deploy.roles import choose_loser, give_up, judge, process_role, remembered
 from secondary.header import Stage
 from tests.simulation.clients import Clients
 from tests.simulation.clock import Killed
@@ -83,9 +84,9 @@ class Simulation:
         self.clients = Clients(world, random.Random(seed ^ 0xC11E))
         self.counts: Counter[str] = Counter()
         self.step = 0
-        self.supervised = True
-        self.restart_at: dict[tuple[str, str], float] = {}
-        self.roles = {"a": "primary", "b": "secondary"}
+        self.watched = ["a", "b"]
+        self.restart_at: dict[str, float] = {}
+        self.born = {"a": "primary", "b": "secondary"}
         self.healing = False
         world.on_between = self._between
 
@@ -100,20 +101,35 @@ class Simulation:
         return self.world.hosts["b"]
 
     @property
+    def leading(self) -> Host:
+        """The side whose clients' writes count."""
+        return self.world.hosts[self.world.oracle.leader]
+
+    @property
+    def following(self) -> Host:
+        return self.world.hosts[OTHER[self.world.oracle.leader]]
+
+    @property
     def primary(self) -> Running | None:
-        return self.a.process("primary")
+        """The process that serves the clients of the leading side."""
+        return self.leading.process("primary") or self.leading.process("export")
 
     @property
     def secondary(self) -> Running | None:
-        return self.b.process("secondary")
+        """The process that follows, or has taken over and not finished that."""
+        return self.following.process("secondary")
 
     @property
     def export(self) -> Running | None:
-        return self.b.process("export")
+        return self.following.process("export")
+
+    def role(self, side: str) -> str:
+        """What a side is started as, by what it remembers."""
+        return process_role(self.world.hosts[side].settings, self.born[side])  # type: ignore[arg-type]
 
     def start(self, side: str) -> Running:
         """Start the process of that side's role."""
-        return self.world.spawn(self.world.hosts[side], self.roles[side])
+        return self.world.spawn(self.world.hosts[side], self.role(side))
 
     async def pause(self, seconds: float) -> None:
         """Let virtual time go by."""
@@ -127,7 +143,7 @@ class Simulation:
         while not condition():
             if self.world.loop.now > deadline:
                 raise Violation("liveness", f"{what} did not happen within {seconds:g} s: {self.standing()}")
-            if self.healing and self.supervised:
+            if self.healing:
                 self.supervise()
             await self.pause(0.05)
 
@@ -164,7 +180,7 @@ class Simulation:
         node = process.node
 
         async def run() -> None:
-            if node.engine.mirror.detaching:
+            if node.engine is None or node.engine.mirror.detaching or node.engine.mirror._held:
                 return
             lineage, index = world.oracle.lineage, len(world.oracle.lineage.batches)
             with contextlib.suppress(TandemDiskError):
@@ -179,13 +195,13 @@ class Simulation:
         if process is None:
             return
         self.world.kill(process)
-        self.restart_at[process.host.side, process.role] = self.world.loop.now + seconds
+        self.restart_at[process.host.side] = self.world.loop.now + seconds
 
     def power(self, side: str, seconds: float) -> None:
         """The machine loses its power and comes back after ``seconds``."""
         host = self.world.hosts[side]
         self.world.lose_power(host)
-        self.restart_at[side, self.roles[side]] = self.world.loop.now + seconds
+        self.restart_at[side] = self.world.loop.now + seconds
 
     def later(self, seconds: float, call: Callable[..., None], *args: Any) -> None:
         self.world.loop.call_later(seconds, call, *args)
@@ -195,13 +211,13 @@ class Simulation:
     def supervise(self) -> None:
         """Start what should run and does not."""
         now = self.world.loop.now
-        for side, role in self.roles.items():
+        for side in self.watched:
             host = self.world.hosts[side]
-            if host.process(role) is not None:
+            if host.process("primary") is not None or host.process("secondary") is not None:
                 continue
-            due = self.restart_at.setdefault((side, role), now + self.chance.random())
+            due = self.restart_at.setdefault(side, now + self.chance.random())
             if now >= due:
-                del self.restart_at[side, role]
+                del self.restart_at[side]
                 self.start(side)
 
     # Life
@@ -320,10 +336,10 @@ class Simulation:
             self.world.kill(self.export)
 
     def _do_power_primary(self) -> None:
-        self.power("a", self.chance.random() * 8)
+        self.power(self.leading.side, self.chance.random() * 8)
 
     def _do_power_secondary(self) -> None:
-        self.power("b", self.chance.random() * 8)
+        self.power(self.following.side, self.chance.random() * 8)
 
     def _do_pause(self) -> None:
         process = self.chance.choice((self.primary, self.secondary, self.export))
@@ -337,10 +353,10 @@ class Simulation:
             process.lifecycle.stop.set()
 
     def _do_disk_primary(self) -> None:
-        self._disk_trouble(self.a)
+        self._disk_trouble(self.leading)
 
     def _do_disk_secondary(self) -> None:
-        self._disk_trouble(self.b)
+        self._disk_trouble(self.following)
 
     def _disk_trouble(self, host: Host) -> None:
         chance, faults = self.chance, host.faults
@@ -396,7 +412,7 @@ class Simulation:
         if manner == "kill":
             self.kill(primary, 3 + chance.random() * 5)
         elif manner == "power":
-            self.power("a", 3 + chance.random() * 5)
+            self.power(self.leading.side, 3 + chance.random() * 5)
         elif manner == "cut":
             world.network.set_cut(True, True)
             self.later(4 + chance.random() * 5, self._join)
@@ -435,17 +451,58 @@ class Simulation:
         """Heal, wait until the pair is at rest, compare everything."""
         self.heal()
         self.world.trace("healed")
-        b = self.b
-        own = self.world.oracle.metadata(b.metadata)
-        if self.world.oracle.promoted or (own is not None and own.role == "primary"):
-            await self._rest_promoted()
-            return
+        await self._finish_promotion()
+        if len(self._primaries()) == 2:
+            self.rejoin()
         await self._protected(PATIENCE_S)
         await self.until(self._equal, 30.0, "equal disks")
         await self._answered()
         await self._last_checkpoint()
         if self.chance.random() < 0.5:
             await self._last_failover()
+
+    def _primaries(self) -> list[str]:
+        """The sides that call themselves primary."""
+        known = [remembered(host.settings) for host in self.world.hosts.values()]
+        return [metadata.side for metadata in known if metadata is not None and metadata.role == "primary"]
+
+    def rejoin(self) -> None:
+        """The operator's command: the side that was left behind gives the primary role up."""
+        world = self.world
+        a, b = self.a.settings, self.b.settings
+        judgement = judge({"primary": a, "secondary": b})
+        loser = {"primary": self.a, "secondary": self.b}[
+            choose_loser(judgement, self.following.side if judgement.split_brain else None)  # type: ignore[arg-type]
+        ]
+        if loser is self.leading:
+            raise Violation("I5", f"the side that took over is to rejoin: {judgement.sentence}")
+        for role in ("primary", "secondary"):
+            process = loser.process(role)
+            if process is not None:
+                world.kill(process)
+        winner = remembered(self.leading.settings)
+        assert winner is not None
+        world.trace(f"rejoin {loser.side}: {judgement.sentence}")
+        self.counts["rejoins"] += 1
+        give_up(loser.settings, winner.history)
+
+    async def _finish_promotion(self) -> None:
+        """A side that has taken over completes its commit, and leads."""
+        deadline = self.world.loop.now + PATIENCE_S
+        while self.world.oracle.promoted:
+            if self.world.loop.now > deadline:
+                raise Violation("liveness", f"the failover is not complete after {PATIENCE_S:g} s: {self.standing()}")
+            self.supervise()
+            process = self.secondary
+            if process is not None and process.node is not None and "link" in process.node.__dict__:
+                if process.node.buffer.header.stage is Stage.FAILOVER_FAILED:
+                    self.failover("checkpoint")
+            await self.pause(0.2)
+        taking = self.following
+        own = remembered(taking.settings)
+        if own is not None and own.role == "primary" and self.role(taking.side) == "secondary":
+            # promoted durably, and interrupted before anything else
+            await self.until(lambda: self.leading is taking, PATIENCE_S, f"the promotion of side {taking.side}")
 
     async def _protected(self, seconds: float) -> None:
         deadline = self.world.loop.now + seconds
@@ -460,9 +517,9 @@ class Simulation:
     def protected(self) -> bool:
         """By the primary's own word, and nothing in flight."""
         process = self.primary
-        if process is None or process.node is None or "engine" not in process.node.__dict__ or self.secondary is None:
+        engine = process.node.__dict__.get("engine") if process is not None and process.node is not None else None
+        if engine is None or self.secondary is None:
             return False
-        engine = process.node.engine
         return bool(engine.serving and engine.state == "protected" and engine.session.idle)
 
     def standing(self) -> str:
@@ -471,7 +528,7 @@ class Simulation:
         for process in (self.primary, self.secondary):
             if process is None:
                 parts.append("down")
-            elif process.role == "primary":
+            elif process.role != "secondary":
                 engine = process.node.__dict__.get("engine") if process.node is not None else None
                 if engine is not None:
                     parts.append(f"primary {engine.state} ({engine.reason}) session {engine.session.state.name} idle {engine.session.idle}")
@@ -482,7 +539,7 @@ class Simulation:
 
     def _equal(self) -> bool:
         oracle = self.world.oracle
-        one, other = oracle.versions(self.a.platters), oracle.versions(self.b.platters)
+        one, other = oracle.versions(self.leading.platters), oracle.versions(self.following.platters)
         return not ((one != other) & ~oracle.poisoned).any()
 
     async def _answered(self) -> None:
@@ -491,7 +548,7 @@ class Simulation:
 
         await self.until(all_answered, 20.0, "an answer to every client")
         oracle = self.world.oracle
-        wrong = (oracle.versions(self.a.platters) != oracle.model) & ~oracle.poisoned
+        wrong = (oracle.versions(self.leading.platters) != oracle.model) & ~oracle.poisoned
         if wrong.any():
             raise Violation("I6", f"the primary disk is not what its clients wrote: {np.flatnonzero(wrong)[:8].tolist()}")
 
@@ -519,9 +576,12 @@ class Simulation:
         for _ in range(self.chance.randint(0, 4)):
             self.write()
         await self.pause(0.2 * self.chance.random())
-        self.roles.pop("a", None)
-        if self.primary is not None:
-            self.world.kill(self.primary)
+        taking = self.following
+        self.watched = [taking.side]
+        for role in ("primary", "secondary"):
+            process = self.leading.process(role)
+            if process is not None:
+                self.world.kill(process)
         await self.pause(PEER_PAUSE_S)
         target = self.chance.choice(("latest", "checkpoint"))
         done: list[Any] = []
@@ -529,32 +589,13 @@ class Simulation:
         await self.until(lambda: done, 30.0, "a last failover")
         if isinstance(done[0], TandemDiskError):
             raise Violation("liveness", f"no failover of a protected pair: {done[0]}")
-        await self._rest_promoted()
-
-    async def _rest_promoted(self) -> None:
-        """The promoted side finishes its commit and serves what it has to."""
-        self.roles.pop("a", None)
-        deadline = self.world.loop.now + PATIENCE_S
-
-        def done() -> bool:
-            node = self.secondary.node if self.secondary is not None else None
-            return node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.DONE
-
-        while not done():
-            if self.world.loop.now > deadline:
-                raise Violation("liveness", f"the failover is not complete after {PATIENCE_S:g} s: {self.standing()}")
-            self.supervise()
-            node = self.secondary.node if self.secondary is not None else None
-            if node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.FAILOVER_FAILED:
-                self.failover("checkpoint")
-            await self.pause(0.2)
-        await self._whole_view()
+        await self._finish_promotion()
+        await self.until(lambda: self.leading is taking, PATIENCE_S, "the lead of the promoted side")
+        await self.until(lambda: self.write(), 30.0, "a client of the promoted side")
         for _ in range(3):
-            if self.export is not None:
-                self.clients.guest_write(self.export)
+            self.write()
             await self.pause(0.05)
-        await self._whole_view()
-
+        await self._answered()
 
 PEER_PAUSE_S = 0.5
 

@@ -28,6 +28,7 @@ import common.child
 import common.control
 import common.disk
 import common.export
+import common.intent
 import common.metadata
 import common.port
 import primary.node
@@ -35,14 +36,15 @@ import primary.questions
 import secondary.guest
 import secondary.node
 from common import limits
-from common.errors import DiskError, TandemDiskError
+from common.errors import DiskError, NotRunning, TandemDiskError
 from common.process import Lifecycle
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
 from primary.resync import ResyncLimits
 from secondary.buffer import DiskBuffer
 from secondary.header import PairHeader
 from secondary.replica import GuestVolume
-from tests.simulation.clock import PROCESS, Process, VirtualLoop, thread_of, time_of
+import deploy.roles
+from tests.simulation.clock import PROCESS, Once, Process, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
@@ -64,7 +66,7 @@ class SimLifecycle(Lifecycle):
     def __init__(self, name: str) -> None:
         super().__init__(name, None, top_level=False)
         self.info: dict[str, Any] | None = None
-        self.told = asyncio.Event()
+        self.told = Once()
 
     def ready(self, info: Any = None) -> None:
         self.is_ready = True
@@ -86,7 +88,7 @@ class Running(Process):
         self.lifecycle: SimLifecycle
         self.ended = False
         self.error: BaseException | None = None
-        self.exit = asyncio.Event()
+        self.exit = Once()
 
     @property
     def alive(self) -> bool:
@@ -164,6 +166,30 @@ class SimControl:
         process.handlers = {}
 
 
+class SimControlClient:
+    """In place of ``common.control.ControlClient``: calls the handler of another simulated process."""
+
+    def __init__(self, path: str, timeout_s: float = 10.0) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+
+    async def call_async(self, command: str, /, **args: object) -> dict[str, Any]:
+        world = SimChild.world
+        directory, _, name = self.path.rpartition("/")
+        host = next(host for host in world.hosts.values() if host.directory == directory)
+        process = host.process(name.removesuffix(".control"))
+        if process is None or command not in process.handlers:
+            raise NotRunning(f"Nobody listens at {self.path}.")
+        answer = process.run(world.loop.create_task, process.handlers[command](args))
+        await asyncio.wait(
+            (answer, process.exit.future()), return_when=asyncio.FIRST_COMPLETED, timeout=self.timeout_s
+        )
+        if not answer.done():
+            raise NotRunning(f"The process at {self.path} went away, or did not answer.")
+        result: dict[str, Any] = answer.result()
+        return result
+
+
 class SimChild:
     """In place of ``common.child.Child``: another simulated process."""
 
@@ -184,11 +210,7 @@ class SimChild:
 
     async def wait_ready_async(self, timeout_s: float = 60.0) -> dict[str, Any]:
         process = self.process
-        told = asyncio.ensure_future(process.lifecycle.told.wait())
-        ended = asyncio.ensure_future(process.exit.wait())
-        await asyncio.wait((told, ended), return_when=asyncio.FIRST_COMPLETED)
-        told.cancel()
-        ended.cancel()
+        await asyncio.wait((process.lifecycle.told.future(), process.exit.future()), return_when=asyncio.FIRST_COMPLETED)
         if process.lifecycle.info is None:
             if isinstance(process.error, TandemDiskError):
                 raise process.error
@@ -199,7 +221,7 @@ class SimChild:
         return None if self.process.alive else -9
 
     async def wait_async(self) -> int:
-        await self.process.exit.wait()
+        await self.process.exit.future()
         return -9 if self.process.dead else 0
 
     async def stop_async(self, timeout_s: float = 30.0) -> int:
@@ -218,6 +240,8 @@ class Host:
         self.faults = Faults()
         self.directory = f"{world.directory}/{side}"
         Path(self.directory).mkdir()
+        for index in range(len(world.sizes)):
+            Path(f"{self.directory}/disk{index}.raw").touch()  # looked at, never read
         self.platters = [
             Platter(f"{self.directory}/disk{index}.raw", size, self.chance, self.faults) for index, size in enumerate(world.sizes)
         ]
@@ -316,11 +340,12 @@ class World:
             (time, fake_time), (secrets, fake_secrets), (common.disk.FileDisk, self._open_disk),
             (common.port.Dialer, SimDialer), (common.port.Listener, SimListener), (common.port.zmq_context, contextlib.nullcontext),
             (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl), (common.child.Child, SimChild),
-            (common.metadata.load, self._load), (common.metadata.save, self._save),
+            (common.control.ControlClient, SimControlClient), (common.metadata.load, self._load), (common.metadata.save, self._save),
         ]  # fmt: skip
         undo: list[Callable[[], None]] = []
         for name, module in list(sys.modules.items()):
-            if name.split(".")[0] not in ("common", "primary", "secondary") or module is None or name in REAL_TIME:
+            known = name.split(".")[0] in ("common", "primary", "secondary") or name == "deploy.roles"
+            if not known or module is None or name in REAL_TIME:
                 continue
             for attribute, value in list(vars(module).items()):
                 for real, fake in swaps:
@@ -343,11 +368,14 @@ class World:
         unit = max(self.options.block_size, 2048)
         small = {"PIECE": unit, "LOOK": 8 * unit, "IN_FLIGHT": 4 * unit, "BUSY_IN_FLIGHT": 2 * unit, "QUESTION_BYTES": unit,
                  "HOLE_QUESTION": 4 * unit, "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
+        region = 1 << max(12, self.options.block_size.bit_length() - 1)
+        small |= {"REGION": region, "REGION_SHIFT": region.bit_length() - 1, "AHEAD": 2, "FORGET_INTERVAL_S": 2.0}
         for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("primary."):
+            if getattr(module, "__name__", "").startswith(("primary.", "common.intent")):
                 for name in small.keys() & vars(module).keys():
                     self._set(undo, module, name, small[name])
         self._set(undo, primary.questions.Inquiry.ask, "__defaults__", (unit,))
+        self._set(undo, common.intent.IntentFile.__init__, "__defaults__", (region,))
 
     @staticmethod
     def _set(undo: list[Callable[[], None]], owner: Any, name: str, value: Any) -> None:
@@ -376,7 +404,8 @@ class World:
             except BaseException:
                 world.oracle.guest_unsure(first, operations)
                 raise
-            world.guard(world.oracle.guest_wrote, first, operations, view, errors, stage)
+            side = next(host.side for host in world.hosts.values() if volume.buffer.header.path.startswith(host.directory))
+            world.guard(world.oracle.guest_wrote, side, first, operations, view, errors, stage)
             return errors
 
         def buffer_init(buffer: DiskBuffer, *args: Any, **options: Any) -> None:
@@ -388,7 +417,7 @@ class World:
         self._set(undo, PairHeader, "store_state", store_state)
         self._set(undo, GuestVolume, "apply", guest_apply)
         self._set(undo, DiskBuffer, "__init__", buffer_init)
-        for cls in (primary.node.PrimaryNode, secondary.node.SecondaryNode):
+        for cls in (primary.node.PrimaryNode, secondary.node.SecondaryNode, secondary.guest.GuestProcess):
             self._note_nodes(undo, cls)
 
     def _note_nodes(self, undo: list[Callable[[], None]], cls: Any) -> None:
@@ -442,8 +471,11 @@ class World:
         process = Running(host, role, 1.0 + host.rate, host.offset)
         host.processes[role] = process
         self.ends.append(process)
-        if role == "primary":
-            self.oracle.primary_started(host.platters, power_lost=host.off)
+        oracle = self.oracle
+        if role == "primary" and oracle.promoted and oracle.promoted_side == host.side:
+            oracle.lead(host.side, host.platters)
+        elif role != "secondary" and oracle.leader == host.side:
+            self.guard(oracle.primary_started, host.platters, power_lost=host.off)
         host.off = False
         self.trace(f"start {process.name}")
         process.run(self._launch, process)
@@ -495,7 +527,6 @@ class World:
     def lose_power(self, host: Host) -> None:
         """The machine stops, and with it everything that was not on stable storage."""
         self.trace(f"power off {host.side}")
-        held = "secondary" in host.processes
         for process in list(host.processes.values()):
             if process.alive:
                 self.kill(process, silently=True)
@@ -504,8 +535,7 @@ class World:
         host.metadata.lose_power()
         shutil.rmtree(host.settings.buffer.directory, ignore_errors=True)
         host.off = True
-        if held:
-            self.oracle.memory_lost(host.platters, host.metadata)
+        self.oracle.memory_lost(host.side, host.platters, host.metadata)
 
     # Checks
 
@@ -533,7 +563,7 @@ class World:
 
     def secondary_host(self) -> Host:
         """The side that is, or was, the secondary."""
-        return self.hosts["b"]
+        return self.hosts[OTHER[self.oracle.leader]]
 
     def check_secondary(self) -> None:
         host = self.secondary_host()
@@ -556,7 +586,7 @@ class World:
                 process = host.process("secondary")
                 self.trace(f"state {host.side} {old} -> {new}")
                 self.guard(
-                    self.oracle.state_stored, old, new, header.checkpoint.number, host.platters, exact=self.exact(process)
+                    self.oracle.state_stored, host.side, old, new, header.checkpoint.number, host.platters, exact=self.exact(process)
                 )
 
     def between(self, platter: Platter, kind: str) -> None:
