@@ -272,7 +272,10 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """``what`` went wrong at the message ``barrier``: ``apply``, ``flush`` (with ``errno``) or ``stream`` (errno 0)."""
+    """``what`` went wrong at the message ``barrier``: ``apply``, ``flush`` (with ``errno``) or ``stream`` (errno 0).
+
+    These end the session. ``checkpoint`` (errno 0) does not: the checkpoint was not taken, the one before it stays.
+    """
 
     session: int
     sequence: int
@@ -444,7 +447,7 @@ _LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
     SYNCED: (Synced, (_history,)),
     VERIFY: (Verify, (_packed(24),)),
     VERIFIED: (Verified, (_I64, _packed(1))),
-    FAILED: (Failed, (_word("apply", "flush", "stream"), _I64, _integer(32), _SENTENCE)),
+    FAILED: (Failed, (_word("apply", "flush", "stream", "checkpoint"), _I64, _integer(32), _SENTENCE)),
 }
 _CODE: Final = {cls: code for code, (cls, _) in _LAYOUT.items()}
 for _cls, _checks in _LAYOUT.values():

@@ -229,10 +229,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @directory_option
 @json_option
 @click.option("--watch", is_flag=True, help="Go on showing it, once a second, until Ctrl-C.")
+@click.option("--clear-error", is_flag=True, help="First forget the last failure: it was looked after.")
 @reporting
-def status(directory: Path, as_json: bool, watch: bool) -> None:
+def status(directory: Path, as_json: bool, watch: bool, clear_error: bool) -> None:
     """Show what is going on; processes that died with their reason."""
     pair = Pair(directory)
+    if clear_error:
+        pair.clear_error()
     if not watch:
         now = pair.status()
         if as_json:

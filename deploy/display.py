@@ -40,8 +40,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     for side in ("primary", "secondary"):
         error = status[side].get("error")
         if error:
-            sentence = error.get("sentence", error) if isinstance(error, dict) else error
-            parts += [Text(), Text(f"{side}: {sentence}", style="red")]
+            told = f"{side}: {error['name']} (case {error['case']}): {error['sentence']}"
+            parts += [Text(), Text(told, style="red")]
     return Group(*parts)
 
 

@@ -20,6 +20,8 @@
      "counters":   {"primary": {…}, "secondary": {…}}
      "volumes":    [{"name", "size", "primary_uri", "secondary_uri"}]
      "supervisor": {"pid": number or None}}
+
+``error`` of a side is described in ``common.failures``.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import psutil
 from common.child import Child
 from common.control import ControlClient, error_from_dict
 from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
+from common.failures import Failure
 from common.settings import NodeSettings, Role
 from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
@@ -370,6 +373,16 @@ class Pair:
     def _connected(self) -> bool:
         return bool(self.client(self.follower()).call("status")["peer"]["connected"])
 
+    def clear_error(self) -> None:
+        """Forget the last failure of both sides, as far as they run. NotRunning if neither does."""
+        answered = 0
+        for role in SIDES:
+            with contextlib.suppress(NotRunning):
+                self.client(role).call("clear_error")
+                answered += 1
+        if not answered:
+            raise NotRunning("Neither side is running.", hint="There is no failure to forget.")
+
     def status(self) -> dict[str, Any]:
         """Both sides, merged as the module says, whatever is dead. Raises ConfigError if there is no pair here."""
         sides = self.directory.settings()
@@ -422,7 +435,7 @@ class Pair:
         """How far the resync is, from the primary."""
         status = self.client(self.leader()).call("status")
         resync = status.get("resync") or {}
-        if status.get("error"):
+        if (status.get("error") or {}).get("case") == Failure.PRIMARY_DISK:
             raise error_from_dict(status["error"])
         return Resync(
             active=bool(resync.get("active")),

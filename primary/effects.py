@@ -51,7 +51,7 @@ class CheckpointDone(NamedTuple):
 
 
 class CheckpointFailed(NamedTuple):
-    """The checkpoint asked for with ``token`` will not be taken."""
+    """The checkpoint asked for with ``token`` (None: by nobody) will not be taken; the one before it stays."""
 
     token: Any
     sentence: str
@@ -141,12 +141,20 @@ def checkpoint_done(body: list[Any], sequence: int, seconds: float, now: float) 
     return CheckpointDone(number, sequence, seconds, max(0.0, now - asked_at), token)
 
 
-def answers(controls: list[Entry], asked: dict[int, Any], now: float) -> list[Effect]:
-    """For control messages that are applied. Answers come before the ACK; one that did not, a connection ate."""
+def answers(
+    controls: list[Entry], asked: dict[int, Any], now: float, taken: int | None = None
+) -> list[Effect]:
+    """For control messages that are applied. Answers come before the ACK; one that did not, a connection ate.
+
+    ``taken``: number of the last checkpoint that the secondary took, if it said so since.
+    """
     effects: list[Effect] = []
     for entry in controls:
         body = asked.pop(entry[SEQUENCE], None)
         if body is not None and entry[KIND] == CHECKPOINT:
+            if taken is not None and body[0] > taken:
+                effects.append(CheckpointFailed(body[1], "The secondary could not take the checkpoint."))
+                continue
             effects.append(checkpoint_done(body, entry[SEQUENCE], 0.0, now))
         elif body is not None:
             effects.append(Verified(body[1], None))

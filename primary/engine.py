@@ -36,6 +36,7 @@ import zmq
 
 from common.disk import Disk
 from common.errors import OperationFailed, PeerRefused, TandemDiskError, TimedOut
+from common.failures import Failure, Failures, count_status
 from common.generation import RETURNING, extend
 from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, load_keys
@@ -121,7 +122,7 @@ class Engine:
         """The newest generation was begun here, and no secondary has it."""
         self._closing = False
         self._refusal = ""
-        self._error: dict[str, Any] | None = None
+        self.failures = Failures()
         self._synchroniser: Synchroniser | None = None
         self._synchronising: asyncio.Task[None] | None = None
         self._verifier: Verifier | None = None
@@ -251,6 +252,7 @@ class Engine:
             case ResyncNeeded():
                 self._resync(effect)
             case Cut(reason=reason):
+                self._forwarding_failed(reason, outstanding=not self.session.idle)
                 self._set_state("reconnecting", reason)
             case Lost(reason=reason, unacknowledged=unacknowledged):
                 self._lost(reason, unacknowledged)
@@ -261,8 +263,7 @@ class Engine:
                     pin.fail(code)
                     pin.unpin()
             case CheckpointFailed(token=token, sentence=sentence):
-                if token is not None and not token.done():
-                    token.set_exception(OperationFailed(f"No checkpoint was taken: {sentence}."))
+                self._checkpoint_failed(token, sentence)
             case Starved():
                 self._starved()
             case Verified(token=token, differing=differing):
@@ -274,6 +275,8 @@ class Engine:
         if (state, reason) != (self.state, self.reason):
             log.info("state %s -> %s %s", self.state, state, reason)
         self.state, self.reason = state, reason
+        if state == "protected":
+            self.failures.clear(Failure.FORWARDING)
         if state != "reconnecting":
             self._settled.set()
 
@@ -432,12 +435,19 @@ class Engine:
 
     # Losing the secondary
 
+    def _forwarding_failed(self, reason: str, *, outstanding: bool) -> None:
+        """A failure only if something was on its way; one failure for a cut and the loss that follows it."""
+        now = self.failures.error
+        if outstanding and not (now is not None and now["case"] == Failure.FORWARDING):
+            self.failures.add(Failure.FORWARDING, f"writes were not confirmed by the secondary: {reason}")
+
     def _lost(self, reason: str, unacknowledged: list[Unacknowledged]) -> None:
         if self._closing:
             return  # nobody writes any more, so nothing begins
         if self.session.attached:
             self._set_state("blocked", reason)
             return
+        self._forwarding_failed(reason, outstanding=bool(unacknowledged))
         self._stop_work()
         self.export.resume_reading()
         self._go_alone("alone", reason, unacknowledged)
@@ -559,6 +569,13 @@ class Engine:
                 hint="`tandemdisk status` says what it waits for; the checkpoint is still under way.",
             ) from None
 
+    def _checkpoint_failed(self, token: Any, sentence: str) -> None:
+        log.warning("no checkpoint: %s", sentence)
+        if isinstance(token, asyncio.Future) and not token.done():
+            token.set_exception(OperationFailed(f"No checkpoint was taken. {sentence}"))
+        if self.state == "syncing" and not self.session.syncing and self.session.attached:
+            self.link.send(self.session.checkpoint(None, time.monotonic()))  # a resync is over when one was taken
+
     async def _checkpoint_now_and_then(self) -> None:
         interval = self.settings.checkpoint_interval_s
         while True:
@@ -573,9 +590,7 @@ class Engine:
     # Status and end
 
     def _disk_failed(self, what: str, error: OSError) -> None:
-        sentence = f"{what} failed: {error.strerror or error}"
-        log.error("primary disk: %s", sentence)
-        self._error = {"case": 1, "name": "I/O error on the primary disk", "sentence": sentence, "time": time.time()}
+        self.failures.add(Failure.PRIMARY_DISK, f"{what} failed: {error.strerror or error}")
 
     def status(self) -> dict[str, Any]:
         """What ``status`` shows of a primary, without its export."""
@@ -607,6 +622,7 @@ class Engine:
                 "sequence": statistics.sequence,
                 "disk_errors": self.mirror.disk_errors,
                 "local_flushes": self.mirror.flusher.count,
+                "failures": count_status(self.failures.counts),
                 **self._resyncs.counters(self._synchroniser),
                 "intent_waits": self.mirror.guard.waits if self.mirror.guard is not None else 0,
             },
@@ -616,7 +632,7 @@ class Engine:
                 "trouble": self.link.trouble,
                 "round_trip_seconds": statistics.round_trip_s,
             },
-            "error": self._error,
+            "error": self.failures.error,
         }
 
     async def close(self) -> None:

@@ -112,11 +112,28 @@ class MirroredDisk:
         self.disk = disk
         self.index = index
         self.clients = 0
-        self.read_into = disk.read_nowait
-        self.read_blocking = disk.read_into
+        self._read_nowait = disk.read_nowait
         self.block_status = disk.extents
         self.flush = mirror.flush
         self._mirror = mirror
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """From memory; BlockingIOError if the device would have to be asked."""
+        try:
+            self._read_nowait(offset, view)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._mirror.read_failed(self, offset, len(view), error)
+            raise
+
+    def read_blocking(self, offset: int, view: memoryview) -> None:
+        """The same, from any thread, waiting."""
+        try:
+            self.disk.read_into(offset, view)
+        except OSError as error:
+            self._mirror.read_failed(self, offset, len(view), error)
+            raise
 
     def submit(self, batch: WriteBatch) -> None:
         """See ``Mirror.submit``."""
@@ -244,6 +261,11 @@ class Mirror:
         if batch.fua:
             self.flusher.request(pending.flushed)
         pending.unpin()
+
+    def read_failed(self, volume: MirroredDisk, offset: int, length: int, error: OSError) -> None:
+        """A client could not be given what it asked for. From any thread."""
+        self.disk_errors += 1
+        self._on_disk_error(f"read of {length} bytes at {offset} of volume {volume.name}", error)
 
     def _write_local(self, volume: MirroredDisk, batch: WriteBatch) -> dict[int, int]:
         """Write to the primary disk; the errno of each operation that failed."""

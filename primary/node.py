@@ -52,6 +52,7 @@ class PrimaryNode:
                 "status": self._status,
                 "checkpoint": engine.checkpoint_command,
                 "verify": engine.verify_command,
+                "clear_error": self._clear_error,
                 "redial": self._redial,
                 "stop": self._stop,
             },
@@ -117,6 +118,10 @@ class PrimaryNode:
             number = (await self.engine.take_checkpoint()).number
         self._lifecycle.stop.set()
         return {"checkpoint": number, "state": self.engine.state}
+
+    async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self.engine.failures.clear()
+        return {}
 
     # End
 

@@ -39,6 +39,7 @@ from common.generation import Standing
 from common.wire import BATCH, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
 from primary.effects import (
     Acknowledged,
+    CheckpointFailed,
     Cut,
     Effect,
     Established,
@@ -469,6 +470,11 @@ class PrimarySession:
         return [Pressure(message.used, message.pool, under_way)]
 
     def _on_failed(self, message: wire.Failed, now: float) -> list[Effect]:
+        if message.what == "checkpoint":
+            body = self._window.asked.pop(message.barrier, None)
+            if not isinstance(body, list):
+                raise WireError(f"it failed to take a checkpoint at {message.barrier}, where none was asked for")
+            return [CheckpointFailed(body[1], message.sentence)]
         if message.what == "stream":
             return self._cut(f"the secondary ended the session: {message.sentence}", now)
         effects: list[Effect] = []
@@ -516,7 +522,7 @@ class PrimarySession:
         window = self._window
         before = window.applied, window.durable
         pins, controls = window.acknowledge(welcome.applied, welcome.durable, welcome.recorded, welcome.free)
-        effects = answers(controls, self._window.asked, now)
+        effects = answers(controls, self._window.asked, now, taken=welcome.checkpoint)
         if (window.applied, window.durable) != before:
             effects.append(Acknowledged(window.applied, window.durable, pins))
         if window.peer_syncing != welcome.syncing:

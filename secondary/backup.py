@@ -45,8 +45,17 @@ from secondary.requests import HOLD, Description, RequestTable
 _NOWAIT: Final = os.RWF_NOWAIT
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+INLINE_BLOCKS: Final = 1024
+INLINE_BYTES: Final = 4 << 20
+"""What ``do_cow_nowait`` copies at most, so that an event loop is not held up: about a millisecond (deploy/bench/heart.py;
+16 MiB at once take 10 ms, and 30 ms into memory of the pool that is used for the first time)."""
+
 Numbers = Sequence[int] | Blocks
 """Byte offsets or lengths of a batch."""
+
+
+class BackupError(OSError):
+    """Old contents could not be read from the secondary disk: nothing was written over them."""
 
 
 class BackupJob(Serialised):
@@ -73,14 +82,14 @@ class BackupJob(Serialised):
         block.
 
         Byte offsets and lengths, each length at least 1. Returns how many blocks were copied. Raises NoSpaceError if
-        the hidden disk has no room for them, TimedOut if a request in flight does not end, OSError if the secondary
-        disk cannot be read (also recorded).
+        the hidden disk has no room for them, TimedOut if a request in flight does not end, BackupError if the
+        secondary disk cannot be read (also recorded).
         """
         with self._mutex:
             return self._cow(offsets, lengths, wait=True)
 
     def do_cow_nowait(self, offsets: Numbers, lengths: Numbers) -> int:
-        """``do_cow`` if it need not wait, neither for a request in flight nor for the device.
+        """``do_cow`` if that is quick: no wait for a request in flight or for the device, and not too much to copy.
 
         Else BlockingIOError, nothing done.
         """
@@ -125,6 +134,8 @@ class BackupJob(Serialised):
             blocks = self._new_many(*many, epoch << 32)
         if not blocks:
             return 0
+        if not wait and (len(blocks) > INLINE_BLOCKS or len(blocks) << self._shift > INLINE_BYTES):
+            raise BlockingIOError(errno.EAGAIN, "more than is copied without a thread")
         layer = self._layer
         used = layer.used(epoch)
         if used + len(blocks) > layer.slots:
@@ -144,10 +155,12 @@ class BackupJob(Serialised):
                 layer.store_used(epoch, used)
                 raise
             layer.stamp(blocks, used, epoch << 32)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                self._header.set_error(Failure.BACKUP, f"{error} (volume {self.buffer.name})")
+        except BlockingIOError:
             raise
+        except OSError as error:
+            sentence = f"old contents of volume {self.buffer.name} cannot be read: {error.strerror or error}"
+            self._header.set_error(Failure.BACKUP, sentence)
+            raise BackupError(error.errno or errno.EIO, sentence) from error
         finally:
             self.requests.release(request)
         words, base = self._words, self.buffer.base

@@ -148,6 +148,7 @@ class CommitJob:
                 hint="All data can still be read and written. Put the disk right, then run the failover again.",
             ) from error
         header.store_state(Stage.DONE, header.epoch, syncing=False)
+        header.clear_error(Failure.FAILOVER)
         return True
 
     @property

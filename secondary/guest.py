@@ -95,6 +95,7 @@ class GuestProcess:
             "checkpoint": self._checkpoint,
             "verify": self._verify,
             "redial": self._redial,
+            "clear_error": self._clear_error,
         }
         control = ControlServer(self.settings.control_path("export"), handlers)
         await control.start()
@@ -141,6 +142,10 @@ class GuestProcess:
 
     async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._leader().link.redial()
+        return {}
+
+    async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._leader().failures.clear()
         return {}
 
     # Commands

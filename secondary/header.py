@@ -34,6 +34,7 @@ from typing import Final
 from common import limits
 from common.disk import FLOCK
 from common.errors import DiskError, TandemDiskError
+from common.failures import Failure as Failure  # the words of the header speak of it
 
 MAGIC: Final = int.from_bytes(b"TDBUFFER", "little")
 LAYOUT_VERSION: Final = 1
@@ -60,6 +61,8 @@ W_ERROR_TIME: Final = 20
 W_ERROR_BYTES: Final = 21
 W_PAIR_BYTES: Final = 22
 W_OWNER: Final = 23
+W_FAILURES: Final = 24
+"""Counters of the seven cases, at their numbers."""
 
 PAIR_ID: Final = slice(256, 512)
 ERROR_TEXT: Final = slice(512, 2048)
@@ -97,30 +100,6 @@ class Stage(enum.IntEnum):
     FAILOVER = 2
     FAILOVER_FAILED = 3
     DONE = 4
-
-
-class Failure(enum.IntEnum):
-    """The seven failure cases of QEMU's docs/block-replication.txt, in its order."""
-
-    NONE = 0
-    PRIMARY_DISK = 1
-    FORWARDING = 2
-    BACKUP = 3
-    SECONDARY_DISK = 4
-    ACTIVE_DISK = 5
-    EMPTYING = 6
-    FAILOVER = 7
-
-
-FAILURE_WORDS: Final = {
-    Failure.PRIMARY_DISK: "I/O error on the primary disk",
-    Failure.FORWARDING: "forwarding a primary write failed",
-    Failure.BACKUP: "the backup job failed",
-    Failure.SECONDARY_DISK: "I/O error on the secondary disk",
-    Failure.ACTIVE_DISK: "I/O error on the active disk",
-    Failure.EMPTYING: "emptying the disk buffer failed",
-    Failure.FAILOVER: "failover failed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +302,7 @@ class PairHeader:
             self.bytes[ERROR_TEXT.start : ERROR_TEXT.start + len(text)] = text
             self.words[W_ERROR_BYTES] = len(text)
             self.words[W_ERROR_CASE] = case
+            self.words[W_FAILURES + case] += 1
             self.words[W_ERROR_TIME] = time.time_ns()
             self.words[W_ERROR_SERIAL] += 1
         finally:
@@ -340,9 +320,16 @@ class PairHeader:
                 return record if case else None
         return ErrorRecord(Failure(min(case, 7)), "a process died while it wrote the error down", 0)
 
-    def clear_error(self) -> None:
-        """Forget the failure: what caused it was put right."""
-        self.words[W_ERROR_CASE] = Failure.NONE
+    def clear_error(self, *cases: Failure) -> None:
+        """Forget the failure, if it is one of ``cases``, or whichever it is: what caused it was put right."""
+        case = self.words[W_ERROR_CASE]
+        if case and (not cases or case in cases):
+            self.words[W_ERROR_CASE] = Failure.NONE
+
+    def failures(self) -> dict[Failure, int]:
+        """How often each case happened since the buffer was made, without those that never did."""
+        counts = ((case, self.words[W_FAILURES + case]) for case in Failure if case)
+        return {case: count for case, count in counts if count}
 
     # Ownership
 

@@ -34,6 +34,7 @@ from common.child import Child, exit_reason
 from common.control import ControlClient, ControlServer
 from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
+from common.failures import count_status, error_status
 from common.generation import RETURNING, History, extend
 from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, load_keys
@@ -49,7 +50,7 @@ from secondary.backup import PairBackup
 from secondary.buffer import BufferVolume, DiskBuffer
 from secondary.commit import CommitJob, failover_checkpoint, failover_latest, held_extents
 from secondary.failover import Situation, Target, decide, parse_target
-from secondary.header import FAILURE_WORDS, Failure, Stage
+from secondary.header import Failure, Stage
 from secondary.link import Link
 from secondary.session import Position, SecondaryConfig, SecondarySession
 
@@ -119,6 +120,7 @@ class SecondaryNode:
             {
                 "status": self._status,
                 "failover": self._failover_command,
+                "clear_error": self._clear_error,
                 "stop": self._stop_command,
                 **{command: partial(self._pass_on, command) for command in ("checkpoint", "verify", "redial")},
             },
@@ -447,12 +449,7 @@ class SecondaryNode:
         record = self.buffer.header.get_error()
         if record is None:
             return None
-        return {
-            "case": int(record.case),
-            "name": FAILURE_WORDS[record.case],
-            "sentence": record.sentence,
-            "time": record.wall_ns / 1e9,
-        }
+        return error_status(record.case, record.sentence, record.wall_ns / 1e9)
 
     async def _status(self, _args: dict[str, Any]) -> dict[str, Any]:
         header, volumes = self.buffer.header, self.buffer.volumes
@@ -507,6 +504,7 @@ class SecondaryNode:
                 "waits": self.applier.waits,
                 "applied": statistics.applied,
                 "durable": position.durable,
+                "failures": count_status(header.failures()),
             },
             "volumes": [
                 {
@@ -521,6 +519,12 @@ class SecondaryNode:
             "error": self._error(),
         }  # fmt: skip
         return told | await self._status_of_engine(told)
+
+    async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self.buffer.header.clear_error()
+        if self._leading is not None:
+            await self._call_export("clear_error")
+        return {}
 
     async def _status_of_engine(self, told: dict[str, Any]) -> dict[str, Any]:
         """What a promoted side's engine adds and knows better."""
@@ -544,7 +548,9 @@ class SecondaryNode:
             "state": told["state"] if alone else engine["state"],
             "checkpoint_time": engine["checkpoint_time"] or told["checkpoint_time"],
             "volumes": volumes,
-            "counters": told["counters"] | engine["counters"],
+            "counters": told["counters"] | engine["counters"] | {
+                "failures": told["counters"]["failures"] | engine["counters"]["failures"]
+            },
             "error": engine["error"] or told["error"],
         }
 

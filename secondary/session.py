@@ -405,6 +405,18 @@ class SecondarySession:
             return []
         return [self._send(wire.Checkpointed(self._session, self._next(), number, sequence, float(seconds)))]
 
+    def checkpoint_missed(self, sequence: int, number: int, sentence: str) -> list[Effect]:
+        """Checkpoint ``number`` could not be taken. The one before it stays, and the stream goes on behind the barrier.
+
+        Goes out before the ACK that covers it. Should both get lost, the next WELCOME says which was the last.
+        """
+        counted = self.applied(sequence)
+        if self._checkpoint_received == number:
+            self._checkpoint_received = self._checkpoint
+        if not self._session or not counted:
+            return []
+        return [self._send(wire.Failed(self._session, self._next(), "checkpoint", sequence, 0, sentence))]
+
     def verified(self, sequence: int, differing: bytes) -> list[Effect]:
         """The ranges of a Verify are compared: one byte each, 1 = differs."""
         counted = self.applied(sequence)

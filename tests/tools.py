@@ -61,7 +61,7 @@ class Loop:
             file.seek(size)
             self._kept = file.read()
         os.truncate(self.file, size)
-        self._forget()
+        self.forget()
 
     def heal(self) -> None:
         """The device is whole again, with the contents that it had."""
@@ -70,9 +70,9 @@ class Loop:
             file.write(self._kept)
             file.truncate(self._size)
         self._kept = b""
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Nothing of it in the page cache: the next read asks the device."""
         run("blockdev", "--flushbufs", self.device)
 
