@@ -46,6 +46,7 @@ class Link:
         self._dialer: Dialer | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._greeted = False
+        self._armed_in = session.state
 
     def open(self) -> None:
         """Begin to dial."""
@@ -122,6 +123,8 @@ class Link:
         effects = self.session.receive(tuple(frames), time.monotonic())
         if effects:
             self.perform(effects)
+            if self.session.state is not self._armed_in:
+                self._arm()  # another state has other deadlines, and they may be closer
 
     def _drained(self) -> None:
         pass
@@ -130,6 +133,7 @@ class Link:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._armed_in = self.session.state
         deadline = self.session.next_deadline()
         if deadline is not None and self._dialer is not None:
             self._timer = self._loop.call_at(self._loop.time() + max(0.0, deadline - time.monotonic()), self._ring)
