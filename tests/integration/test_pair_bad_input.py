@@ -323,12 +323,13 @@ def test_a_socket_that_somebody_listens_on(short_dir: Path) -> None:
 @pytest.fixture
 def pair_with_keys(short_dir: Path) -> Pair:
     """A pair over TCP, encrypted; not started."""
-    address = f"tcp://127.0.0.1:{free_port()}"
+    addresses = {"primary": f"tcp://127.0.0.1:{free_port()}", "secondary": f"tcp://127.0.0.1:{free_port()}"}
     pair = Pair.create(short_dir / "p", OPTIONS)
     files = {name: generate_keys(short_dir, name) for name in ("a", "b", "stranger")}
-    for role, own, peer in (("primary", "a", "b"), ("secondary", "b", "a")):
+    for role, other, own, peer in (("primary", "secondary", "a", "b"), ("secondary", "primary", "b", "a")):
         keys = {"secret_key": str(files[own][1]), "peer_key": str(files[peer][0])}
-        replication(pair, role, listen=address, connect=address, **keys)  # type: ignore[arg-type]  # mypy widens the literals
+        keys |= {"listen": addresses[role], "connect": addresses[other]}
+        replication(pair, role, **keys)  # type: ignore[arg-type]  # mypy widens the literals
     return pair
 
 

@@ -24,7 +24,7 @@ from tests.pairs import MIB, Load
 
 SIZE = 64 * MIB
 FILES = 2500
-DATA_BYTES = 28 * MIB
+DATA_BYTES = 40 * MIB
 OVERWRITTEN = (0, 24 * MIB)
 """Where the load writes: superblock, tables and files, and less than would fill the disk buffer."""
 
@@ -46,7 +46,7 @@ def filesystem(tmp_path_factory: pytest.TempPathFactory) -> FileSystem:
     image = directory / "image"
     nbd_tools.run(["mkfs.ext4", "-q", "-F", "-N", "8192", "-d", tree, image, "64M"])
     hashes = _hashes(tree)
-    assert len(hashes) > 1000
+    assert len(hashes) > 2000
     return FileSystem(image, hashes)
 
 
