@@ -74,6 +74,8 @@ class BackupJob(Serialised):
         self._mutex = threading.Lock()
         self._fd = disk.fileno()
         self._nowait = True
+        epoch = buffer.header.epoch
+        self._leaked_in = epoch if len(self._layer.held(epoch)[0]) < self._layer.used(epoch) else -1
 
     # The exported interface, beside that of Serialised
 
@@ -111,10 +113,15 @@ class BackupJob(Serialised):
 
     @property
     def free_blocks(self) -> int:
-        """Slots of the hidden disk that are left before the next checkpoint; all while there is none to protect."""
-        if self._header.syncing:
-            return self._layer.slots  # nothing is copied, whatever the epoch before holds
-        return self._layer.slots - self._layer.used(self._header.epoch)
+        """Slots of the hidden disk that may still be asked for before the next checkpoint.
+
+        All of them while there is no checkpoint to protect, and always in a pool that has one for each block: that can't
+        run out, however often a block is counted, unless a crash leaked some of them in this very epoch.
+        """
+        layer, epoch = self._layer, self._header.epoch
+        if self._header.syncing or (layer.slots >= self.buffer.blocks and epoch != self._leaked_in):
+            return layer.slots
+        return layer.slots - layer.used(epoch)
 
     # Inside
 
