@@ -1,18 +1,23 @@
 # make demo    a pair on this machine, its primary killed, the disk alive: needs Python >= 3.11, no root
 # make test    the tests; clients that are not installed (qemu-io, fio, nbdcopy …) are named and skipped
+# make soak    copy-before-write under readers, guests, checkpoints and kills, against a model: millions of operations
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= 2
 TESTS   ?= tests
+OPERATIONS ?= 3000000
 SOURCES := $(shell find common primary secondary deploy -name '*.py') pyproject.toml
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test soak lint types check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tandemdisk demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak_cow --operations $(OPERATIONS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ def _orderly_end() -> Iterator[None]:
 )
 @click.option("--no-growth", is_flag=True, help="With --hosts: leave out how cost grows.")
 @click.option("--hot-path", is_flag=True, help="Instead: where each microsecond of a request goes, step by step.")
+@click.option("--heart", is_flag=True, help="Instead: copy-before-write, reads, checkpoints, failover by themselves.")
 def bench(
     peers: str | None,
     only: str | None,
@@ -128,6 +129,7 @@ def bench(
     rates: tuple[str, ...],
     no_growth: bool,
     hot_path: bool,
+    heart: bool,
 ) -> None:
     """Measure this machine's pair, beside others if asked, in alternating rounds.
 
@@ -142,6 +144,12 @@ def bench(
 
     if listing:
         _list()
+        return
+    if heart:
+        from deploy.bench.heart import show_heart
+
+        with _orderly_end():
+            show_heart(json_path)
         return
     if hot_path:
         from deploy.bench.hotpath import show_hot_path

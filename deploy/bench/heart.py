@@ -1,4 +1,4 @@
-"""What the secondary's heart costs, in one process and without a network: `python -m deploy.bench.heart`.
+"""What the secondary's heart costs, in one process and without a network: `tandemdisk bench --heart`.
 
     requests     lock and unlock of a CowRequest
     do_cow       a batch of 32 random blocks, first touch and not, with readers present and not; per GiB in long extents
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -364,19 +364,28 @@ MEASUREMENTS: Final[dict[str, Callable[[], Figures]]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What the secondary's heart costs, in microseconds")
-    parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), help="these groups")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
+def show_heart(json_path: str | None = None, only: Sequence[str] = ()) -> None:
+    """Measure and print; the figures as JSON into ``json_path`` too, or instead if that is ``-``."""
     results: dict[str, Figures] = {}
-    for name in options.only or MEASUREMENTS:
+    for name in only or MEASUREMENTS:
         results[name] = MEASUREMENTS[name]()
+        if json_path == "-":
+            continue
         print(name)
         for what, figure in results[name].items():
             print(f"    {what:60} {figure:10.1f}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    if json_path == "-":
+        print(json.dumps(results, indent=1))
+    elif json_path:
+        Path(json_path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What the secondary's heart costs, in microseconds")
+    parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=(), help="these groups")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too; - prints nothing else")
+    options = parser.parse_args()
+    show_heart(options.json, options.only)
     return 0
 
 

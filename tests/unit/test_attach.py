@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import secondary
 from common.errors import DiskError, NotRunning, OperationFailed, TimedOut
 from secondary import attach as attach_module
 from secondary import header as h
@@ -240,3 +242,83 @@ def test_a_snapshot_begins_anew_when_its_ground_is_gone(pair: Rig, tmp_path: Pat
         view.snapshot({"disk0": str(tmp_path / "0.raw")}, progress=progress)
     assert (tmp_path / "0.raw").read_bytes() == pair.oracle.disk
     assert calls > 6
+
+
+def test_several_reads_in_one_request_are_of_one_checkpoint(pair: Rig) -> None:
+    """What QEMU's example does, with a checkpoint that comes in between: it has to wait."""
+    pair.stream(0, pattern(20_000, 1))
+    pair.checkpoint()
+    pair.stream(0, pattern(20_000, 2))
+    pair.guest_write(0, b"of the guest")
+    before = bytes(pair.oracles[0].disk)
+    with attach(pair.settings.directory) as view:
+        volume = view.volumes["disk0"]
+        volume.wait_for_overlapping_requests(0, 20_000)
+        request = volume.cow_request_begin(0, 20_000, shared=True)
+        first = volume.read_inside(request, 0, 5000)
+        with pytest.raises(TimedOut):
+            pair.pair.do_checkpoint(99, 99, timeout_s=0.1)
+        assert first + volume.read_inside(request, 5000, 15_000) == pattern(20_000, 1)
+        assert volume.read_inside(request, 20_000, 0) == b""
+        volume.cow_request_end(request)
+        pair.checkpoint()
+        assert volume.read(0, 20_000) == before[:20_000]
+        with pytest.raises(ValueError, match="no request in flight covers"):
+            volume.read_inside(request, 0, 5000)
+
+
+def test_a_request_that_does_not_cover_a_read(pair: Rig) -> None:
+    with attach(pair.settings.directory) as view:
+        volume, other = view.volumes.values()
+        with volume.cow_request_begin(BLOCK, 2 * BLOCK, shared=True) as request:
+            assert volume.read_inside(request, BLOCK, BLOCK) == pair.oracle.view[BLOCK : 2 * BLOCK]
+            wrong = ((volume, BLOCK, BLOCK + 1), (volume, 0, 10), (other, BLOCK, 1), (volume, -1, 1))
+            for reader, offset, length in wrong:
+                with pytest.raises(ValueError):
+                    reader.read_inside(request, offset, length)
+
+
+def test_requests_on_an_event_loop(pair: Rig) -> None:
+    """Nothing blocks the loop: it goes on while a begin waits for the backup job."""
+
+    async def scene() -> None:
+        with attach(pair.settings.directory) as view:
+            volume, job = view.volumes["disk0"], pair.pair.jobs[0]
+            with await job.cow_request_begin_async(0, BLOCK):
+                waiting = asyncio.create_task(volume.cow_request_begin_async(0, 2 * BLOCK, shared=True))
+                others = [asyncio.create_task(volume.wait_for_overlapping_requests_async(0, 1)), waiting]
+                await asyncio.sleep(0)
+                with await volume.cow_request_begin_async(8 * BLOCK, 9 * BLOCK, shared=True) as elsewhere:
+                    assert volume.read_inside(elsewhere, 8 * BLOCK, 1) == pair.oracle.view[8 * BLOCK : 8 * BLOCK + 1]
+                assert not any(task.done() for task in others)
+            async with asyncio.timeout(10):
+                await asyncio.gather(*others)
+            with waiting.result() as request:
+                assert volume.read_inside(request, 0, 2 * BLOCK) == pair.oracle.view[: 2 * BLOCK]
+
+    asyncio.run(scene())
+
+
+def test_the_interface_can_be_imported_from_the_package() -> None:
+    for name in secondary.__all__:
+        assert getattr(secondary, name).__doc__
+    for function in ("wait_for_overlapping_requests", "cow_request_begin", "cow_request_end"):
+        for offered in (secondary.BackupJob, secondary.VolumeView):
+            assert getattr(offered, function)
+            assert function == "cow_request_end" or asyncio.iscoroutinefunction(getattr(offered, f"{function}_async"))
+
+
+@pytest.mark.root
+def test_another_user_is_told_so(pair: Rig) -> None:
+    os.chmod(pair.settings.directory, 0o700)
+    side = Path("/tmp") / f"td-{os.getpid()}"
+    side.mkdir(mode=0o755)
+    (side / BUFFER_LINK).symlink_to(pair.settings.directory)
+    try:
+        os.seteuid(65534)
+        with pytest.raises(DiskError, match="cannot be opened by this user"):
+            attach(str(side))
+    finally:
+        os.seteuid(0)
+        (side / BUFFER_LINK).unlink()
+        side.rmdir()
