@@ -40,6 +40,8 @@ class IntentGuard:
         self.waits = 0
         """Times that writes were held for a bit."""
         self._sizes = tuple(sizes)
+        self._requiring: list[list[tuple[int, int, int]]] = []
+        """Ranges whose bits are on their way to the disk."""
         self._loop = asyncio.get_running_loop()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="intent")
         for volume, offset, length in file.ranges():
@@ -63,12 +65,14 @@ class IntentGuard:
             for _, offset, length, _, _ in operations
             if not self.covers(volume, offset, length)
         ]
+        self._requiring.append(ranges)
         future = self._loop.run_in_executor(self._executor, self.file.set_ranges, ranges)
         future.add_done_callback(lambda finished: self._required(finished, ranges, done))
 
     def _required(
         self, finished: asyncio.Future[None], ranges: list[tuple[int, int, int]], done: Callable[[int], None]
     ) -> None:
+        self._requiring.remove(ranges)
         error = finished.exception()
         if error is not None:
             log.error("write-intent file: %s", error)
@@ -82,14 +86,26 @@ class IntentGuard:
 
     async def forget(self, wanted: Sequence[DirtyBitmap], promise: Callable[[], Awaitable[None]]) -> int:
         """Clear every region in which ``wanted`` marks nothing; ``promise`` makes durable from where on the bits know
-        every write. Returns the regions that are left. DiskError if a file cannot be written."""
+        every write. Returns the regions that are left. DiskError if a file cannot be written. ``wanted`` is given away:
+        regions that are written to meanwhile are marked in it."""
         for marks, bitmap in zip(self.marks, wanted, strict=True):
             for region in [index for index, mark in enumerate(marks) if mark]:
                 offset = region << REGION_SHIFT
                 if offset < bitmap.size and not bitmap.any_in(offset, min(REGION, bitmap.size - offset)):
                     marks[region] = 0
         await promise()
+        # who waited again since then has its bit by now, or is in the queue of the thread, before what is queued here
+        for volume, marks in enumerate(self.marks):
+            for region in [index for index, mark in enumerate(marks) if mark]:
+                self._want(wanted, volume, region << REGION_SHIFT, REGION)
+        for ranges in self._requiring:
+            for volume, offset, length in ranges:
+                self._want(wanted, volume, offset, length)
         return await self._loop.run_in_executor(self._executor, self.file.keep_only, wanted)
+
+    def _want(self, wanted: Sequence[DirtyBitmap], volume: int, offset: int, length: int) -> None:
+        if offset < self._sizes[volume]:
+            wanted[volume].set_range(offset, min(length, self._sizes[volume] - offset))
 
     def close(self) -> None:
         """Wait for what is being written."""
