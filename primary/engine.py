@@ -204,6 +204,7 @@ class Engine:
         self.mirror.pause = self._congested
         self.link.before_greeting = self._tell_own_blocks
         if alone:
+            self.session.lead_alone(alone)
             self._set_state("alone", alone)
         self.link.open()
         if self.mirror.guard is not None:

@@ -305,6 +305,12 @@ class PrimarySession:
         """Give the peer up by decision of the caller (congestion, shutdown): as if it were lost."""
         return [*self._cut(reason, now), *self._lose(reason, now)]
 
+    def lead_alone(self, reason: str) -> None:
+        """Before the first write: whatever ``on_peer_loss`` says, an operator decided that this side goes on without
+        the other one. Writes are the caller's until the next resync."""
+        assert self.idle
+        self._detach(reason)
+
     def close(self, reason: str) -> list[Effect]:
         """Say BYE. What is unacknowledged is handed back in ``Lost`` (empty if ``idle``)."""
         effects: list[Effect] = []
