@@ -134,6 +134,7 @@ class Clients:
             if code or oracle.lineage is not lineage:
                 return
             same = ~open_ & ~oracle.poisoned
+            same[world.sizes[0] // SECTOR :] = False  # another volume's
             for batch in lineage.batches[count:]:
                 for first, last, _ in batch.extents:
                     same[first:last] = False

@@ -382,7 +382,12 @@ class Oracle:
         self.check_secondary(secondary, exact=exact)
         if self.tracked is None:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
-        if self.tracked.count < self.tracked.lineage.owed:
+        tracked = self.tracked
+        while tracked.count < tracked.lineage.owed:
+            # batches without effect do not show
+            tracked.count += 1
+            tracked.lineage.apply(tracked.model, tracked.count, tracked.loose)
+        if ((self.versions(secondary) != tracked.model) & ~tracked.loose).any() and not self.may_be_torn:
             raise Violation("I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged")
 
     # The guest
@@ -425,12 +430,13 @@ class Oracle:
             raise Violation("I1", f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
                             f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}")
 
-    def memory_lost(self, side: str, platters: list[Platter], metadata: MetadataFile) -> None:
+    def memory_lost(self, side: str, platters: list[Platter], metadata: MetadataFile, leader: MetadataFile) -> None:
         """The secondary's host went down: checkpoint and guest writes were in its memory."""
         if side == self.leader:
             return
-        own = self.metadata(metadata)
-        if own is not None and own.role == "primary":
+        own, other = self.metadata(metadata), self.metadata(leader)
+        known = {generation.identity for generation in other.history} if other is not None else set()
+        if own is not None and own.role == "primary" and own.failover and own.history[-1].identity not in known:
             self.promoted = True
             self.promoted_side = side
         if self.promoted:

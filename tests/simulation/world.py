@@ -222,7 +222,7 @@ class SimChild:
 
     async def wait_async(self) -> int:
         await self.process.exit.future()
-        return -9 if self.process.dead else 0
+        return 0 if self.process.ended else -9
 
     async def stop_async(self, timeout_s: float = 30.0) -> int:
         if self.process.alive:
@@ -462,6 +462,12 @@ class World:
         return self._file(path).load(path)
 
     def _save(self, path: str, metadata: Any) -> None:
+        process = PROCESS.get()
+        newest = metadata.history[-1].number if metadata.history else 0
+        self.trace(
+            f"save {path} by {process.name if process else 'operator'}: {metadata.role} generation {newest} clean {metadata.clean} "
+            f"syncing {metadata.syncing} consistent {metadata.consistent} at {metadata.stream % 1000}:{metadata.sequence}"
+        )
         self._file(path).save(path, metadata)
 
     # Processes
@@ -502,6 +508,7 @@ class World:
         self.network.process_gone(process, silently=False)
         self._close_buffers(process)
         process.exit.set()
+        self.loop.kill(process)
         if error is not None and not isinstance(error, TandemDiskError):
             raise error
 
@@ -535,7 +542,7 @@ class World:
         host.metadata.lose_power()
         shutil.rmtree(host.settings.buffer.directory, ignore_errors=True)
         host.off = True
-        self.oracle.memory_lost(host.side, host.platters, host.metadata)
+        self.oracle.memory_lost(host.side, host.platters, host.metadata, self.hosts[OTHER[host.side]].metadata)
 
     # Checks
 
