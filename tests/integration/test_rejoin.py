@@ -52,7 +52,7 @@ def led_by_b(pair: Pair) -> dict[str, Any]:
     return pair.wait_for(lambda now: now["secondary"].get("engine"), "led by side b", 20)
 
 
-@pytest.mark.parametrize("target", ["latest", "checkpoint"])
+@pytest.mark.parametrize("target", ["latest", pytest.param("checkpoint", marks=pytest.mark.soak)])
 def test_failover_rejoin_and_back(short_dir: Path, target: str) -> None:
     with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
         put(primary_uri(pair), 0, random_bytes(1, 4 * MIB))
@@ -171,7 +171,7 @@ def split(pair: Pair) -> None:
     put(guest_uri(pair), 20 * MIB, random_bytes(3, MIB))
 
 
-@pytest.mark.parametrize("loser", ["a", "b"])
+@pytest.mark.parametrize("loser", ["a", pytest.param("b", marks=pytest.mark.soak)])
 def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: str) -> None:
     options = PairOptions(size=SIZE, overrides={**QUICK, "keep_diverged": True})
     with running(short_dir / "p", options) as pair:

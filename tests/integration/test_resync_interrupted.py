@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -186,6 +188,7 @@ def test_a_secondary_disk_that_was_replaced_or_restored_is_compared_in_full(shor
             assert counters(pair)["resync_moved_bytes"] <= 8 * MIB + SLACK
 
 
+@pytest.mark.soak
 def test_resync_rate_is_a_ceiling(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=SIZE, overrides=SLOW)) as pair:
         kill_secondary(pair)
