@@ -47,8 +47,10 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 INLINE_BLOCKS: Final = 1024
 INLINE_BYTES: Final = 4 << 20
-"""What ``do_cow_nowait`` copies at most, so that an event loop is not held up: about a millisecond (deploy/bench/heart.py;
-16 MiB at once take 10 ms, and 30 ms into memory of the pool that is used for the first time)."""
+"""What ``do_cow_nowait`` copies at most, so that an event loop is not held up: about a millisecond.
+
+(16 MiB at once take 10 ms, and 30 ms into memory of the pool that is used for the first time.)
+"""
 
 Numbers = Sequence[int] | Blocks
 """Byte offsets or lengths of a batch."""

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from common.child import python_environment
 from common.errors import OperationFailed
 from common.failures import FAILURE_WORDS, Failure
 from common.nbd_client import NbdClient, NbdClientError
+from deploy.cli import main
 from deploy.pair import Pair, PairOptions
 from tests import pairs
-from tests.pairs import MIB, QUICK, Load, tandemdisk
+from tests.pairs import MIB, QUICK, Load
 from tests.tools import Loop, loop_device, mounted_tmpfs, resize_tmpfs
 
 SIZE = 16 * MIB
@@ -95,10 +97,11 @@ def test_1_a_primary_disk_that_cannot_be_read(short_dir: Path) -> None:
                 assert client.read(12 * MIB, 8192) == data[12 * MIB : 12 * MIB + 8192]
                 client.flush()
             assert error_of(pair, "primary") is not None, "nobody has looked after it"
-            shown = tandemdisk("status", "--dir", pair.directory.path)
-            assert "I/O error on the primary disk (case 1)" in " ".join(shown.stdout.split())
-            cleared = tandemdisk("status", "--dir", pair.directory.path, "--clear-error")
-            assert (cleared.returncode, "case 1" in cleared.stdout) == (0, False)
+            where = ["status", "--dir", str(pair.directory.path)]
+            shown = CliRunner().invoke(main, where)
+            assert "I/O error on the primary disk (case 1)" in " ".join(shown.output.split())
+            cleared = CliRunner().invoke(main, [*where, "--clear-error"])
+            assert (cleared.exit_code, "case 1" in cleared.output) == (0, False)
             assert error_of(pair, "primary") is None
 
 
