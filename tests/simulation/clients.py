@@ -9,6 +9,7 @@ import numpy as np
 
 from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, ZERO, Operation, WriteBatch
 from secondary.header import Stage
+from tests.simulation.clock import Killed
 from tests.simulation.disk import SECTOR
 from tests.simulation.oracle import Extent, Violation
 
@@ -155,6 +156,9 @@ class Clients:
             process.run(volume.read_into, offset, memoryview(contents))
         except OSError:
             return
+        except Killed:
+            world.kill(process)
+            return
         world.guard(world.oracle.check_primary_read, world.oracle.starts[index] + offset // SECTOR, bytes(contents))
 
     def _range(self) -> tuple[int, int, int]:
@@ -216,6 +220,9 @@ class Clients:
             if not world.nested:
                 process.run(world.loop.run_in_executor, None, later)
             return
+        except Killed:
+            world.kill(process)
+            return
         except OSError as error:
             if world.oracle.view is not None and not process.host.faults.any():
                 world.guard(_raise, "I1", f"the guest gets {error} where there is a checkpoint")
@@ -249,15 +256,15 @@ class Clients:
                 world.guard(world.oracle.check_guest_read, first, bytes(contents))
             except OSError:
                 pass
-            finally:
-                request.end()
+            except Killed:
+                world.kill(process)
+                return
+            request.end()
 
         world.loop.call_later(seconds, end)
 
     def _guarded(self, process: Running, call: Any, *args: Any) -> None:
         """Call into the product from outside: the process may die in the middle."""
-        from tests.simulation.clock import Killed
-
         try:
             process.run(call, *args)
         except Killed:

@@ -81,6 +81,7 @@ class Platter:
         self.faults = faults
         self.countdown = Countdown()
         self.changed: Callable[[], None] = lambda: None
+        self.forgot: Callable[[], None] = lambda: None
         self.between: Callable[[Platter, str], None] = lambda _platter, _kind: None
         """Called in the middle of an operation: something else may happen now."""
         self.read_only_view = memoryview(self.contents)
@@ -122,7 +123,7 @@ class Platter:
                     self.contents[where] = self.stable[where]
         self.journal.clear()
         self.contents[:] = self.stable
-        self.changed()
+        self.forgot()
 
     def trouble(self, kind: str, likelihood: float) -> None:
         """Die or fail here, if that is to be."""

@@ -91,6 +91,8 @@ class Oracle:
         self.unsure = np.zeros(self.sectors, bool)
         """The same for the guest's view, or the promoted disk."""
         self.tracked: Tracked | None = None
+        self.forgotten = False
+        """The secondary disk lost writes in a flush that failed, and the secondary has yet to say so."""
         self.may_be_torn = False
         self.cut = False
         """The primary may cut batches in pieces, and then a checkpoint may fall between two of them."""
@@ -267,6 +269,9 @@ class Oracle:
             return
         if not exact:
             self.tracked = None
+            self.forgotten = False
+            return
+        if self.forgotten:
             return
         self.prefix_checks += 1
         disk = self.versions(platters)
@@ -380,6 +385,8 @@ class Oracle:
 
     def _latest(self, secondary: list[Platter], *, exact: bool | None) -> None:
         self.check_secondary(secondary, exact=exact)
+        if self.forgotten:
+            return
         if self.tracked is None:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
         tracked = self.tracked

@@ -247,6 +247,7 @@ class Host:
         ]
         for platter in self.platters:
             platter.changed = world.disk_changed
+            platter.forgot = lambda: world.disk_forgot(side)
             platter.between = world.between
         self.metadata = MetadataFile(self.chance, self.faults, name=f"{side} metadata")
         self.rate = self.offset = 0.0
@@ -548,6 +549,10 @@ class World:
 
     def disk_changed(self) -> None:
         self._changed = True
+
+    def disk_forgot(self, side: str) -> None:
+        """A failed flush lost writes."""
+        self.oracle.forgotten = self.oracle.forgotten or side == self.secondary_host().side
 
     def guard(self, check: Callable[..., None], *args: Any, **options: Any) -> None:
         """Run a check; the first violation ends the run."""
