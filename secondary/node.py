@@ -296,6 +296,8 @@ class SecondaryNode:
             self.buffer.header.set_error(Failure.SECONDARY_DISK, sentence)
             self.link.perform(self.session.failed_flush(point, error.errno or 5, sentence))
             return
+        if self.promoted:
+            return  # meanwhile: the metadata is, or soon will be, the engine's
         await self.record.update_async(stream=point.stream, sequence=point.sequence, **changes)
         self.session.recorded(point)
 

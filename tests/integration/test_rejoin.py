@@ -176,7 +176,7 @@ def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: s
     options = PairOptions(size=SIZE, overrides={**QUICK, "keep_diverged": True})
     with running(short_dir / "p", options) as pair:
         split(pair)
-        with pytest.raises(PeerRefused, match="Split brain.*side a.*would lose.*side b.*would lose"):
+        with pytest.raises(PeerRefused, match=r"Split brain.*side a.*would lose.*side b.*would lose"):
             pair.rejoin()
         dry = tandemdisk("rejoin", "--dir", pair.directory.path, "--dry-run", "--discard", loser, "--json")
         assert dry.returncode == 0, dry.stderr
