@@ -10,7 +10,7 @@ same bytes again changes nothing.
 
 What takes long goes to the thread as well: a zero or discard of many MiB, old contents of many blocks at once. So the
 loop answers the primary's heartbeats and its operator within milliseconds (16 MiB inline held it up for 100 of them).
-A checkpoint that a reader prevents, or that a snapshot holds off, waits there, too, and is missed when it takes too long.
+A checkpoint that a reader prevents, or that a snapshot holds off, waits there, too, and is missed in the end.
 """
 
 from __future__ import annotations

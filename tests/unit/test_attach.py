@@ -292,9 +292,9 @@ def test_requests_on_an_event_loop(pair: Rig) -> None:
                     assert volume.read_inside(elsewhere, 8 * BLOCK, 1) == pair.oracle.view[8 * BLOCK : 8 * BLOCK + 1]
                 assert not any(task.done() for task in others)
             async with asyncio.timeout(10):
+                with await waiting as request:
+                    assert volume.read_inside(request, 0, 2 * BLOCK) == pair.oracle.view[: 2 * BLOCK]
                 await asyncio.gather(*others)
-            with waiting.result() as request:
-                assert volume.read_inside(request, 0, 2 * BLOCK) == pair.oracle.view[: 2 * BLOCK]
 
     asyncio.run(scene())
 
