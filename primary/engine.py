@@ -343,6 +343,8 @@ class Engine:
             self.link.settle(self.session.lost(f"the primary disk cannot be read: {error.strerror}", time.monotonic()))
             return
         if self._synchroniser is synchroniser and self.session.syncing:
+            # from here on the secondary may be in this generation, whether its answer comes through or not
+            self._own_generation = False
             self.link.send(self.session.finish_resync(None, time.monotonic()))
 
     def _stop_synchroniser(self) -> None:
