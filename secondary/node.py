@@ -57,6 +57,8 @@ from secondary.session import Position, SecondaryConfig, SecondarySession
 RECORD_INTERVAL_S: Final = 5.0
 """How often the applied position is made durable together with the disks, so that a crash of the host costs a small
 resync."""
+LEAD_AGAIN_S: Final = 0.5
+"""Pause before an export process that did not begin to lead is told again."""
 EXPORT_TIMEOUT_S: Final = {
     "status": 2.0, "lead": 60.0, "redial": 5.0, "checkpoint": 120.0, "stop": 120.0, "verify": 30 * 24 * 3600.0,
 }  # fmt: skip
@@ -83,6 +85,8 @@ class SecondaryNode:
         self._commit: CommitJob | None = None
         self._committing: asyncio.Task[None] | None = None
         self._failing_over = asyncio.Lock()
+        self._handed_over = False
+        """From here on the engine writes the metadata, and ours are too old to write."""
         self._leading: asyncio.Task[None] | None = None
         """Set once the export process was told to lead: the metadata is its from then on."""
         self._connected_at = 0.0
@@ -323,6 +327,7 @@ class SecondaryNode:
             try:
                 await self._start_export()
                 if self._leading is not None:
+                    self._leading.cancel()
                     self._leading = None
                     self._lead_soon()
             except TandemDiskError as error:
@@ -424,12 +429,18 @@ class SecondaryNode:
             self._leading = self._loop.create_task(self._lead(), name="lead")
 
     async def _lead(self) -> None:
-        await self.record.update_async()  # behind whatever is being written: from here on the engine writes it
-        try:
-            await self._call_export("lead")
-        except TandemDiskError as error:
-            log.error("the export process does not lead: %s", error)
-            self._leading = None
+        """Until it does: the export process may die in the middle, or meet a disk that fails."""
+        while True:
+            try:
+                if not self._handed_over:
+                    await self.record.update_async()  # behind whatever is being written
+                    self._handed_over = True
+                await self._call_export("lead")
+            except TandemDiskError as error:
+                log.error("the export process does not lead: %s", error)
+                await asyncio.sleep(LEAD_AGAIN_S)
+            else:
+                return
 
     async def _call_export(self, command: str, **args: Any) -> dict[str, Any]:
         client = ControlClient(self.settings.control_path("export"), EXPORT_TIMEOUT_S[command])
@@ -569,7 +580,7 @@ class SecondaryNode:
 
     async def close(self) -> None:
         """Stop in good order: what was received is applied, made durable and noted as clean."""
-        for task in (self._exporter, self._recorder):
+        for task in (self._exporter, self._recorder, self._leading):
             if task is not None:
                 task.cancel()
         if self._export is not None:
