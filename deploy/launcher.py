@@ -190,7 +190,7 @@ class Supervisor:
                 else:
                     await self._stop_one(role, report)
             for role, settings in self.settings.items():
-                if self._processes.get(role, role) == "secondary":
+                if self._processes.get(role, role) == "secondary" or DiskBuffer.exists(settings.buffer.directory):
                     report["buffers"].append(release_buffer(settings, told[role], clean=clean, purge=purge))
             self._save()
             return report

@@ -48,6 +48,7 @@ from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.roles import choose_loser, give_up, judge, process_role, remembered, save_diverged
+from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
 
@@ -207,10 +208,11 @@ class Pair:
                 stopped.append(role)
         self._wait_gone()
         buffers: list[dict[str, Any]] = []
-        with contextlib.suppress(TandemDiskError):
-            follower = self.follower()
-            clean = self.leader() in stopped
-            buffers.append(release_buffer(self.settings(follower), told.get(follower), clean=clean, purge=purge))
+        clean = self.leader() in stopped
+        for role, settings in self.directory.settings().items():
+            if role == self.follower() or DiskBuffer.exists(settings.buffer.directory):
+                with contextlib.suppress(TandemDiskError):
+                    buffers.append(release_buffer(settings, told.get(role), clean=clean, purge=purge))
         return {"stopped": stopped, "killed": [], "buffers": buffers}
 
     def _stop_side(self, role: Role, **args: object) -> dict[str, Any]:

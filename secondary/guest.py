@@ -108,9 +108,26 @@ class GuestProcess:
         """Become a primary; the secondary process writes the metadata no more."""
         if self.engine is not None:
             return {}
-        header, settings = self.buffer.header, self.settings
+        header = self.buffer.header
         if header.stage is not Stage.DONE:
             raise OperationFailed(f"This side cannot lead in stage {header.stage.name}.")
+        for volume in self.volumes:
+            await volume.pause()  # a write that came after the engine has read the intents would be unknown to it
+        engine: Engine | None = None
+        try:
+            engine = await self._make_engine()
+        finally:
+            successors = engine.mirror.volumes if engine is not None else [None] * len(self.volumes)
+            for volume, successor in zip(self.volumes, successors, strict=True):
+                volume.hand_over(successor)
+        engine.serving = True
+        self.engine = engine
+        log.info("leading generation=%d", engine.session.standing.history[-1].number)
+        return {}
+
+    async def _make_engine(self) -> Engine:
+        """An engine that has begun to look for the other side."""
+        settings = self.settings
         stored = load(f"{settings.directory}/metadata")
         assert stored is not None
         record = Record(f"{settings.directory}/metadata", stored)
@@ -119,15 +136,10 @@ class GuestProcess:
         self.intents.close()
         names = [volume.name for volume in settings.volumes]
         engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
-        engine.checkpoint = header.checkpoint.number
+        engine.checkpoint = self.buffer.header.checkpoint.number
         await engine.remember_start()
         engine.start(self.server, alone="this side was promoted")
-        for volume, mirrored in zip(self.volumes, engine.mirror.volumes, strict=True):
-            await volume.hand_over(mirrored)
-        engine.serving = True
-        self.engine = engine
-        log.info("leading generation=%d", stored.history[-1].number)
-        return {}
+        return engine
 
     def _leader(self) -> Engine:
         if self.engine is None:

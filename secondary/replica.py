@@ -94,18 +94,19 @@ class GuestVolume(VolumeView):
             self._working = True
         threading.Thread(target=self._work, name=f"guest writes {self.name}", daemon=True).start()
 
-    async def hand_over(self, successor: Volume) -> None:
-        """From now on ``successor``, on the same disk, does what changes it. Nothing overtakes; reads stay here.
-
-        In stage DONE: then both read the same.
-        """
+    async def pause(self) -> None:
+        """Keep what arrives until ``hand_over``; on return no write to the disk is under way. Reads go on."""
         self._arriving = []
         while self._working:  # noqa: ASYNC110 - it is a thread that ends this
             await asyncio.sleep(0.001)
+
+    def hand_over(self, successor: Volume | None) -> None:
+        """After ``pause``, in stage DONE: from now on ``successor``, on the same disk, does what changes it, beginning
+        with what has arrived. None: this one goes on by itself."""
         self._successor = successor
-        arrived, self._arriving = self._arriving, None
+        arrived, self._arriving = self._arriving or [], None
         for batch in arrived:
-            successor.submit(batch)
+            self.submit(batch)
 
     def _work(self) -> None:
         """The worker thread: batches in order, until there is none."""

@@ -94,6 +94,25 @@ def test_failover_rejoin_and_back(short_dir: Path, target: str) -> None:
         settled(pair)
 
 
+def test_clients_of_the_promoted_side_never_stop(short_dir: Path) -> None:
+    """Writes at every moment of commit, taking the lead, and resync: none is unknown to the engine."""
+    with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+        put(primary_uri(pair), 0, random_bytes(1, 8 * MIB))
+        pair.checkpoint()
+        put(primary_uri(pair), 4 * MIB, random_bytes(2, 8 * MIB))
+        kill_primary(pair)
+        pair.failover("checkpoint")
+        with Load(guest_uri(pair), seed=9) as load:
+            pair.rejoin()
+            pair.wait_protected()
+            load.wait_for(load.answered + 50)
+        assert not load.end
+        assert not load.errors
+        settled(pair)
+        before = random_bytes(1, 8 * MIB) + bytes(SIZE - 8 * MIB)
+        assert contents(guest_uri(pair)) == load.model(before)
+
+
 def test_switchover_loses_nothing_and_goes_both_ways(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
         with Load(primary_uri(pair), seed=5) as load:
