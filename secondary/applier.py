@@ -1,8 +1,8 @@
 """The secondary's work, done strictly in the order of the stream: copy old contents, write, checkpoint, resync marks.
 
-The session hands out work; the applier queues it and does as much as it can in the same step of the loop. What would have
-to wait (for a guest's request in flight, for a cold read of old contents, for metadata to become durable) goes to one worker
-thread, and the queue stands still until it is back: nothing overtakes.
+The session hands out work; the applier queues it and does as much as it can in the same step of the loop. What would
+have to wait (for a guest's request in flight, for a cold read of old contents, for metadata to become durable) goes to
+one worker thread, and the queue stands still until it is back: nothing overtakes.
 
 A batch is done in three beats: ``do_cow`` for all of its extents, then its writes in order, then the one store of the
 applied sequence. A process killed in between repeats the batch: what is stamped is not copied again, and writing the
@@ -55,7 +55,8 @@ PUT_RIGHT: Final = (Failure.BACKUP, Failure.SECONDARY_DISK, Failure.ACTIVE_DISK,
 
 
 class Ledger(Protocol):
-    """Keeps durably what the session must remember over a crash of this host; blocking calls, from the worker thread."""
+    """Keeps durably what the session must remember over a crash of this host; blocking calls, from the worker
+    thread."""
 
     def resync_begun(self, stream: int, sequence: int, *, keep_checkpoint: bool) -> None: ...
 
@@ -313,7 +314,8 @@ class Applier:
 
     def _flushed(self, point: Any, code: int) -> None:
         if code:
-            sentence = f"the secondary disk could not make writes durable: errno {code} ({errno.errorcode.get(code, '?')})"
+            name = errno.errorcode.get(code, "?")
+            sentence = f"the secondary disk could not make writes durable: errno {code} ({name})"
             self._send(self.session.failed_flush(point, code, sentence))
             self._drop_queue()
             return
