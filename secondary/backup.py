@@ -117,8 +117,8 @@ class BackupJob(Serialised):
     def free_blocks(self) -> int:
         """Slots of the hidden disk that may still be asked for before the next checkpoint.
 
-        All of them while there is no checkpoint to protect, and always in a pool that has one for each block: that can't
-        run out, however often a block is counted, unless a crash leaked some of them in this very epoch.
+        All of them while there is no checkpoint to protect, and always in a pool that has one for each block: that
+        can't run out, however often a block is counted, unless a crash leaked some of them in this very epoch.
         """
         layer, epoch = self._layer, self._header.epoch
         if self._header.syncing or (layer.slots >= self.buffer.blocks and epoch != self._leaked_in):
