@@ -113,7 +113,7 @@ def _differences(
     for process, pid in pids.items():
         for thread, use in thread_uses(pid).items():
             done = use.since(before[process].get(thread, nothing))
-            if done.user_s + done.system_s > 0.01:
+            if done.user_s + done.system_s > 0.01 or done.wake_ups > 20:
                 yield (process, thread.rpartition(" ")[0] or thread), done
 
 
