@@ -9,7 +9,6 @@ import numpy as np
 
 from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, ZERO, Operation, WriteBatch
 from secondary.header import Stage
-from tests.simulation.clock import Killed
 from tests.simulation.disk import SECTOR
 from tests.simulation.oracle import Extent, Violation
 
@@ -156,8 +155,9 @@ class Clients:
             process.run(volume.read_into, offset, memoryview(contents))
         except OSError:
             return
-        except Killed:
-            world.kill(process)
+        except BaseException:
+            if not process.dead:
+                raise
             return
         world.guard(world.oracle.check_primary_read, world.oracle.starts[index] + offset // SECTOR, bytes(contents))
 
@@ -220,12 +220,13 @@ class Clients:
             if not world.nested:
                 process.run(world.loop.run_in_executor, None, later)
             return
-        except Killed:
-            world.kill(process)
-            return
         except OSError as error:
             if world.oracle.view is not None and not process.host.faults.any():
                 world.guard(_raise, "I1", f"the guest gets {error} where there is a checkpoint")
+            return
+        except BaseException:
+            if not process.dead:
+                raise
             return
         world.guard(world.oracle.check_guest_read, first, bytes(contents))
 
@@ -256,8 +257,9 @@ class Clients:
                 world.guard(world.oracle.check_guest_read, first, bytes(contents))
             except OSError:
                 pass
-            except Killed:
-                world.kill(process)
+            except BaseException:
+                if not process.dead:
+                    raise
                 return
             request.end()
 
@@ -267,9 +269,9 @@ class Clients:
         """Call into the product from outside: the process may die in the middle."""
         try:
             process.run(call, *args)
-        except Killed:
+        except BaseException:
             if not process.dead:
-                self.world.kill(process)
+                raise
         self.world._after()
 
 

@@ -97,6 +97,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.slowness = 0.002
         self.steps = 0
         self.failures: list[BaseException] = []
+        self.owners: weakref.WeakKeyDictionary[Any, Process] = weakref.WeakKeyDictionary()
         self._lanes: dict[int, Lane] = {}
         self.set_exception_handler(self._note_failure)
         self.set_task_factory(_make_task)
@@ -152,12 +153,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self.failures.append(error)
+            if process is None or not process.dead:
+                self.failures.append(error)
         self.after()
 
     def _note_failure(self, _loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if error is not None and not isinstance(error, Killed):
+        process = self.owners.get(context.get("future") or context.get("task")) or PROCESS.get()
+        gone = process is not None and process.dead  # what a dead process meets on its way out is nobody's fault
+        if error is not None and not isinstance(error, Killed) and not gone:
             self.failures.append(error)
 
     # Processes
@@ -218,6 +222,8 @@ def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) 
     process = PROCESS.get()
     if process is not None:
         process.tasks.add(task)
+        assert isinstance(loop, VirtualLoop)
+        loop.owners[task] = process
     return task
 
 

@@ -40,6 +40,15 @@ class Faults:
     """The process dies in the middle of a call."""
     code: int = errno.EIO
 
+    killer: Callable[[Process], None] = lambda _process: None
+
+    def die(self) -> None:
+        """The process dies here; at once, because a task would keep what is raised in it to itself."""
+        process = PROCESS.get()
+        if process is not None:
+            self.killer(process)
+        raise Killed
+
     def any(self) -> bool:
         return bool(self.read or self.write or self.flush or self.save or self.kill)
 
@@ -129,7 +138,7 @@ class Platter:
         """Die or fail here, if that is to be."""
         faults = self.faults
         if faults.kill and self.chance.random() < faults.kill:
-            raise Killed
+            faults.die()
         if self.countdown.strikes(f"{self.name} {kind}") or (likelihood and self.chance.random() < likelihood):
             raise OSError(faults.code, os.strerror(faults.code))
 
@@ -243,7 +252,7 @@ class MetadataFile:
         if faults.kill and self.chance.random() < faults.kill:
             if self.chance.random() < 0.5:
                 self.now = self.stable = data
-            raise Killed
+            faults.die()
         if self.countdown.strikes(f"{self.name} save") or (faults.save and self.chance.random() < faults.save):
             if self.chance.random() < 0.3:
                 # renamed, and then the directory could not be synced: what a loss of power leaves is open

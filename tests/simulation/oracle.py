@@ -217,7 +217,7 @@ class Oracle:
                 batch.lineage.owed = max(batch.lineage.owed, batch.index)
                 if batch.fua:
                     self._present("I4", self.stable(secondary), batch, good, "acknowledged with FUA and not stable on the secondary")
-        elif not alone:
+        elif not alone and not self.forgotten:
             raise Violation("I4", f"batch {batch.index} is acknowledged; the secondary lacks it and the primary did not start a "
                             f"generation of its own (sectors {missing})")
 

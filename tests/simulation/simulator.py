@@ -25,7 +25,6 @@ from common.errors import TandemDiskError
 from deploy.roles import choose_loser, give_up, judge, process_role, remembered
 from secondary.header import Stage
 from tests.simulation.clients import Clients
-from tests.simulation.clock import Killed
 from tests.simulation.network import Manners
 from tests.simulation.options import Options, draw
 from tests.simulation.oracle import Violation
@@ -398,8 +397,11 @@ class Simulation:
         elif process is export and secondary is not None and not secondary.stopped and secondary.node is not None:
             applier = secondary.node.__dict__.get("applier")
             if applier is not None and not secondary.node.link._stopped:
-                with contextlib.suppress(Killed):
+                try:
                     secondary.run(applier.drain)
+                except BaseException:
+                    if not secondary.dead:
+                        raise
 
     # Failover
 
@@ -452,8 +454,6 @@ class Simulation:
         self.heal()
         self.world.trace("healed")
         await self._finish_promotion()
-        if len(self._primaries()) == 2:
-            self.rejoin()
         await self._protected(PATIENCE_S)
         await self.until(self._equal, 30.0, "equal disks")
         await self._answered()
@@ -512,6 +512,9 @@ class Simulation:
                     raise TimeoutError
                 raise Violation("liveness", f"not protected after {seconds:g} s: {self.standing()}")
             self.supervise()
+            if self.healing and not self.world.oracle.promoted and len(self._primaries()) == 2:
+                await self._finish_promotion()
+                self.rejoin()
             await self.pause(0.1)
 
     def protected(self) -> bool:
@@ -554,9 +557,14 @@ class Simulation:
 
     async def _last_checkpoint(self) -> None:
         done: list[Any] = []
-        self.command(self.primary, "checkpoint", done.append)
-        await self.until(lambda: done, 30.0, "a last checkpoint")
-        if isinstance(done[0], TandemDiskError):
+        for _ in range(20):
+            await self._protected(PATIENCE_S)
+            done.clear()
+            self.command(self.primary, "checkpoint", done.append)
+            await self.until(lambda: done, 90.0, "the end of a last checkpoint")
+            if not isinstance(done[0], TandemDiskError):
+                break
+        else:
             raise Violation("liveness", f"no checkpoint of a protected pair: {done[0]}")
         await self._whole_view()
 

@@ -237,7 +237,7 @@ class Host:
         options = world.options
         self.side = side
         self.chance = random.Random(world.chance.getrandbits(64))
-        self.faults = Faults()
+        self.faults = Faults(killer=world.kill)  # type: ignore[arg-type]
         self.directory = f"{world.directory}/{side}"
         Path(self.directory).mkdir()
         for index in range(len(world.sizes)):
@@ -436,14 +436,17 @@ class World:
         """The end of the world: nothing of it shall run, or stay open."""
         self.trace = lambda _line: None
         self.violation = self.violation or Violation("end", "")
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _unraisable: None
         for process in self.ends:
             self.loop.kill(process)
             for task in process.zombies:
                 with contextlib.suppress(BaseException), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     task.get_coro().close()
+            process.zombies.clear()
             self._close_buffers(process)
         self.loop.close()
+        sys.unraisablehook = hook
 
     def _open_disk(self, path: str, *_args: Any, **_options: Any) -> SimDisk:
         for host in self.hosts.values():
