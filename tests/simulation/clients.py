@@ -89,7 +89,8 @@ class Clients:
             world.oracle.starts[index], world.sizes[index], world.most_blocks
         )
         host = process.host
-        batch = world.oracle.submitted(extents, fua, process, risky=bool(host.faults.write))
+        batch = world.oracle.submitted(extents, fua, process, risky="disk_primary" in world.options.troubles)
+        world.own_operations.append(operations)
         self._count += 1
         number = self._count
         self.outstanding[number] = batch, process
