@@ -37,7 +37,7 @@ import zmq
 from common.disk import Disk
 from common.errors import OperationFailed, PeerRefused, TandemDiskError, TimedOut
 from common.failures import Failure, Failures, count_status
-from common.generation import RETURNING, extend
+from common.generation import RETURNING, History, extend
 from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, load_keys
 from common.process import Lifecycle
@@ -534,21 +534,22 @@ class Engine:
             return
         self._own_generation = True
         self.mirror.hold()
-        self.session.standing = self.session.standing._replace(
-            history=extend(history, random_number(64), self.settings.side)
+        task = self._loop.create_task(
+            self._new_generation(extend(history, random_number(64), self.settings.side), unacknowledged),
+            name="generation",
         )
-        task = self._loop.create_task(self._new_generation(unacknowledged), name="generation")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _new_generation(self, unacknowledged: list[Unacknowledged]) -> None:
+    async def _new_generation(self, history: History, unacknowledged: list[Unacknowledged]) -> None:
+        """Durable first: a generation that the secondary heard of and this side forgot would lock this side out."""
         try:
-            standing = self.session.standing
-            await self.record.update_async(history=standing.history, base=standing.base)
+            await self.record.update_async(history=history, base=self.session.standing.base)
         except TandemDiskError as error:
             log.critical("cannot go on alone: %s", error)
             self._lifecycle.fail(error)
             return
+        self.session.standing = self.session.standing._replace(history=history)
         self._let_go(unacknowledged)
         self.mirror.release()
 
