@@ -41,12 +41,16 @@ from secondary.session import (
     Checkpoint,
     Effect,
     EndResync,
+    Point,
     SecondarySession,
     Verify,
     Work,
 )
 
 log = logging.getLogger("applier")
+
+NOWHERE: Final = 1
+"""Stream of a disk that is at no known point of any: no primary has one of that number, so it compares everything."""
 
 INLINE_BYTES: Final = 4 << 20
 """A batch that touches more goes to the thread: to clear 16 MiB takes a tmpfs 8 ms, even with nothing to copy."""
@@ -256,6 +260,9 @@ class Applier:
             code, sentence = errno.EIO, str(error)
             self._header.set_error(Failure.BACKUP if isinstance(work, Apply) else Failure.EMPTYING, sentence)
         log.error("work failed sequence=%d kind=%s sentence=%r", work.sequence, type(work).__name__, sentence)
+        if isinstance(work, EndResync) and isinstance(error, OSError):
+            self.flush_failed(self.session.point(), code, sentence)  # that is where its flush is
+            return
         self._queue.clear()
         self._void = 0
         self._send(self.session.failed_apply(work.sequence, code, sentence))
@@ -316,11 +323,17 @@ class Applier:
         if code:
             name = errno.errorcode.get(code, "?")
             sentence = f"the secondary disk could not make writes durable: errno {code} ({name})"
-            self._send(self.session.failed_flush(point, code, sentence))
-            self._drop_queue()
+            self.flush_failed(point, code, sentence)
             return
         self.session.durable(point)
         self._send(self.session.acknowledge(self.free_blocks()))
+
+    def flush_failed(self, point: Point, code: int, sentence: str) -> None:
+        """The kernel may have forgotten what it could not write: nobody knows what the disk holds, until a resync is
+        complete. The header says so for a process that comes after this one."""
+        self._header.stream_id = NOWHERE
+        self._send(self.session.failed_flush(point, code, sentence))
+        self._drop_queue()
 
     def _drop_queue(self) -> None:
         """Nothing that is queued counts any more, and no checkpoint may be taken of a disk that nobody knows."""

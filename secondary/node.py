@@ -298,7 +298,7 @@ class SecondaryNode:
         except OSError as error:
             sentence = f"flush of the secondary disk failed: {error.strerror or error}"
             self.buffer.header.set_error(Failure.SECONDARY_DISK, sentence)
-            self.link.perform(self.session.failed_flush(point, error.errno or 5, sentence))
+            self.applier.flush_failed(point, error.errno or 5, sentence)
             return
         if self.promoted:
             return  # meanwhile: the metadata is, or soon will be, the engine's
@@ -353,8 +353,9 @@ class SecondaryNode:
         header = self.buffer.header
         position = self.session.position
         situation = Situation(
-            header.stage, not header.syncing, position.syncing, self.session.connected, self.buffer.guest_has_written
-        )
+            header.stage, not header.syncing, position.syncing or not position.exact, self.session.connected,
+            self.buffer.guest_has_written,
+        )  # fmt: skip
         decide(target, force=force, situation=situation)
         if header.stage is Stage.RUNNING:
             number = header.checkpoint.number
