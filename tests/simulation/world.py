@@ -559,7 +559,9 @@ class World:
 
     def disk_forgot(self, side: str) -> None:
         """A failed flush lost writes."""
-        self.oracle.forgotten = self.oracle.forgotten or side == self.secondary_host().side
+        if side == self.secondary_host().side:
+            self.oracle.forgotten = True
+            self.oracle.unsure[:] = True
 
     def guard(self, check: Callable[..., None], *args: Any, **options: Any) -> None:
         """Run a check; the first violation ends the run."""
