@@ -97,6 +97,12 @@ class Description:
         if self.fd >= 0:
             _fcntl(self.fd, _SETLK, UNLOCK_ALL)
 
+    def close(self) -> None:
+        """The same, and it cannot be used any more."""
+        fd, self.fd = self.fd, -1
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
 
 class CowRequest:
     """A range in flight. A context manager; ``end`` may be called more than once."""
@@ -153,6 +159,9 @@ class RequestTable:
         self._waiting = waiting if waiting is not None else memoryview(bytearray(8)).cast("Q")
         self._free: list[Description] = []
         self._all: list[Description] = []
+        self._lent: set[Description] = set()
+        """Those that a helper thread uses, perhaps for longer than the table is open: the helper closes them then."""
+        self._lent_lock = threading.Lock()
         self._present: Description | None = None
         self._presence_lock = threading.Lock()
         self._closed = False
@@ -325,9 +334,11 @@ class RequestTable:
         return ((0, self._end),)
 
     def close(self) -> None:
-        """Close all descriptions, which ends all requests of this table."""
-        self._closed = True
+        """Close all descriptions, which ends all requests of this table; abandoned waits close theirs when they end."""
         _tables.discard(self)
+        with self._lent_lock:
+            self._closed = True
+            self._all = [description for description in self._all if description not in self._lent]
         self._drop()
 
     def timed_out(self, ranges: Ranges, what: str = "a CowRequest") -> TimedOut:
@@ -354,6 +365,22 @@ class RequestTable:
             return self._free.pop()
         except IndexError:
             return self._open()
+
+    def lend(self) -> Description:
+        """``take`` for a helper thread, which gives it back in the end."""
+        description = self.take()
+        with self._lent_lock:
+            self._lent.add(description)
+        return description
+
+    def take_back(self, description: Description, *, locked: bool = False) -> None:
+        """A helper thread is done with it. ``locked``: what it locked is a request of somebody else's now."""
+        with self._lent_lock:
+            self._lent.discard(description)
+            if self._closed:
+                description.close()
+            elif not locked:
+                self.release(description)
 
     def _open(self) -> Description:
         with _fork_lock:  # a child of a fork in between would keep a description that it does not know of
@@ -404,12 +431,12 @@ class RequestTable:
         self._free = []
         everything, self._all = self._all, []
         for description in everything:
-            fd, description.fd = description.fd, -1
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            description.close()
 
     def _after_fork(self) -> None:
         self._presence_lock = threading.Lock()
+        self._lent_lock = threading.Lock()
+        self._lent.clear()
         self._drop()
 
 
@@ -470,8 +497,8 @@ class _Wait:
         self._error: OSError | None = None
         self._queued = False
         """The helper holds its intents and waits for the ranges."""
-        self._intent = table.take()
-        self._range = table.take()
+        self._intent = table.lend()
+        self._range = table.lend()
 
     def result(self, limit_s: float) -> Description:
         self._table.announce()
@@ -521,11 +548,11 @@ class _Wait:
             self._error = error
         with self._lock:
             self._queued = False
-            self._table.release(self._intent)
-            if granted and not self._abandoned:
+            kept = granted and not self._abandoned
+            self._table.take_back(self._intent)
+            self._table.take_back(self._range, locked=kept)
+            if kept:
                 self._granted = self._range
-            else:
-                self._table.release(self._range)
             self._done.set()
 
     def _abandon(self) -> None:

@@ -483,3 +483,27 @@ def test_internal_bytes_time_out_with_the_holder_too(table: RequestTable) -> Non
     with pytest.raises(TimedOut, match=str(os.getpid())):
         table.wait_byte(PRESENCE, timeout_s=0.05)
     table.release(held)
+
+
+def test_a_table_is_closed_while_an_abandoned_wait_is_left_behind(tmp_path: Path) -> None:
+    """Its helper finds out when the kernel grants it what nobody wants any more, and touches no file but its own."""
+    path = str(tmp_path / "requests")
+    holder, table = RequestTable(path, SIZE, BLOCK), RequestTable(path, SIZE, BLOCK, timeout_s=0.05)
+    request = holder.cow_request_begin(0, BLOCK)
+    with pytest.raises(TimedOut):
+        table.cow_request_begin(0, BLOCK)
+    helpers = [thread for thread in threading.enumerate() if thread.name == "cow wait "]
+    assert len(helpers) == 1
+    before = len(os.listdir("/proc/self/fd"))
+    table.close()
+    lent = len(os.listdir("/proc/self/fd"))
+    assert lent < before
+    others = [os.open(path, os.O_RDWR) for _ in range(8)]  # descriptors take the numbers that became free
+    request.end()
+    for thread in helpers:
+        thread.join(10)
+    assert len(os.listdir("/proc/self/fd")) == lent + len(others) - 2, "its two descriptions, and none of ours"
+    for fd in others:
+        os.close(fd)
+    holder.cow_request_begin(0, SIZE).end()
+    holder.close()
