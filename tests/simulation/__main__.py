@@ -1,9 +1,9 @@
 """``python -m tests.simulation``: run seeds, one seed in detail, or a named scenario.
 
-    --seeds N [--start S]   N seeds from S on; the first failure is shrunk and shown
-    --minutes M             as many seeds as that takes
-    --seed S [--log]        one seed, with its trace
-    --scenario NAME         a story; without a name: all of them
+--seeds N [--start S]   N seeds from S on; the first failure is shrunk and shown
+--minutes M             as many seeds as that takes
+--seed S [--log]        one seed, with its trace
+--scenario NAME         a story; without a name: all of them
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def one(seed: int, log: bool) -> int:
     result = run(seed, keep_log=log)
     for line in result.log:
         print(line)
-    print(f"seed {seed}: trace {result.trace:016x}, {result.acknowledged} writes acknowledged, {result.virtual_s:.1f} s of virtual time, "
-          f"{result.steps} callbacks")
+    print(
+        f"seed {seed}: trace {result.trace:016x}, {result.acknowledged} writes acknowledged, "
+        f"{result.virtual_s:.1f} s of virtual time, {result.steps} callbacks"
+    )
     print(f"options: {result.options.describe()}")
     if result.failure is None:
         return 0
@@ -71,7 +73,10 @@ def many(arguments: argparse.Namespace) -> int:
             if not arguments.keep_going:
                 break
     seconds = time.perf_counter() - started
-    print(f"{done} seeds in {seconds:.1f} s ({done / seconds:.1f} a second), {acknowledged} writes acknowledged, {failed} failed")
+    print(
+        f"{done} seeds in {seconds:.1f} s ({done / seconds:.1f} a second), {acknowledged} writes acknowledged, "
+        f"{failed} failed"
+    )
     print("  " + ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
     return 1 if failed else 0
 

@@ -104,7 +104,14 @@ class Clients:
             self.outstanding.pop(number, None)
             other = world.hosts["b" if host.side == "a" else "a"]
             world.guard(
-                world.oracle.answered, batch, errors, host.platters, other.platters, host.metadata, other.metadata, host.side
+                world.oracle.answered,
+                batch,
+                errors,
+                host.platters,
+                other.platters,
+                host.metadata,
+                other.metadata,
+                host.side,
             )
             server.done()
             buffer.unpin()
@@ -141,7 +148,9 @@ class Clients:
                     same[first:last] = False
             wrong = (oracle.stable(host.platters) != expected) & same
             if wrong.any():
-                world.guard(_raise, "durability", f"flushed and not stable on the primary: {np.flatnonzero(wrong)[:8].tolist()}")
+                world.guard(
+                    _raise, "durability", f"flushed and not stable on the primary: {np.flatnonzero(wrong)[:8].tolist()}"
+                )
 
         self._guarded(process, next(iter(server.volumes.values())).flush, done)
 
@@ -176,7 +185,7 @@ class Clients:
             return
         index = self.chance.randrange(len(world.sizes))
         volume = list(server.volumes.values())[index]
-        operations, extents, buffer, fua = self._operations(world.oracle.starts[index], world.sizes[index], 20)
+        operations, _, buffer, fua = self._operations(world.oracle.starts[index], world.sizes[index], 20)
         host = process.host
         server.begun()
         world.trace(f"guest write {operations} {fua}")

@@ -1,13 +1,16 @@
-"""Virtual time: an asyncio loop on which hours pass in milliseconds, and processes that can be killed between two callbacks.
+"""Virtual time: an asyncio loop on which hours pass in milliseconds, and processes that can be killed between two
+callbacks.
 
-``VirtualLoop`` is asyncio's own loop with another clock underneath: when nothing is ready it moves the time to the next timer. So
-the product's own tasks, timeouts and timers run on it unchanged, in one order for one seed.
+``VirtualLoop`` is asyncio's own loop with another clock underneath: when nothing is ready it moves the time to the
+next timer. So the product's own tasks, timeouts and timers run on it unchanged, in one order for one seed.
 
-Everything that runs belongs to a ``Process`` (a context variable, which asyncio hands from callback to callback). A killed process'
-callbacks never run again: no ``finally``, no goodbye, as with SIGKILL. A stopped one's wait until it goes on, as with SIGSTOP.
+Everything that runs belongs to a ``Process`` (a context variable, which asyncio hands from callback to callback). A
+killed process' callbacks never run again: no ``finally``, no goodbye, as with SIGKILL. A stopped one's wait until it
+goes on, as with SIGSTOP.
 
-Threads do not exist here: what the product gives to an executor runs in one piece at some later instant, in order for each executor.
-Where it would wait for a CowRequest that the simulator holds (a slow reader), it is run when that one ended.
+Threads do not exist here: what the product gives to an executor runs in one piece at some later instant, in order for
+each executor. Where it would wait for a CowRequest that the simulator holds (a slow reader), it is run when that one
+ended.
 """
 
 from __future__ import annotations
@@ -113,10 +116,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         pass
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         return self.call_soon(callback, *args, context=context)
 
-    def add_signal_handler(self, *_args: Any) -> None:
+    def add_signal_handler(self, *_args: Any) -> None:  # type: ignore[override]
         pass
 
     def _run_once(self) -> None:

@@ -1,10 +1,12 @@
-"""Simulated storage: disks whose writes are lost or torn when the power goes, and metadata files that are replaced atomically.
+"""Simulated storage: disks whose writes are lost or torn when the power goes, and metadata files that are replaced
+atomically.
 
-A disk has two images. ``contents`` is what a read returns (the page cache); ``stable`` is what survives a loss of power. Writes since
-the last flush are kept in a journal; when the power goes each sector of it is kept or lost by itself, in any order.
+A disk has two images. ``contents`` is what a read returns (the page cache); ``stable`` is what survives a loss of
+power. Writes since the last flush are kept in a journal; when the power goes each sector of it is kept or lost by
+itself, in any order.
 
-Faults are said by ``Faults``, which the simulation changes as it goes: the chance that an operation fails, that it is done
-in part before it fails, that a read is not in the cache, and that the process dies in the middle of it.
+Faults are said by ``Faults``, which the simulation changes as it goes: the chance that an operation fails, that it is
+done in part before it fails, that a read is not in the cache, and that the process dies in the middle of it.
 """
 
 from __future__ import annotations
@@ -230,7 +232,8 @@ class SimDisk:
 
 @dataclass
 class MetadataFile:
-    """The file ``metadata`` of one side. ``now`` is what the file system shows, ``stable`` what a loss of power leaves."""
+    """The file ``metadata`` of one side. ``now`` is what the file system shows, ``stable`` what a loss of power
+    leaves."""
 
     chance: random.Random
     faults: Faults

@@ -1,9 +1,10 @@
 """A simulated network between the two hosts, with the manners of ZeroMQ over TCP, good and bad.
 
-A connection delivers in order, after a delay. It breaks (both ends hear of it, what was under way is gone), hangs (one direction or both
-pass nothing on until the cut heals), or dies silently with its host. A dialer reconnects by itself; what it was given meanwhile goes out
-on the next connection, as ZeroMQ does it. Beyond TCP's manners, as a faulty box in between would have them: messages lost, repeated,
-damaged, cut short, strangers' messages, and messages of a connection that is gone, delivered later.
+A connection delivers in order, after a delay. It breaks (both ends hear of it, what was under way is gone), hangs
+(one direction or both pass nothing on until the cut heals), or dies silently with its host. A dialer reconnects by
+itself; what it was given meanwhile goes out on the next connection, as ZeroMQ does it. Beyond TCP's manners, as a
+faulty box in between would have them: messages lost, repeated, damaged, cut short, strangers' messages, and messages
+of a connection that is gone, delivered later.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Connection:
         now = self.network.loop.now
         port: Any = self.listener if direction == TO_LISTENER else self.dialer
         some = False
-        while queue and queue[0][0] <= now and self.alive and not port.closed:
+        while queue and queue[0][0] <= now and bool(self.alive) and not port.closed:
             message = queue.popleft()[1]
             some = True
             if direction == TO_LISTENER:
@@ -180,7 +181,8 @@ class SimDialer:
         self.closed = True
         self.network.dialers.remove(self)
         if self.connection is not None:
-            # what the socket had taken over in good order still goes out now and then (LINGER is 0, the kernel's buffer is not)
+            # what the socket had taken over in good order still goes out now and then (LINGER is 0, the kernel's
+            # buffer is not)
             self.connection.break_()
 
 
@@ -303,10 +305,7 @@ class Network:
         left_over, self.left_over = self.left_over, []
         self.chance.shuffle(left_over)
         for direction, identity, message in left_over:
-            if direction == TO_DIALER:
-                connection.queues[direction].append((self.loop.now + self.some_delay(), message))
-                connection.schedule(direction)
-            elif self.chance.random() < 0.5:
+            if direction == TO_DIALER or self.chance.random() < 0.5:
                 connection.queues[direction].append((self.loop.now + self.some_delay(), message))
                 connection.schedule(direction)
             else:

@@ -1,5 +1,5 @@
-"""Swarm options: what kind of life a seed's pair has. Each seed switches some kinds of trouble on and leaves the others out, because a run
-with every fault at once only ever finds the shallowest of its bugs."""
+"""Swarm options: what kind of life a seed's pair has. Each seed switches some kinds of trouble on and leaves the
+others out, because a run with every fault at once only ever finds the shallowest of its bugs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """The independent model of a pair, and the checks of the invariants against it.
 
-Contents are versions: every write op of a client gets a number of its own, and each 512-byte sector that it covers is filled with that
-number. So a disk is an array of numbers, and who wrote what is visible in it. Zeroes and discards are version 0.
+Contents are versions: every write op of a client gets a number of its own, and each 512-byte sector that it covers is
+filled with that number. So a disk is an array of numbers, and who wrote what is visible in it. Zeroes and discards
+are version 0.
 
-A *lineage* is one stretch of the primary's life: the contents of its disk when its process started, and the batches submitted since, in
-order. The secondary disk must be a prefix of one (I2). What the oracle knows of the product it takes from outside: contents of disks,
-answers to clients, metadata as it is on stable storage, and the one state word of the disk buffer as it is stored.
+A *lineage* is one stretch of the primary's life: the contents of its disk when its process started, and the batches
+submitted since, in order. The secondary disk must be a prefix of one (I2). What the oracle knows of the product it
+takes from outside: contents of disks, answers to clients, metadata as it is on stable storage, and the one state word
+of the disk buffer as it is stored.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Lineage:
     owed: int = 0
 
     def apply(self, model: Versions, count: int, loose: NDArray[np.bool_]) -> None:
-        """Batch number ``count`` (from 1) onto ``model``. ``loose`` becomes true where it may not have come that far."""
+        """Batch number ``count`` (from 1) onto ``model``. ``loose`` becomes true where it may not have come that
+        far."""
         batch = self.batches[count - 1]
         for first, last, version in batch.extents:
             model[first:last] = version
@@ -161,7 +164,9 @@ class Oracle:
         if not power_lost:
             wrong = (now != self.model) & ~self.poisoned & ~self._unfinished()
             if wrong.any():
-                raise Violation("I6", f"the primary disk lost what was written before its process ended: {_where(wrong)}")
+                raise Violation(
+                    "I6", f"the primary disk lost what was written before its process ended: {_where(wrong)}"
+                )
         self.lineage = Lineage(now.copy())
         self.lineages = [*self.lineages[-4:], self.lineage]
         self.model = now.copy()
@@ -203,7 +208,9 @@ class Oracle:
         good = [extent for number, extent in enumerate(batch.extents) if number not in (errors or {})]
         self._present("I6", self.versions(primary), batch, good, "acknowledged and not on the primary disk")
         if batch.fua:
-            self._present("durability", self.stable(primary), batch, good, "acknowledged with FUA and not stable on the primary")
+            self._present(
+                "durability", self.stable(primary), batch, good, "acknowledged with FUA and not stable on the primary"
+            )
         if batch.lineage is not self.lineage and side == self.leader:
             return
         own, other = self.metadata(mine), self.metadata(theirs)
@@ -217,10 +224,19 @@ class Oracle:
             if not alone:
                 batch.lineage.owed = max(batch.lineage.owed, batch.index)
                 if batch.fua:
-                    self._present("I4", self.stable(secondary), batch, good, "acknowledged with FUA and not stable on the secondary")
+                    self._present(
+                        "I4",
+                        self.stable(secondary),
+                        batch,
+                        good,
+                        "acknowledged with FUA and not stable on the secondary",
+                    )
         elif not alone and not self.forgotten:
-            raise Violation("I4", f"batch {batch.index} is acknowledged; the secondary lacks it and the primary did not start a "
-                            f"generation of its own (sectors {missing})")
+            raise Violation(
+                "I4",
+                f"batch {batch.index} is acknowledged; the secondary lacks it and the primary did not start a "
+                f"generation of its own (sectors {missing})",
+            )
 
     def _one_writer(self, own: Metadata, side: str) -> None:
         """I5: in one generation one side writes."""
@@ -259,7 +275,9 @@ class Oracle:
         span = slice(first, first + len(got))
         wrong = (got != self.model[span]) & ~self.poisoned[span]
         if wrong.any() and (wrong & ~self._unfinished()[span]).any():
-            raise Violation("read", f"the primary's export shows other contents than were written: {_where(wrong)} from {first}")
+            raise Violation(
+                "read", f"the primary's export shows other contents than were written: {_where(wrong)} from {first}"
+            )
 
     # The secondary disk
 
@@ -280,8 +298,11 @@ class Oracle:
         if tracked is None:
             tracked = self._find(disk)
             if tracked is None:
-                raise Violation("I2", f"the secondary calls its disk exact, and it is no prefix of the primary's writes: "
-                                f"{_where(disk != self.model)} differ from the latest")
+                raise Violation(
+                    "I2",
+                    f"the secondary calls its disk exact, and it is no prefix of the primary's writes: "
+                    f"{_where(disk != self.model)} differ from the latest",
+                )
             self.tracked = tracked
             return
         if self._advance(tracked, disk, strictly=exactly):
@@ -291,8 +312,11 @@ class Oracle:
             if found is not None:
                 self.tracked = found
                 return
-        raise Violation("I2", f"the secondary disk is no prefix of the primary's writes after batch {tracked.count}: "
-                        f"{_where(disk != tracked.model)}")
+        raise Violation(
+            "I2",
+            f"the secondary disk is no prefix of the primary's writes after batch {tracked.count}: "
+            f"{_where(disk != tracked.model)}",
+        )
 
     def _find(self, disk: Versions) -> Tracked | None:
         for lineage in reversed(self.lineages):
@@ -355,7 +379,9 @@ class Oracle:
             assert self.view is not None
             wrong = (self.versions(secondary) != self.view) & ~self.unsure
             if wrong.any():
-                raise Violation("I3", f"the commit is complete, and the disk is not what the guest saw: {_where(wrong)}")
+                raise Violation(
+                    "I3", f"the commit is complete, and the disk is not what the guest saw: {_where(wrong)}"
+                )
             self.lead(side, secondary)
 
     def _checkpoint(self, number: int, secondary: list[Platter], *, exact: bool | None) -> None:
@@ -379,7 +405,9 @@ class Oracle:
             (taken, loose), (wanted, also) = self._after(*known), self._after(lineage, index)
             wrong = (taken != wanted) & ~loose & ~also
             if wrong.any():
-                raise Violation("I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {known[1]}")
+                raise Violation(
+                    "I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {known[1]}"
+                )
 
     def _after(self, lineage: Lineage, count: int) -> tuple[Versions, NDArray[np.bool_]]:
         model, loose = lineage.base.copy(), np.zeros(self.sectors, bool)
@@ -399,7 +427,9 @@ class Oracle:
             tracked.count += 1
             tracked.lineage.apply(tracked.model, tracked.count, tracked.loose)
         if ((self.versions(secondary) != tracked.model) & ~tracked.loose).any() and not self.may_be_torn:
-            raise Violation("I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged")
+            raise Violation(
+                "I4", f"the failover keeps {self.tracked.count} batches, {self.tracked.lineage.owed} were acknowledged"
+            )
 
     # The guest
 
@@ -446,8 +476,11 @@ class Oracle:
         span = slice(first, first + len(got))
         wrong = (got != self.view[span]) & ~self.unsure[span]
         if wrong.any():
-            raise Violation("I1", f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
-                            f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}")
+            raise Violation(
+                "I1",
+                f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
+                f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}",
+            )
 
     def memory_lost(self, side: str, platters: list[Platter], metadata: MetadataFile, leader: MetadataFile) -> None:
         """The secondary's host went down: checkpoint and guest writes were in its memory."""

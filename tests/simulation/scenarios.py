@@ -3,7 +3,8 @@
     @scenario
     async def a_cut_cable(sim): ...
 
-``tell(name)`` runs one. Whatever a story does, the checks of every step go on, and it ends with ``rest`` unless it says otherwise.
+``tell(name)`` runs one. Whatever a story does, the checks of every step go on, and it ends with ``rest`` unless it
+says otherwise.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ async def a_short_cut_resynchronises_nothing(sim: Simulation) -> None:
 
 @scenario()
 async def the_secondary_is_away_for_long(sim: Simulation) -> None:
-    """Cut for longer than the patience: the primary goes on alone, in a generation of its own, and resynchronises only what it wrote."""
+    """Cut for longer than the patience: the primary goes on alone, in a generation of its own, and resynchronises
+    only what it wrote."""
     await born(sim)
     before = moved(sim)
     sim.world.network.set_cut(True, True)
@@ -331,7 +333,8 @@ async def a_hung_secondary_is_left_behind(sim: Simulation) -> None:
 
 @scenario(small_pool=6, blocks=(40,))
 async def a_pool_that_is_too_small(sim: Simulation) -> None:
-    """More is written between two checkpoints than the hidden disk holds: checkpoints come by themselves, nothing is dropped."""
+    """More is written between two checkpoints than the hidden disk holds: checkpoints come by themselves, nothing is
+    dropped."""
     await born(sim)
     await writes(sim, 100)
     expect(sim.world.oracle.checkpoint_count > 5, "no checkpoints by themselves")

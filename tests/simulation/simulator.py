@@ -150,7 +150,9 @@ class Simulation:
         process = self.primary
         return process is not None and not process.stopped and self.clients.write(process)
 
-    def command(self, process: Running | None, name: str, then: Callable[[Any], None] | None = None, **args: Any) -> None:
+    def command(
+        self, process: Running | None, name: str, then: Callable[[Any], None] | None = None, **args: Any
+    ) -> None:
         """Give a control command, as the command line would; ``then`` gets its result or its error."""
         if process is None or name not in process.handlers:
             return
@@ -494,9 +496,9 @@ class Simulation:
                 raise Violation("liveness", f"the failover is not complete after {PATIENCE_S:g} s: {self.standing()}")
             self.supervise()
             process = self.secondary
-            if process is not None and process.node is not None and "link" in process.node.__dict__:
-                if process.node.buffer.header.stage is Stage.FAILOVER_FAILED:
-                    self.failover("checkpoint")
+            node: Any = process.node if process is not None else None
+            if node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.FAILOVER_FAILED:
+                self.failover("checkpoint")
             await self.pause(0.2)
         taking = self.following
         own = remembered(taking.settings)
@@ -534,7 +536,10 @@ class Simulation:
             elif process.role != "secondary":
                 engine = process.node.__dict__.get("engine") if process.node is not None else None
                 if engine is not None:
-                    parts.append(f"primary {engine.state} ({engine.reason}) session {engine.session.state.name} idle {engine.session.idle}")
+                    parts.append(
+                        f"primary {engine.state} ({engine.reason}) session {engine.session.state.name} "
+                        f"idle {engine.session.idle}"
+                    )
             elif process.node is not None and "session" in process.node.__dict__:
                 parts.append(f"secondary {process.node.session.position}")
         ended = [f"{p.name}: {p.error}" for p in self.world.ends[-6:] if p.ended]
@@ -553,7 +558,9 @@ class Simulation:
         oracle = self.world.oracle
         wrong = (oracle.versions(self.leading.platters) != oracle.model) & ~oracle.poisoned
         if wrong.any():
-            raise Violation("I6", f"the primary disk is not what its clients wrote: {np.flatnonzero(wrong)[:8].tolist()}")
+            raise Violation(
+                "I6", f"the primary disk is not what its clients wrote: {np.flatnonzero(wrong)[:8].tolist()}"
+            )
 
     async def _last_checkpoint(self) -> None:
         done: list[Any] = []
@@ -570,8 +577,11 @@ class Simulation:
 
     async def _whole_view(self) -> None:
         """All of the guest's view, read once."""
-        await self.until(lambda: self.export is not None and self.export.server is not None and self.export.server.listening,
-                         30.0, "an export of the secondary")
+        await self.until(
+            lambda: self.export is not None and self.export.server is not None and self.export.server.listening,
+            30.0,
+            "an export of the secondary",
+        )
         export = self.export
         assert export is not None
         assert export.server is not None
@@ -604,6 +614,7 @@ class Simulation:
             self.write()
             await self.pause(0.05)
         await self._answered()
+
 
 PEER_PAUSE_S = 0.5
 
@@ -655,7 +666,8 @@ def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
 
 
 def shrink(result: Result, *, tries: int = 60) -> Result:
-    """The same failure with fewer kinds of trouble and a shorter life, as far as that can be found in ``tries`` runs."""
+    """The same failure with fewer kinds of trouble and a shorter life, as far as that can be found in ``tries``
+    runs."""
     best = result
     for options in _smaller(result):
         if tries == 0:
@@ -663,7 +675,9 @@ def shrink(result: Result, *, tries: int = 60) -> Result:
         tries -= 1
         if len(options.troubles) > len(best.options.troubles) or options.steps > best.options.steps:
             continue
-        merged = replace(options, troubles=options.troubles & best.options.troubles, steps=min(options.steps, best.options.steps))
+        merged = replace(
+            options, troubles=options.troubles & best.options.troubles, steps=min(options.steps, best.options.steps)
+        )
         found = run(result.seed, merged)
         if found.failure is not None and found.what == result.what:
             best = found

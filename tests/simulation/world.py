@@ -1,9 +1,10 @@
-"""Two simulated machines that run the product's own processes: ``primary.node``, ``secondary.node`` and ``secondary.guest``, whole.
+"""Two simulated machines that run the product's own processes: ``primary.node``, ``secondary.node`` and
+``secondary.guest``, whole.
 
-What lies underneath is exchanged while a simulation runs (``World.open``): the clock, the event loop, ZeroMQ, disks, metadata files, the
-NBD server, the control sockets, child processes and random numbers. The disk buffer and its CowRequests are real: files in shared memory,
-locked through the kernel. Names are exchanged by identity in every module that imported them, so a refactoring of the product
-does not silently bring the real thing back.
+What lies underneath is exchanged while a simulation runs (``World.open``): the clock, the event loop, ZeroMQ, disks,
+metadata files, the NBD server, the control sockets, child processes and random numbers. The disk buffer and its
+CowRequests are real: files in shared memory, locked through the kernel. Names are exchanged by identity in every
+module that imported them, so a refactoring of the product does not silently bring the real thing back.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from primary.resync import ResyncLimits
 from secondary.buffer import DiskBuffer
 from secondary.header import PairHeader
 from secondary.replica import GuestVolume
-import deploy.roles
 from tests.simulation.clock import PROCESS, Once, Process, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
@@ -145,7 +145,7 @@ class SimServer:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
 
 
-_STATISTICS = [name for name in common.export.Statistics.__slots__][2:]
+_STATISTICS = list(common.export.Statistics.__slots__)[2:]
 
 
 class SimControl:
@@ -181,9 +181,7 @@ class SimControlClient:
         if process is None or command not in process.handlers:
             raise NotRunning(f"Nobody listens at {self.path}.")
         answer = process.run(world.loop.create_task, process.handlers[command](args))
-        await asyncio.wait(
-            (answer, process.exit.future()), return_when=asyncio.FIRST_COMPLETED, timeout=self.timeout_s
-        )
+        await asyncio.wait((answer, process.exit.future()), return_when=asyncio.FIRST_COMPLETED, timeout=self.timeout_s)
         if not answer.done():
             raise NotRunning(f"The process at {self.path} went away, or did not answer.")
         result: dict[str, Any] = answer.result()
@@ -210,7 +208,9 @@ class SimChild:
 
     async def wait_ready_async(self, timeout_s: float = 60.0) -> dict[str, Any]:
         process = self.process
-        await asyncio.wait((process.lifecycle.told.future(), process.exit.future()), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (process.lifecycle.told.future(), process.exit.future()), return_when=asyncio.FIRST_COMPLETED
+        )
         if process.lifecycle.info is None:
             if isinstance(process.error, TandemDiskError):
                 raise process.error
@@ -243,7 +243,8 @@ class Host:
         for index in range(len(world.sizes)):
             Path(f"{self.directory}/disk{index}.raw").touch()  # looked at, never read
         self.platters = [
-            Platter(f"{self.directory}/disk{index}.raw", size, self.chance, self.faults) for index, size in enumerate(world.sizes)
+            Platter(f"{self.directory}/disk{index}.raw", size, self.chance, self.faults)
+            for index, size in enumerate(world.sizes)
         ]
         for platter in self.platters:
             platter.changed = world.disk_changed
@@ -258,8 +259,11 @@ class Host:
             volumes=tuple(VolumeSettings(f"v{index}", platter.name) for index, platter in enumerate(self.platters)),
             export=ExportSettings(unix=f"{self.directory}/nbd.sock"),
             replication=ReplicationSettings(
-                listen=f"sim://{side}", connect=f"sim://{OTHER[side]}", window_bytes=options.window_bytes,
-                heartbeat_s=HEARTBEAT_S, peer_timeout_s=PEER_TIMEOUT_S,
+                listen=f"sim://{side}",
+                connect=f"sim://{OTHER[side]}",
+                window_bytes=options.window_bytes,
+                heartbeat_s=HEARTBEAT_S,
+                peer_timeout_s=PEER_TIMEOUT_S,
             ),
             buffer=BufferSettings(f"{self.directory}/memory", world.buffer_bytes, options.block_size),
             mode="sync" if options.sync else "async",
@@ -302,8 +306,11 @@ class World:
         self._changed = False
         pool = min(slots)
         self.most_blocks = max(1, pool // 2) if not options.large else 20
-        """Blocks that one batch touches at most; above half a pool the primary cuts it, and a checkpoint may fall in between."""
-        self.oracle.may_be_torn = options.large or pool < 4 or bool(options.troubles & {"kill_inside", "disk_secondary"})
+        """Blocks that one batch touches at most; above half a pool the primary cuts it, and a checkpoint may fall in
+        between."""
+        self.oracle.may_be_torn = (
+            options.large or pool < 4 or bool(options.troubles & {"kill_inside", "disk_secondary"})
+        )
         self.oracle.cut = options.large or pool < 4
         self.loop.after = self._after
         self.loop.crashed = lambda process: self.kill(process)  # type: ignore[arg-type]
@@ -341,14 +348,17 @@ class World:
 
         swaps: list[tuple[Any, Any]] = [
             (time, fake_time), (secrets, fake_secrets), (common.disk.FileDisk, self._open_disk),
-            (common.port.Dialer, SimDialer), (common.port.Listener, SimListener), (common.port.zmq_context, contextlib.nullcontext),
-            (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl), (common.child.Child, SimChild),
-            (common.control.ControlClient, SimControlClient), (common.metadata.load, self._load), (common.metadata.save, self._save),
+            (common.port.Dialer, SimDialer), (common.port.Listener, SimListener),
+            (common.port.zmq_context, contextlib.nullcontext),
+            (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl),
+            (common.child.Child, SimChild),
+            (common.control.ControlClient, SimControlClient), (common.metadata.load, self._load),
+            (common.metadata.save, self._save),
         ]  # fmt: skip
         undo: list[Callable[[], None]] = []
         for name, module in list(sys.modules.items()):
             known = name.split(".")[0] in ("common", "primary", "secondary") or name == "deploy.roles"
-            if not known or module is None or name in REAL_TIME:
+            if not known or name in REAL_TIME:
                 continue
             for attribute, value in list(vars(module).items()):
                 for real, fake in swaps:
@@ -369,8 +379,10 @@ class World:
     def _scale(self, undo: list[Callable[[], None]]) -> None:
         """Disks are tiny here: so are the pieces in which a resync asks and sends, or it would be over in one."""
         unit = max(self.options.block_size, 2048)
-        small = {"PIECE": unit, "LOOK": 8 * unit, "IN_FLIGHT": 4 * unit, "BUSY_IN_FLIGHT": 2 * unit, "QUESTION_BYTES": unit,
-                 "HOLE_QUESTION": 4 * unit, "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
+        small = {"PIECE": unit, "LOOK": 8 * unit, "IN_FLIGHT": 4 * unit, "BUSY_IN_FLIGHT": 2 * unit,
+        "QUESTION_BYTES": unit,
+                 "HOLE_QUESTION": 4 * unit,
+                 "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
         region = 1 << max(12, self.options.block_size.bit_length() - 1)
         small |= {"REGION": region, "REGION_SHIFT": region.bit_length() - 1, "AHEAD": 2, "FORGET_INTERVAL_S": 2.0}
         for module in list(sys.modules.values()):
@@ -407,7 +419,9 @@ class World:
             except BaseException:
                 world.oracle.guest_unsure(first, operations)
                 raise
-            side = next(host.side for host in world.hosts.values() if volume.buffer.header.path.startswith(host.directory))
+            side = next(
+                host.side for host in world.hosts.values() if volume.buffer.header.path.startswith(host.directory)
+            )
             if any(operations is known for known in world.own_operations):
                 return errors
             world.guard(world.oracle.guest_wrote, side, first, operations, view, errors, stage)
@@ -473,8 +487,10 @@ class World:
         process = PROCESS.get()
         newest = metadata.history[-1].number if metadata.history else 0
         self.trace(
-            f"save {path} by {process.name if process else 'operator'}: {metadata.role} generation {newest} clean {metadata.clean} "
-            f"syncing {metadata.syncing} consistent {metadata.consistent} at {metadata.stream % 1000}:{metadata.sequence}"
+            f"save {path} by {process.name if process else 'operator'}: {metadata.role} generation {newest} clean "
+            f"{metadata.clean} "
+            f"syncing {metadata.syncing} consistent {metadata.consistent} at "
+            f"{metadata.stream % 1000}:{metadata.sequence}"
         )
         self._file(path).save(path, metadata)
 
@@ -500,7 +516,7 @@ class World:
         self.loop.create_task(self._live(process))
 
     async def _live(self, process: Running) -> None:
-        main: Any = MAINS[process.role].main  # type: ignore[attr-defined]
+        main: Any = MAINS[process.role].main
         lifecycle = process.lifecycle
         try:
             await main(process.host.settings, lifecycle)
@@ -595,11 +611,16 @@ class World:
 
     @staticmethod
     def exact(process: Running | None) -> bool | None:
-        """Whether the secondary itself says that its disk is at a point of the stream; None if it does not say anything yet."""
+        """Whether the secondary itself says that its disk is at a point of the stream; None if it does not say
+        anything yet."""
         if process is None or process.node is None or "session" not in process.node.__dict__:
             return None
         position = process.node.session.position
-        return bool(position.exact and not position.syncing and (position.applied or process.host.settings.initial_sync == "assume"))
+        return bool(
+            position.exact
+            and not position.syncing
+            and (position.applied or process.host.settings.initial_sync == "assume")
+        )
 
     def _stored(self, header: PairHeader, old: tuple[int, int, bool], new: tuple[int, int, bool]) -> None:
         for host in self.hosts.values():
@@ -607,7 +628,13 @@ class World:
                 process = host.process("secondary")
                 self.trace(f"state {host.side} {old} -> {new}")
                 self.guard(
-                    self.oracle.state_stored, host.side, old, new, header.checkpoint.number, host.platters, exact=self.exact(process)
+                    self.oracle.state_stored,
+                    host.side,
+                    old,
+                    new,
+                    header.checkpoint.number,
+                    host.platters,
+                    exact=self.exact(process),
                 )
 
     def between(self, platter: Platter, kind: str) -> None:
@@ -622,4 +649,6 @@ class World:
             self.nested = False
 
     def _traced(self, direction: int, message: tuple[bytes, ...]) -> None:
-        self.trace(f"send {direction} {len(message)} {sum(map(len, message))} {message[0][:2].hex()} {message[0][-8:].hex()}")
+        self.trace(
+            f"send {direction} {len(message)} {sum(map(len, message))} {message[0][:2].hex()} {message[0][-8:].hex()}"
+        )
