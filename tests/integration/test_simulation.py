@@ -15,7 +15,10 @@ SEEDS = 150
 
 def simulate(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.simulation", *arguments], capture_output=True, text=True, timeout=110
+        [sys.executable, "-W", "ignore", "-m", "tests.simulation", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
