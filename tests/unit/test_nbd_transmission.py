@@ -359,7 +359,7 @@ def feed(data: bytes, cuts: list[int], *, read_only: bool = False) -> tuple[Seen
                 seen.commands.append(parser.command)
             if parser.breach:
                 seen.breach = True
-                return seen, position
+                return seen, after
             if after == position:
                 break
             assert position < after <= end
