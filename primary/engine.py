@@ -492,10 +492,20 @@ class Engine:
         base = self.session.standing.base
 
         async def promise() -> None:
+            # a host that goes down may lose what its secondary has: until it is durable here, too, the bits say where
+            await self._loop.run_in_executor(None, self._flush)
             await self.record.update_async(bases=bases, base=base)
 
-        left = await guard.forget(wanted, promise)
+        try:
+            left = await guard.forget(wanted, promise)
+        except OSError as error:
+            self._disk_failed("flush", error)
+            return
         log.debug("write-intent bitmap regions=%d", left)
+
+    def _flush(self) -> None:
+        for volume in self.mirror.volumes:
+            volume.disk.flush()
 
     def _refused(self, effect: Refused) -> None:
         self._stop_work()
@@ -649,6 +659,12 @@ class Engine:
         last = self.session.last_sequence
         self._closing = True
         self.link.perform(self.session.close("the primary stops"))
+        if clean:
+            try:
+                await self._loop.run_in_executor(None, self._flush)
+            except OSError as error:
+                self._disk_failed("flush", error)
+                clean = False
         if clean and self._lifecycle.failure is None:
             await self.record.update_async(
                 clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
