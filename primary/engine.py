@@ -501,6 +501,9 @@ class Engine:
         except OSError as error:
             self._disk_failed("flush", error)
             return
+        except TandemDiskError as error:
+            log.error("the write-intent bitmap is not cleared: %s", error)
+            return
         log.debug("write-intent bitmap regions=%d", left)
 
     def _flush(self) -> None:
