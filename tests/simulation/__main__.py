@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 
-from tests.simulation.simulator import Result, run, shrink
+from tests.simulation.runner import Result, run, shrink
 
 
 def main() -> int:

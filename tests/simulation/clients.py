@@ -13,7 +13,8 @@ from tests.simulation.disk import SECTOR
 from tests.simulation.oracle import Extent, Violation
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Running, World
+    from tests.simulation.processes import Running
+    from tests.simulation.world import World
 
 
 class SimBuffer:
@@ -222,7 +223,9 @@ class Clients:
                     volume.read_blocking(offset, memoryview(contents))
                 except OSError:
                     return
-                world.guard(world.oracle.check_guest_read, first, bytes(contents))
+                leads = process.host.side == world.oracle.leader  # it has taken over since the guest asked
+                check = world.oracle.check_primary_read if leads else world.oracle.check_guest_read
+                world.guard(check, first, bytes(contents))
 
         try:
             process.run(volume.read_into, offset, memoryview(contents))
@@ -257,14 +260,17 @@ class Clients:
         first = world.oracle.starts[index] + offset // SECTOR
         contents = bytearray(length)
 
+        def look() -> None:
+            state = volume.buffer.header.state
+            volume.copy_segments(volume.look_up(offset, length, volume.least(state)), memoryview(contents))
+            world.guard(world.oracle.check_guest_read, first, bytes(contents))
+
         def end() -> None:
             world.slow_readers -= 1
             if not process.alive:
                 return  # its locks went with it
             try:
-                state = volume.buffer.header.state
-                volume.copy_segments(volume.look_up(offset, length, volume.least(state)), memoryview(contents))
-                world.guard(world.oracle.check_guest_read, first, bytes(contents))
+                process.run(look)
             except OSError:
                 pass
             except BaseException:

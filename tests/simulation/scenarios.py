@@ -17,7 +17,8 @@ from common.errors import NeedsForce, OperationFailed, TandemDiskError
 from secondary.header import Stage
 from tests.simulation.options import Options
 from tests.simulation.oracle import Violation
-from tests.simulation.simulator import Result, Simulation, run
+from tests.simulation.runner import Result, run
+from tests.simulation.simulator import Simulation
 
 Story = Callable[[Simulation], Awaitable[None]]
 

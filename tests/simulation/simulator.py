@@ -4,7 +4,7 @@
          ─▶ heal ─▶ both sides protected and equal within ``PATIENCE_S`` of virtual time, every client answered
          ─▶ a last checkpoint is exact, a last failover keeps everything
 
-The same seed and options give the same trace, byte for byte; ``Result.trace`` is its hash.
+The same seed and options give the same trace, byte for byte (``runner.Result.trace`` is its hash).
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64
 
 from common.errors import TandemDiskError
 from deploy.roles import choose_loser, give_up, judge, process_role, remembered
 from secondary.header import Stage
 from tests.simulation.clients import Clients
 from tests.simulation.network import Manners
-from tests.simulation.options import Options, draw
 from tests.simulation.oracle import Violation
-from tests.simulation.world import OTHER, Host, Running, World
+from tests.simulation.processes import Running
+from tests.simulation.world import OTHER, Host, World
 
 PATIENCE_S = 240.0
 
@@ -39,37 +36,6 @@ WEIGHTS = {
     "disk_primary": 0.7, "disk_secondary": 0.7, "slow": 0.7, "metadata": 0.7, "kill_inside": 0.7, "slow_reader": 1.5,
 }  # fmt: skip
 ALWAYS = ("write", "read", "flush", "checkpoint")
-
-
-@dataclass
-class Result:
-    """What became of a seed."""
-
-    seed: int
-    options: Options
-    failure: BaseException | None = None
-    trace: int = 0
-    log: list[str] = field(default_factory=list)
-    acknowledged: int = 0
-    steps: int = 0
-    virtual_s: float = 0.0
-    counts: Counter[str] = field(default_factory=Counter)
-    step: int = 0
-
-    @property
-    def what(self) -> str:
-        """The failure in a word, to compare failures by."""
-        if isinstance(self.failure, Violation):
-            return self.failure.invariant
-        return type(self.failure).__name__ if self.failure is not None else ""
-
-    def describe(self) -> str:
-        """For a person: the failure, where it came from and how to see it again."""
-        lines = [f"seed {self.seed}: {self.what}: {self.failure}", f"  options: {self.options.describe()}",
-                 f"  again:   python -m tests.simulation --seed {self.seed}"]  # fmt: skip
-        if self.failure is not None and not isinstance(self.failure, Violation):
-            lines += ["".join(traceback.format_exception(self.failure))]
-        return "\n".join(lines)
 
 
 class Simulation:
@@ -551,10 +517,15 @@ class Simulation:
         return not ((one != other) & ~oracle.poisoned).any()
 
     async def _answered(self) -> None:
-        def all_answered() -> bool:
-            return not any(process.alive for _, process in self.clients.outstanding.values())
+        def left() -> int:
+            return sum(process.alive for _, process in self.clients.outstanding.values())
 
-        await self.until(all_answered, 20.0, "an answer to every client")
+        # each answer may take a while, where every thread is slow; all of them together as long as anything
+        deadline = self.world.loop.now + PATIENCE_S
+        while before := left():
+            if self.world.loop.now > deadline:
+                raise Violation("liveness", f"{before} batches have no answer yet: {self.standing()}")
+            await self.until(lambda before=before: left() < before, 20.0, "an answer to every client")  # type: ignore[misc]
         oracle = self.world.oracle
         wrong = (oracle.versions(self.leading.platters) != oracle.model) & ~oracle.poisoned
         if wrong.any():
@@ -621,75 +592,3 @@ PEER_PAUSE_S = 0.5
 
 class Stop(Exception):
     """A check has failed: no further."""
-
-
-def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
-        life: Callable[[Simulation], Any] | None = None) -> Result:  # fmt: skip
-    """Live the life of ``seed``, or what ``life`` makes of it."""
-    chance = random.Random(seed)
-    drawn = draw(chance)
-    options = options or drawn
-    result = Result(seed, options)
-    digest = xxh3_64()
-    with World.open(options, chance) as world:
-        simulation = Simulation(world, seed)
-
-        def trace(line: str) -> None:
-            text = f"{world.loop.now:.6f} {line}".replace(world.directory, "")
-            digest.update(text.encode())
-            if keep_log:
-                result.log.append(text)
-
-        world.trace = trace
-        try:
-            world.loop.run_until_complete(simulation.live() if life is None else life(simulation))
-        except Stop:
-            pass
-        except Violation as violation:
-            world.violation = world.violation or violation
-            trace(f"VIOLATION {violation}")
-        except Exception as error:
-            world.violation = world.violation or error
-        result.failure = world.violation
-        del trace
-        result.acknowledged = world.oracle.acknowledged + world.oracle.guest_acknowledged
-        result.steps = world.loop.steps
-        result.virtual_s = world.loop.now - 1000.0
-        result.counts = simulation.counts
-        result.step = simulation.step
-        result.counts["messages"] = world.network.sent
-        result.counts["checkpoints"] = world.oracle.checkpoint_count
-        result.counts["guest reads"] = world.oracle.reads
-        result.counts["promotions"] = int(world.oracle.promoted)
-    result.trace = digest.intdigest()
-    return result
-
-
-def shrink(result: Result, *, tries: int = 60) -> Result:
-    """The same failure with fewer kinds of trouble and a shorter life, as far as that can be found in ``tries``
-    runs."""
-    best = result
-    for options in _smaller(result):
-        if tries == 0:
-            break
-        tries -= 1
-        if len(options.troubles) > len(best.options.troubles) or options.steps > best.options.steps:
-            continue
-        merged = replace(
-            options, troubles=options.troubles & best.options.troubles, steps=min(options.steps, best.options.steps)
-        )
-        found = run(result.seed, merged)
-        if found.failure is not None and found.what == result.what:
-            best = found
-    return best
-
-
-def _smaller(result: Result) -> Iterator[Options]:
-    options = result.options
-    yield replace(options, steps=max(1, result.step + 1))
-    for trouble in sorted(options.troubles):
-        yield replace(options, troubles=options.troubles - {trouble})
-    yield replace(options, small_pool=0)
-    yield replace(options, odd_end=False)
-    for part in (2, 4, 8):
-        yield replace(options, steps=max(1, (result.step + 1) // part))

@@ -36,198 +36,30 @@ import primary.node
 import primary.questions
 import secondary.guest
 import secondary.node
+import secondary.requests
 from common import limits
-from common.errors import DiskError, NotRunning, TandemDiskError
-from common.process import Lifecycle
+from common.errors import DiskError, TandemDiskError
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
 from primary.resync import ResyncLimits
 from secondary.buffer import DiskBuffer
 from secondary.header import PairHeader
 from secondary.replica import GuestVolume
-from tests.simulation.clock import PROCESS, Once, Process, VirtualLoop, thread_of, time_of
+from secondary.requests import Description, RequestTable
+from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
 from tests.simulation.oracle import Oracle, Violation
+from tests.simulation.processes import Running, SimChild, SimControl, SimControlClient, SimLifecycle, SimServer
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
 MAINS = {"primary": primary.node, "secondary": secondary.node, "export": secondary.guest}
-REAL_TIME = {"secondary.requests", "secondary.holders", "common.disk"}
-"""Modules that keep the real clock: they wait for the kernel, and in a simulation they never do."""
+REAL_TIME = {"secondary.holders", "common.disk"}
+"""Modules that keep the real clock: nothing that a simulation does depends on it."""
 MOST_STEPS = 300_000
-"""Callbacks in one life; the usual one has a few thousand."""
+"""Callbacks in one life; the usual one has a few thousand. More are a failure of liveness."""
 HEARTBEAT_S, PEER_TIMEOUT_S = 0.5, 2.5
-
-
-class SimLifecycle(Lifecycle):
-    """A ``Lifecycle`` that tells nobody but the simulation."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, None, top_level=False)
-        self.info: dict[str, Any] | None = None
-        self.told = Once()
-
-    def ready(self, info: Any = None) -> None:
-        self.is_ready = True
-        self.info = dict(info or {})
-        self.told.set()
-
-
-class Running(Process):
-    """A process of the product: what it made that the simulation talks to."""
-
-    def __init__(self, host: Host, role: str, rate: float, offset: float) -> None:
-        super().__init__(f"{host.side}.{role}", rate, offset)
-        self.host = host
-        self.role = role
-        self.node: Any = None
-        self.server: SimServer | None = None
-        self.handlers: dict[str, Callable[[dict[str, Any]], Any]] = {}
-        self.children: list[Running] = []
-        self.lifecycle: SimLifecycle
-        self.ended = False
-        self.error: BaseException | None = None
-        self.exit = Once()
-
-    @property
-    def alive(self) -> bool:
-        return not self.dead and not self.ended
-
-    def run(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Call something in the process, as its event loop would."""
-        return self.context.copy().run(call, *args)
-
-
-class SimServer:
-    """In place of ``common.export.NbdServer``: no sockets; the simulation submits to the volumes itself."""
-
-    world: World
-
-    def __init__(self, volumes: Any, *, default: str) -> None:
-        self.volumes = {volume.name: volume for volume in volumes}
-        self.listening = False
-        self.paused = False
-        self.in_flight = 0
-        self._empty = asyncio.Event()
-        self._empty.set()
-        process = PROCESS.get()
-        assert isinstance(process, Running)
-        process.server = self
-
-    async def listen(self, _settings: Any) -> None:
-        self.listening = True
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def begun(self) -> None:
-        self.in_flight += 1
-        self._empty.clear()
-
-    def done(self) -> None:
-        self.in_flight -= 1
-        if not self.in_flight:
-            self._empty.set()
-
-    def uris(self, name: str) -> list[str]:
-        return [f"nbd+unix:///{name}"]
-
-    def statistics(self) -> Any:
-        return common.export.Statistics(0, 0, **dict.fromkeys(_STATISTICS, 0))
-
-    async def close(self, timeout_s: float = 10.0) -> None:
-        self.listening = False
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
-
-
-_STATISTICS = list(common.export.Statistics.__slots__)[2:]
-
-
-class SimControl:
-    """In place of ``common.control.ControlServer``."""
-
-    def __init__(self, path: str, handlers: Any) -> None:
-        self.path = path
-        self.handlers = dict(handlers)
-
-    async def start(self) -> None:
-        process = PROCESS.get()
-        assert isinstance(process, Running)
-        process.handlers = self.handlers
-
-    async def close(self) -> None:
-        process = PROCESS.get()
-        assert isinstance(process, Running)
-        process.handlers = {}
-
-
-class SimControlClient:
-    """In place of ``common.control.ControlClient``: calls the handler of another simulated process."""
-
-    def __init__(self, path: str, timeout_s: float = 10.0) -> None:
-        self.path = path
-        self.timeout_s = timeout_s
-
-    async def call_async(self, command: str, /, **args: object) -> dict[str, Any]:
-        world = SimChild.world
-        directory, _, name = self.path.rpartition("/")
-        host = next(host for host in world.hosts.values() if host.directory == directory)
-        process = host.process(name.removesuffix(".control"))
-        if process is None or command not in process.handlers:
-            raise NotRunning(f"Nobody listens at {self.path}.")
-        answer = process.run(world.loop.create_task, process.handlers[command](args))
-        await asyncio.wait((answer, process.exit.future()), return_when=asyncio.FIRST_COMPLETED, timeout=self.timeout_s)
-        if not answer.done():
-            raise NotRunning(f"The process at {self.path} went away, or did not answer.")
-        result: dict[str, Any] = answer.result()
-        return result
-
-
-class SimChild:
-    """In place of ``common.child.Child``: another simulated process."""
-
-    world: World
-
-    def __init__(self, process: Running) -> None:
-        self.process = process
-        self.pid = id(process)
-
-    @classmethod
-    def start(cls, module: str, _settings: NodeSettings, **_options: Any) -> SimChild:
-        parent = PROCESS.get()
-        assert isinstance(parent, Running)
-        role = {"secondary.guest": "export", "secondary": "secondary", "primary": "primary"}[module]
-        child = cls.world.spawn(parent.host, role)
-        parent.children.append(child)
-        return cls(child)
-
-    async def wait_ready_async(self, timeout_s: float = 60.0) -> dict[str, Any]:
-        process = self.process
-        await asyncio.wait(
-            (process.lifecycle.told.future(), process.exit.future()), return_when=asyncio.FIRST_COMPLETED
-        )
-        if process.lifecycle.info is None:
-            if isinstance(process.error, TandemDiskError):
-                raise process.error
-            raise TandemDiskError("The export process ended before it was ready.")
-        return process.lifecycle.info
-
-    def poll(self) -> int | None:
-        return None if self.process.alive else -9
-
-    async def wait_async(self) -> int:
-        await self.process.exit.future()
-        return 0 if self.process.ended else -9
-
-    async def stop_async(self, timeout_s: float = 30.0) -> int:
-        if self.process.alive:
-            self.process.lifecycle.stop.set()
-        return await self.wait_async()
 
 
 class Host:
@@ -433,11 +265,34 @@ class World:
                 process.buffers.append(buffer)
             init(buffer, *args, **options)
 
+        self._never_wait(undo)
         self._set(undo, PairHeader, "store_state", store_state)
         self._set(undo, GuestVolume, "apply", guest_apply)
         self._set(undo, DiskBuffer, "__init__", buffer_init)
         for cls in (primary.node.PrimaryNode, secondary.node.SecondaryNode, secondary.guest.GuestProcess):
             self._note_nodes(undo, cls)
+
+    def _never_wait(self, undo: list[Callable[[], None]]) -> None:
+        """Whoever waits for the kernel here waits for ever, as nobody else runs meanwhile: somebody holds a request
+        that he will not end."""
+        world = self
+
+        def stuck(table: RequestTable, what: str) -> None:
+            world.violation = world.violation or Violation("liveness", f"{what} of {table.path} is never let go of")
+            raise table.timed_out(table.whole(), what)
+
+        def wait(self: Any, _limit_s: float) -> None:
+            stuck(self._table, f"the request on {self._ranges}")
+
+        def wait_byte(table: RequestTable, byte: int, *, shared: bool = False, timeout_s: Any = None) -> Description:
+            description = table.try_byte(byte, shared=shared)
+            if description is None:
+                stuck(table, f"byte {byte:#x}")
+            assert description is not None
+            return description
+
+        self._set(undo, secondary.requests._Wait, "result", wait)
+        self._set(undo, RequestTable, "wait_byte", wait_byte)
 
     def _note_nodes(self, undo: list[Callable[[], None]], cls: Any) -> None:
         make = cls.__init__
@@ -597,6 +452,8 @@ class World:
         if self._changed or self.oracle.forgotten:
             self._changed = False
             self.check_secondary()
+        if self.violation is not None:
+            self.loop.stop()
 
     def secondary_host(self) -> Host:
         """The side that is, or was, the secondary."""
