@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from common.errors import ConfigError
+from common.settings import ReplicationSettings
 
 PUBLIC_SUFFIX: Final = ".key"
 SECRET_SUFFIX: Final = ".key_secret"
@@ -72,6 +73,13 @@ def load_keys(secret_path: str, peer_path: str) -> CurveKeys:
         raise ConfigError("The keys cannot be used:", problems=tuple(problems), hint="`tandemdisk keygen` makes keys.")
     own, peer = _read(secret_path), _read(peer_path)
     return CurveKeys(public=own["public-key"], secret=own["secret-key"], peer_public=peer["public-key"])
+
+
+def stream_keys(replication: ReplicationSettings) -> CurveKeys | None:
+    """The keys of the replication stream; None for plain text."""
+    if replication.secret_key is None or replication.peer_key is None:
+        return None
+    return load_keys(replication.secret_key, replication.peer_key)
 
 
 def secret_problems(path: str) -> list[str]:

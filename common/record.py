@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import secrets
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,11 @@ class Record:
     def close(self) -> None:
         """Wait for what is being written."""
         self._executor.shutdown(wait=True)
+
+
+def random_number(bits: int) -> int:
+    """A number that is not zero, for streams, processes and generations."""
+    return secrets.randbits(bits) or 1
 
 
 def first_generation(pair_id: str) -> History:

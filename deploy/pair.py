@@ -6,30 +6,13 @@
         print(pair.status()["primary"]["nbd_uri"])
         pair.checkpoint()
 
-``status`` merges what the processes say with what the supervisor knows of the dead ones:
-
-    {"state":      the primary's own word while it leads ("protected", "syncing", "alone" …), after a failover the
-    stage of
-                   the promoted side ("failover", "failover_failed", "done"), else see ``merged_state``
-     "mode": "sync" | "async", "checkpoint": number or None, "generation": number or None,
-     "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    "dead" and "stopped" come with "reason", pid None
-     "secondary":  {"role", "pid", "export_pid", "state", "nbd_uri", "error", …}
-     "lag":        {"bytes", "seconds"}                    None while nobody knows
-     "buffer":     {"bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes"}
-     "resync":     {"active", "done_bytes", "total_bytes", "rate"}, "commit": {"active", "done_bytes", "total_bytes"}
-     "counters":   {"primary": {…}, "secondary": {…}}
-     "volumes":    [{"name", "size", "primary_uri", "secondary_uri"}]
-     "supervisor": {"pid": number or None}}
-
-``error`` of a side is described in ``common.failures``.
+``status`` merges what both sides and the supervisor know (``deploy.overview``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +30,9 @@ from common.settings import NodeSettings, Role
 from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
-from deploy.roles import choose_loser, give_up, judge, process_role, remembered, save_diverged
+from deploy.overview import merge
+from deploy.presence import answers, control_path, process_of, watched
+from deploy.roles import choose_loser, give_up, judge, remembered, save_diverged
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -219,7 +204,7 @@ class Pair:
         """Tell the process to stop and wait until it has: it lets go of disks and buffer last. Its last status."""
         client = self.client(role, STOP_TIMEOUT_S)
         status = client.call("status")
-        with _watched(int(status["pid"])) as ended:
+        with watched(int(status["pid"])) as ended:
             client.call("stop", **args)
             ended(STOP_TIMEOUT_S)
         return status
@@ -227,18 +212,18 @@ class Pair:
     def _wait_for_orphans(self) -> None:
         """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
         state = read_state(self.directory)
-        if _process(state.get("pid"), "deploy.launcher") is not None:
+        if process_of(state.get("pid"), "deploy.launcher") is not None:
             return  # it lives, though it does not answer: it will refuse the one that is about to start
         for child in state.get("children", {}).values():
             for process in SIDES if child.get("alive") else ():
-                if (orphan := _process(child["pid"], process)) is not None:
+                if (orphan := process_of(child["pid"], process)) is not None:
                     psutil.wait_procs([orphan], timeout=STOP_TIMEOUT_S)
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""
         for path in (self.directory.supervisor_control, *self._control_paths()):
             deadline = time.monotonic() + STOP_TIMEOUT_S
-            while _answers(path):
+            while answers(path):
                 if time.monotonic() > deadline:
                     raise TimedOut(f"The process at {path} did not end.", hint="Its log may say why.")
                 time.sleep(0.01)
@@ -370,7 +355,7 @@ class Pair:
         """True if the supervisor has seen the primary's process end, and no other one answers in its place."""
         leader = self.leader()
         child = self._supervisor_status().get("children", {}).get(leader, {})
-        return child.get("alive") is False and child.get("pid") is not None and not _answers(self.client(leader).path)
+        return child.get("alive") is False and child.get("pid") is not None and not answers(self.client(leader).path)
 
     def _connected(self) -> bool:
         return bool(self.client(self.follower()).call("status")["peer"]["connected"])
@@ -483,123 +468,3 @@ class Pair:
             if path.exists():
                 parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
         return "\n".join(parts)
-
-
-def _process(pid: int | None, module: str) -> psutil.Process | None:
-    """The process ``pid`` if it runs and is still the one that runs ``module``."""
-    try:
-        process = psutil.Process(pid) if pid else None
-        return process if process is not None and module in process.cmdline() else None
-    except psutil.Error:
-        return None
-
-
-@contextlib.contextmanager
-def _watched(pid: int) -> Iterator[Callable[[float], None]]:
-    """A function that waits until the process that is ``pid`` now has ended; its parent is left to reap it."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        yield lambda _timeout_s: None
-        return
-
-    def ended(timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            raise TimedOut(f"The process {pid} did not end within {timeout_s:g} s.", hint="Its log may say why.")
-
-    try:
-        yield ended
-    finally:
-        os.close(pidfd)
-
-
-def control_path(settings: NodeSettings, configured: Role) -> str:
-    """The control socket of a side's process: the one that somebody listens on, else what it would be started as."""
-    for process in SIDES:
-        path = settings.control_path(process)
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.connect(path)
-            return path
-    return settings.control_path(process_role(settings, configured))
-
-
-def _answers(path: str) -> bool:
-    try:
-        ControlClient(path, 1.0).call("status")
-    except NotRunning:
-        return False
-    except TandemDiskError:
-        return True
-    return True
-
-
-def merge(
-    primary: dict[str, Any], secondary: dict[str, Any], supervisor: dict[str, Any], settings: NodeSettings
-) -> dict[str, Any]:
-    """The status of the pair out of its sides' own; ``settings`` of either side fill in what nobody alive can tell."""
-
-    lead, follow = _by_authority(primary, secondary)
-
-    def known(key: str) -> Any:
-        values = (side.get(key) for side in _by_authority(primary, secondary))
-        return next((value for value in values if value is not None), None)
-
-    return {
-        "state": merged_state(primary, secondary),
-        "mode": known("mode") or settings.mode,
-        "checkpoint": known("checkpoint"),
-        "generation": known("generation"),
-        "primary": primary,
-        "secondary": secondary,
-        "lag": lead.get("lag") or {"bytes": None, "seconds": None},
-        "buffer": follow.get("buffer")
-        or lead.get("buffer")
-        or dict.fromkeys(("bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes")),
-        "resync": lead.get("resync") or {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0},
-        "verify": lead.get("verify") or {"active": False},
-        "commit": lead.get("commit") or follow.get("commit") or {"active": False, "done_bytes": 0, "total_bytes": 0},
-        "counters": {"primary": primary.get("counters") or {}, "secondary": secondary.get("counters") or {}},
-        "volumes": _volumes(primary, secondary, settings),
-        "supervisor": {"pid": supervisor.get("pid")},
-    }
-
-
-def _by_authority(primary: dict[str, Any], secondary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both sides, the one whose word counts first: after a failover that is the promoted one."""
-    return (secondary, primary) if secondary.get("role") == "primary" else (primary, secondary)
-
-
-def merged_state(primary: dict[str, Any], secondary: dict[str, Any]) -> str:
-    """The leading side's own word, or "primary_lost", "secondary_lost", "stopped" when processes are dead."""
-    lead, follow = _by_authority(primary, secondary)
-    alive = [side.get("pid") is not None for side in (lead, follow)]
-    elsewhere = [side.get("state") == "elsewhere" for side in (lead, follow)]
-    if alive[0] and lead is secondary:
-        return str(lead["state"]).lower()
-    if not any(alive):
-        return "stopped"
-    if not alive[0] and not elsewhere[0]:
-        return "primary_lost"
-    if not alive[1] and not elsewhere[1]:
-        return "secondary_lost"
-    return str(follow["state"] if elsewhere[0] else lead["state"]).lower()
-
-
-def _volumes(primary: dict[str, Any], secondary: dict[str, Any], settings: NodeSettings) -> list[dict[str, Any]]:
-    told = {
-        side: {v["name"]: v for v in status.get("volumes") or ()} for side, status in (("p", primary), ("s", secondary))
-    }
-    volumes: list[dict[str, Any]] = []
-    for volume in settings.volumes:
-        here, there = told["p"].get(volume.name, {}), told["s"].get(volume.name, {})
-        volumes.append(
-            {
-                "name": volume.name,
-                "size": here.get("size") or there.get("size"),
-                "primary_uri": here.get("nbd_uri"),
-                "secondary_uri": there.get("nbd_uri"),
-            }
-        )
-    return volumes

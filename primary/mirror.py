@@ -378,6 +378,11 @@ class Mirror:
             self.carrier.send(messages)
         self.flusher.request(pending.flushed)
 
+    def flush_disks(self) -> None:
+        """Make the primary disks durable; blocks, from any thread. OSError if one cannot be."""
+        for volume in self.volumes:
+            volume.disk.flush()
+
     def close(self) -> None:
         self.flusher.close()
         if self.guard is not None:

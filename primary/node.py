@@ -15,13 +15,14 @@ from common.errors import OperationFailed
 from common.export import NbdServer
 from common.generation import extend
 from common.intent import INTENT_FILE
+from common.keys import stream_keys
 from common.metadata import load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_metadata, disks_changed, initial_metadata
+from common.record import Record, check_metadata, disks_changed, initial_metadata, random_number
 from common.settings import NodeSettings
 from primary.doorman import Doorman
-from primary.engine import Engine, random_number, stream_keys
+from primary.engine import Engine
 
 log = logging.getLogger("primary")
 
@@ -50,8 +51,8 @@ class PrimaryNode:
             settings.control_path("primary"),
             {
                 "status": self._status,
-                "checkpoint": engine.checkpoint_command,
-                "verify": engine.verify_command,
+                "checkpoint": engine.checkpoints.command,
+                "verify": engine.alignment.verify_command,
                 "clear_error": self._clear_error,
                 "redial": self._redial,
                 "stop": self._stop,
@@ -60,12 +61,12 @@ class PrimaryNode:
         await control.start()
         self._stack.push_async_callback(control.close)
         if settings.replication.listen is not None:
-            listen, keys = settings.replication.listen, stream_keys(settings)
+            listen, keys = settings.replication.listen, stream_keys(settings.replication)
             doorman = Doorman(context, listen, keys, lambda: engine.session.standing)
             self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()
-        await engine.remember_start()
+        await engine.knowledge.remember_start()
         await self.server.listen(settings.export)
         engine.serving = True
 
@@ -115,7 +116,7 @@ class PrimaryNode:
         number = None
         if args.get("checkpoint") and self.engine.state == "protected":
             await self.server.close()
-            number = (await self.engine.take_checkpoint()).number
+            number = (await self.engine.checkpoints.take()).number
         self._lifecycle.stop.set()
         return {"checkpoint": number, "state": self.engine.state}
 

@@ -136,8 +136,8 @@ class GuestProcess:
         self.intents.close()
         names = [volume.name for volume in settings.volumes]
         engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
-        engine.checkpoint = self.buffer.header.checkpoint.number
-        await engine.remember_start()
+        engine.checkpoints.number = self.buffer.header.checkpoint.number
+        await engine.knowledge.remember_start()
         engine.start(self.server, alone="this side was promoted")
         return engine
 
@@ -147,10 +147,10 @@ class GuestProcess:
         return self.engine
 
     async def _checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        return await self._leader().checkpoint_command(args)
+        return await self._leader().checkpoints.command(args)
 
     async def _verify(self, args: dict[str, Any]) -> dict[str, Any]:
-        return await self._leader().verify_command(args)
+        return await self._leader().alignment.verify_command(args)
 
     async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._leader().link.redial()
@@ -180,7 +180,7 @@ class GuestProcess:
         number = None
         if args.get("checkpoint") and self.engine is not None and self.engine.state == "protected":
             await self.server.close()
-            number = (await self.engine.take_checkpoint()).number
+            number = (await self.engine.checkpoints.take()).number
         self._lifecycle.stop.set()
         return {"checkpoint": number}
 

@@ -1,0 +1,68 @@
+"""Which processes of a pair are there, and how they are reached."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from common.control import ControlClient
+from common.errors import NotRunning, TandemDiskError, TimedOut
+from common.settings import NodeSettings, Role
+from deploy.layout import SIDES
+from deploy.roles import process_role
+
+
+def process_of(pid: int | None, module: str) -> psutil.Process | None:
+    """The process ``pid`` if it runs and is still the one that runs ``module``."""
+    try:
+        process = psutil.Process(pid) if pid else None
+        return process if process is not None and module in process.cmdline() else None
+    except psutil.Error:
+        return None
+
+
+@contextlib.contextmanager
+def watched(pid: int) -> Iterator[Callable[[float], None]]:
+    """A function that waits until the process that is ``pid`` now has ended; its parent is left to reap it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield lambda _timeout_s: None
+        return
+
+    def ended(timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            raise TimedOut(f"The process {pid} did not end within {timeout_s:g} s.", hint="Its log may say why.")
+
+    try:
+        yield ended
+    finally:
+        os.close(pidfd)
+
+
+def control_path(settings: NodeSettings, configured: Role) -> str:
+    """The control socket of a side's process: the one that somebody listens on, else what it would be started as."""
+    for process in SIDES:
+        path = settings.control_path(process)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(path)
+            return path
+    return settings.control_path(process_role(settings, configured))
+
+
+def answers(path: str) -> bool:
+    """Whether anybody listens on a control socket."""
+    try:
+        ControlClient(path, 1.0).call("status")
+    except NotRunning:
+        return False
+    except TandemDiskError:
+        return True
+    return True

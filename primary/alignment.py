@@ -1,0 +1,213 @@
+"""Bringing the secondary in line while guests write, and checking that it is: resyncs, verifications and repairs as
+tasks, one of each at most, ended by whoever learns that their conditions hold no more.
+
+What differs, or may, is ``primary.knowledge``'s to say; what goes next is ``primary.resync``'s to decide. This is who
+begins, and what happens at the end:
+
+    ResyncNeeded ──▶ begin ──▶ Synchroniser.run ──▶ finish_resync in the stream ──▶ a checkpoint ──▶ ``complete``
+                       └────── cut, lost, disk error: ``stop``; what was not confirmed stays marked
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from common.errors import OperationFailed
+from common.settings import NodeSettings
+from primary.effects import ResyncNeeded
+from primary.knowledge import Knowledge
+from primary.link import Link
+from primary.mirror import Mirror
+from primary.questions import Range
+from primary.resync import ResyncLimits
+from primary.session import PrimarySession
+from primary.synchroniser import Synchroniser, make_suspects
+from primary.verifier import Verifier
+
+MAX_EXTENTS: Final = 1000
+"""Differing extents that an answer to ``verify`` names."""
+IDLE: Final = {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0.0}
+"""Status of a resync that is not going on."""
+
+
+class Standpoint(Protocol):
+    """What the engine says of itself."""
+
+    state: str
+    reason: str
+
+    def disk_failed(self, what: str, error: OSError) -> None: ...
+
+
+class Alignment:
+    """See the module. ``all_sent`` is called when nothing is marked any more, before the end goes into the stream."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        mirror: Mirror,
+        knowledge: Knowledge,
+        session: PrimarySession,
+        link: Link,
+        engine: Standpoint,
+        all_sent: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._mirror = mirror
+        self._knowledge = knowledge
+        self._session = session
+        self._link = link
+        self._engine = engine
+        self._all_sent = all_sent
+        self._loop = asyncio.get_running_loop()
+        self._synchroniser: Synchroniser | None = None
+        self._synchronising: asyncio.Task[None] | None = None
+        self._verifier: Verifier | None = None
+        self._verifying: asyncio.Task[list[Range]] | None = None
+        self._counters = _ResyncCounters()
+
+    def stop(self) -> None:
+        """Whatever goes over the disks in the background: it began under conditions that hold no more."""
+        self._stop_synchroniser()
+        if self._verifying is not None:
+            self._verifying.cancel()
+
+    def status(self) -> dict[str, Any]:
+        """``resync`` and ``verify`` of the status."""
+        return {
+            "resync": self._synchroniser.status() if self._synchroniser is not None else dict(IDLE),
+            "verify": self._verifier.status() if self._verifier is not None else {"active": False},
+        }
+
+    def counters(self) -> dict[str, int]:
+        """What all resyncs came to."""
+        return self._counters.totals(self._synchroniser)
+
+    # Resync
+
+    def begin(self, effect: ResyncNeeded) -> None:
+        """Answer to what the handshake found."""
+        full, peer = effect.full, effect.peer
+        self._counters.begun(full=full)
+        self._link.perform(self._session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
+        limits = ResyncLimits(ceiling=float(self._settings.resync_rate))
+        self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, limits)
+        self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
+
+    def complete(self) -> None:
+        """The secondary took the checkpoint that ends a resync."""
+        self._stop_synchroniser()
+        self._knowledge.resync_complete()
+
+    async def _synchronise(self, synchroniser: Synchroniser) -> None:
+        session = self._session
+        try:
+            await synchroniser.run()
+        except OSError as error:
+            self._engine.disk_failed("read for the resync", error)
+            reason = f"the primary disk cannot be read: {error.strerror}"
+            self._link.settle(session.lost(reason, time.monotonic()))
+            return
+        if self._synchroniser is synchroniser and session.syncing:
+            self._all_sent()
+            self._link.send(session.finish_resync(None, time.monotonic()))
+
+    def _stop_synchroniser(self) -> None:
+        if self._synchronising is not None:
+            self._synchronising.cancel()
+            self._synchronising = None
+        if self._synchroniser is not None:
+            self._synchroniser.stop()
+            self._counters.ended(self._synchroniser)
+            self._synchroniser = None
+
+    # Verification
+
+    async def verify(self, *, repair: bool) -> list[Range]:
+        """Compare both disks while guests write. The extents that differ are marked for the next resync, or sent at
+        once.
+
+        OperationFailed if there is no secondary in line, or it is lost meanwhile.
+        """
+        engine = self._engine
+        if engine.state != "protected":
+            raise OperationFailed(
+                f"There is nothing to compare with: this side is {engine.state}.", hint="See `tandemdisk status`."
+            )
+        if self._verifying is not None:
+            raise OperationFailed("A verification is under way.", hint="`tandemdisk status` shows how far it is.")
+        self._verifier = Verifier(self._mirror, ceiling=self._settings.resync_rate)
+        self._verifying = task = self._loop.create_task(self._verify(self._verifier, repair=repair), name="verify")
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()  # if whoever asked is gone
+            self._verifying = self._verifier = None
+        if task.cancelled():
+            raise OperationFailed(f"The verification was interrupted: this side is {engine.state}.", hint=engine.reason)
+        try:
+            return task.result()
+        except OSError as error:
+            engine.disk_failed("read for the verification", error)
+            raise OperationFailed(f"The primary disk cannot be read: {error.strerror or error}.") from error
+
+    async def verify_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """``verify`` as a control command: {"repair": bool} to what was found, at most ``MAX_EXTENTS`` of it one by
+        one."""
+        started = time.perf_counter()
+        repair = bool(args.get("repair"))
+        found = await self.verify(repair=repair)
+        names = [volume.name for volume in self._mirror.volumes]
+        return {
+            "differing": len(found),
+            "differing_bytes": sum(length for _, _, length in found),
+            "extents": [[names[index], offset, length] for index, offset, length in found[:MAX_EXTENTS]],
+            "repaired": repair and bool(found),
+            "compared_bytes": sum(volume.size for volume in self._mirror.volumes),
+            "seconds": time.perf_counter() - started,
+        }
+
+    async def _verify(self, verifier: Verifier, *, repair: bool) -> list[Range]:
+        found = await verifier.run()
+        if found and repair:
+            sender = Synchroniser(self._mirror, make_suspects(self._mirror))
+            try:
+                await sender.copy()
+                await sender.confirm_all()
+            finally:
+                sender.stop()
+                self._counters.repaired(sender)
+        return found
+
+
+class _ResyncCounters:
+    """What all resyncs and repairs of this process came to."""
+
+    def __init__(self) -> None:
+        self._count = self._full = self._asked = self._differing = self._moved = self._repaired = 0
+
+    def begun(self, *, full: bool) -> None:
+        self._count += 1
+        self._full += full
+
+    def ended(self, resync: Synchroniser) -> None:
+        self._asked += resync.asked_bytes
+        self._differing += resync.differing_bytes
+        self._moved += resync.moved_bytes
+
+    def repaired(self, repair: Synchroniser) -> None:
+        self._repaired += repair.moved_bytes
+
+    def totals(self, current: Synchroniser | None) -> dict[str, int]:
+        """With those of the resync that is going on, if one is."""
+        return {
+            "resyncs": self._count,
+            "full_resyncs": self._full,
+            "resync_asked_bytes": self._asked + (current.asked_bytes if current is not None else 0),
+            "resync_differing_bytes": self._differing + (current.differing_bytes if current is not None else 0),
+            "resync_moved_bytes": self._moved + (current.moved_bytes if current is not None else 0),
+            "repaired_bytes": self._repaired,
+        }

@@ -1,0 +1,156 @@
+"""What the primary knows of what its secondary may lack, in memory and on its disk.
+
+    mirror.bitmaps   differs, for certain: written alone, or handed back by the session       the pair's blocks
+    suspects         may differ: a resync compares it before it sends any of it               64 KiB a bit
+    unfinished       all that the resyncs since the last complete one took on
+    ledger           applied by the secondary, not yet in its metadata: lost if it loses its memory
+    intent file      on disk: all of the above, coarsely, for a primary that is killed
+
+``bases`` and ``base`` say from which point of a stream, and from which generation on, all this knows every write. They
+are in the metadata, because a primary that comes back has to judge by them what its secondary may lack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from common.errors import TandemDiskError
+from common.generation import RETURNING
+from common.intent import INTENT_FILE, IntentFile
+from common.record import Record, fingerprints
+from common.settings import NodeSettings
+from common.wire import Welcome, unpack_ranges
+from primary.guard import IntentGuard
+from primary.ledger import Ledger, mark
+from primary.mirror import Mirror
+from primary.session import PrimarySession
+from primary.synchroniser import make_suspects
+
+FORGET_INTERVAL_S: Final = 10.0
+"""How often the write-intent bitmap is cleared of what the secondary has."""
+MAX_BASES: Final = 16
+
+log = logging.getLogger("primary")
+
+
+class Knowledge:
+    """See the module. Made before the session, which needs ``ledger``, ``base`` and ``bases``."""
+
+    session: PrimarySession
+
+    def __init__(self, settings: NodeSettings, record: Record, mirror: Mirror) -> None:
+        self.mirror = mirror
+        self.suspects = make_suspects(mirror)
+        """What the secondary may lack, for all that is known: a resync compares it before it sends any of it."""
+        self.ledger = Ledger([volume.size for volume in mirror.volumes], settings.buffer.block_size)
+        self._settings = settings
+        self._record = record
+        self._unfinished = make_suspects(mirror)
+        """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
+        self._bases = dict(record.value.bases)
+        self.base = record.value.base
+        self._open_intents()
+
+    @property
+    def bases(self) -> dict[int, int]:
+        """For the session: stream -> the sequence from which on every write of that stream is known."""
+        return self._bases | {RETURNING: 0}
+
+    def _open_intents(self) -> None:
+        """Open the write-intent bitmap; what a crash left in it is suspect."""
+        settings, metadata = self._settings, self._record.value
+        path = f"{settings.directory}/{INTENT_FILE}"
+        known = False
+        if settings.write_intent:
+            sizes = [volume.size for volume in self.mirror.volumes]
+            file = IntentFile(path, sizes)
+            self.mirror.guard = IntentGuard(file, sizes)
+            known = file.found
+            if known and not metadata.clean:
+                file.add_to(self.suspects)
+        else:
+            Path(path).unlink(missing_ok=True)
+        if metadata.clean and metadata.history:
+            self.base = metadata.history[-1].identity
+        elif not known:
+            self._bases, self.base = {}, 0
+
+    async def remember_start(self) -> None:
+        """Durably, before the first write: this process did not stop in good order, and what its bitmaps know."""
+        bases = list((self._bases | {self.session.stream: self.session.last_sequence}).items())
+        disks = fingerprints(self._settings, running=True)
+        await self._record.update_async(clean=False, base=self.base, bases=tuple(bases[-MAX_BASES:]), disks=disks)
+
+    def tell(self) -> None:
+        """Before a greeting: what a refusal says would be lost."""
+        size = sum(bitmap.dirty_bytes() for bitmap in (*self.mirror.bitmaps, *self.suspects))
+        standing = self.session.standing
+        blocks = -(-size // self._settings.buffer.block_size)
+        self.session.standing = standing._replace(own_blocks=blocks, own_bytes=size)
+
+    # A resync
+
+    def mark_what_may_differ(self, peer: Welcome, *, full: bool) -> None:
+        """In the bitmaps what the secondary lacks for certain, in ``suspects`` what it may lack."""
+        applied = self.session.statistics().applied
+        if not (peer.exact and peer.stream == self.session.stream and peer.applied >= applied):
+            # it forgot, or never had, what was sent and not recorded
+            self.ledger.add_to(self.mirror.bitmaps)
+            self.ledger.clear()
+            for suspects, unfinished in zip(self.suspects, self._unfinished, strict=True):
+                suspects.union(unfinished)
+        for index, offset, length in unpack_ranges(peer.own, [volume.size for volume in self.mirror.volumes]):
+            self.suspects[index].set_range(offset, length)
+        for suspects, unfinished, bitmap in zip(self.suspects, self._unfinished, self.mirror.bitmaps, strict=True):
+            if full:
+                suspects.set_all()
+            unfinished.union(suspects)
+            unfinished.union(bitmap)
+
+    def resync_complete(self) -> None:
+        """The secondary has taken a checkpoint behind a resync: what that took on is done."""
+        for bitmap in self._unfinished:
+            bitmap.clear_all()
+
+    # Forgetting
+
+    async def forget_now_and_then(self, protected: Callable[[], bool], failed: Callable[[str, OSError], None]) -> None:
+        """While the pair is ``protected``, clear the write-intent bitmap of what the secondary has."""
+        guard = self.mirror.guard
+        assert guard is not None
+        while True:
+            await asyncio.sleep(FORGET_INTERVAL_S)
+            if not protected():
+                continue
+            try:
+                await self._forget(guard)
+            except OSError as error:
+                failed("flush", error)
+
+    async def _forget(self, guard: IntentGuard) -> None:
+        """Clear the write-intent bitmap where the secondary has everything, and will remember it."""
+        wanted = [bitmap.copy() for bitmap in self.mirror.bitmaps]
+        self.ledger.add_to(wanted)
+        for extents in self.session.pending_extents():
+            mark(wanted, extents)
+        for bitmap, suspects, unfinished in zip(wanted, self.suspects, self._unfinished, strict=True):
+            bitmap.union(suspects)
+            bitmap.union(unfinished)
+        bases = ((self.session.stream, self.session.recorded),)
+        base = self.session.standing.base
+
+        async def promise() -> None:
+            # a host that goes down may lose what its secondary has: until it is durable here, too, the bits say where
+            await asyncio.get_running_loop().run_in_executor(None, self.mirror.flush_disks)
+            await self._record.update_async(bases=bases, base=base)
+
+        try:
+            left = await guard.forget(wanted, promise)
+        except TandemDiskError as error:
+            log.error("the write-intent bitmap is not cleared: %s", error)
+            return
+        log.debug("write-intent bitmap regions=%d", left)

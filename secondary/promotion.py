@@ -1,0 +1,201 @@
+"""How a secondary becomes a primary: decided, made durable, committed, and handed to the export process to lead.
+
+    decide ─▶ stream held, applier stopped ─▶ generation durable ─▶ commit in the background ─▶ the export process leads
+                                              (the promotion)        (``checkpoint`` only)
+
+What is left to do once the promotion is durable is also done after a crash in the middle: ``finish`` finds the stage in
+the header of the disk buffer, and the target in the metadata.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from common.disk import FileDisk
+from common.errors import OperationFailed, TandemDiskError
+from common.generation import extend
+from common.intent import INTENT_FILE, IntentFile
+from common.record import Record, random_number
+from common.settings import NodeSettings
+from secondary.applier import Applier
+from secondary.backup import PairBackup
+from secondary.buffer import DiskBuffer
+from secondary.commit import CommitJob, failover_checkpoint, failover_latest, held_extents
+from secondary.exporter import Exporter
+from secondary.failover import Situation, Target, decide, parse_target
+from secondary.header import Stage
+from secondary.link import Link
+from secondary.session import SecondarySession
+
+LEAD_AGAIN_S: Final = 0.5
+"""Pause before an export process that did not begin to lead is told again."""
+
+log = logging.getLogger("secondary")
+
+
+class Promotion:
+    """See the module."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        record: Record,
+        buffer: DiskBuffer,
+        disks: Sequence[FileDisk],
+        backup: PairBackup,
+        exporter: Exporter,
+    ) -> None:
+        self.commit: CommitJob | None = None
+        """The one that runs, or ran last."""
+        self.leading: asyncio.Task[None] | None = None
+        """Set once the export process was told to lead: the metadata is its from then on."""
+        self._settings = settings
+        self._record = record
+        self._buffer = buffer
+        self._disks = disks
+        self._backup = backup
+        self._exporter = exporter
+        self._session: SecondarySession
+        self._link: Link
+        self._applier: Applier
+        self._loop = asyncio.get_running_loop()
+        self._committing: asyncio.Task[None] | None = None
+        self._failing_over = asyncio.Lock()
+        self._handed_over = False
+        """From here on the engine writes the metadata, and ours are too old to write."""
+
+    def attend(self, session: SecondarySession, link: Link, applier: Applier) -> None:
+        """What a failover stops."""
+        self._session, self._link, self._applier = session, link, applier
+
+    @property
+    def committing(self) -> bool:
+        """A commit is going on."""
+        return self._committing is not None
+
+    async def stop_commit(self) -> None:
+        """End a commit where it is: the next process goes on."""
+        if self._committing is not None and self.commit is not None:
+            self.commit.stopping.set()
+            await self._committing
+
+    async def command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """``failover`` as a control command."""
+        target = parse_target(args.get("to", "latest"))
+        async with self._failing_over:
+            started = time.perf_counter()
+            number = await self._failover(target, force=bool(args.get("force", False)))
+            return {
+                "to": target,
+                "generation": self._record.value.history[-1].number,
+                "checkpoint": number,
+                "seconds": time.perf_counter() - started,
+                "nbd_uri": self._exporter.uri(self._settings.volumes[0].name),
+                "state": self._buffer.header.stage.name,
+            }
+
+    async def _failover(self, target: Target, *, force: bool) -> int:
+        header = self._buffer.header
+        position = self._session.position
+        situation = Situation(
+            header.stage, not header.syncing, position.syncing or not position.exact, self._session.connected,
+            self._buffer.guest_has_written,
+        )  # fmt: skip
+        decide(target, force=force, situation=situation)
+        if header.stage is Stage.RUNNING:
+            number = header.checkpoint.number
+            log.warning("failover target=%s checkpoint=%d applied=%d", target, number, position.applied)
+            self._link.hold()
+            await self._applier.stop()
+            past = self._record.value.history
+            history = extend(past, random_number(64), self._settings.side)
+            await asyncio.to_thread(self._begin_intents, target)
+            point = self._session.point()
+            await self._record.update_async(
+                role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
+                checkpoint=header.checkpoint.number, base=past[-1].identity, bases=((point.stream, point.sequence),),
+            )  # fmt: skip
+            self._session.standing = self._session.standing._replace(role="primary", history=history, consistent=True)
+            self._link.perform(self._session.depose(f"side {self._settings.side} has taken over, in {history[-1]}"))
+        await self.finish(force=force)
+        return header.checkpoint.number
+
+    async def finish(self, *, force: bool = True) -> None:
+        """What is left to do once the promotion is durable; also after a crash in the middle."""
+        header = self._buffer.header
+        if header.stage is Stage.RUNNING:
+            if self._record.value.failover == "checkpoint":
+                await asyncio.to_thread(failover_checkpoint, self._backup)
+            else:
+                await asyncio.to_thread(lambda: failover_latest(self._backup, force=force))
+        if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and self._committing is None:
+            await asyncio.to_thread(self._note_held)
+            self.commit = CommitJob(self._buffer, self._disks)
+            self._committing = self._loop.create_task(self._run_commit(self.commit), name="commit")
+        elif header.stage is Stage.DONE:
+            self._lead_soon()
+
+    async def _run_commit(self, job: CommitJob) -> None:
+        try:
+            if await asyncio.to_thread(job.run):
+                self._lead_soon()
+        except OperationFailed as error:
+            log.error("commit failed: %s", error)
+        finally:
+            self._committing = None
+
+    def _begin_intents(self, target: Target) -> None:
+        """Before the first write of a promoted side: an empty write-intent file, or one that marks what a commit
+        moves."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._settings.directory}/{INTENT_FILE}")
+        IntentFile(f"{self._settings.directory}/{INTENT_FILE}", [disk.size for disk in self._disks]).close()
+        if target == "checkpoint":
+            self._note_held()
+
+    def _note_held(self) -> None:
+        """Mark what the buffer holds: the commit writes it. The export process marks in the same file."""
+        path = f"{self._settings.directory}/{INTENT_FILE}"
+        file = IntentFile(path, [disk.size for disk in self._disks], shared=True)
+        try:
+            file.set_ranges(
+                (volume.index, offset, length)
+                for volume in self._buffer.volumes
+                for offset, length in held_extents(volume)
+            )
+        finally:
+            file.close()
+
+    # Leading
+
+    def export_restarted(self) -> None:
+        """A new export process has to be told what the old one knew."""
+        if self.leading is not None:
+            self.leading.cancel()
+            self.leading = None
+            self._lead_soon()
+
+    def _lead_soon(self) -> None:
+        """The disks are what this side decided on: its export process goes on as a primary."""
+        if self.leading is None and self._settings.replication.connect is not None:
+            self.leading = self._loop.create_task(self._lead(), name="lead")
+
+    async def _lead(self) -> None:
+        """Until it does: the export process may die in the middle, or meet a disk that fails."""
+        while True:
+            try:
+                if not self._handed_over:
+                    await self._record.update_async()  # behind whatever is being written
+                    self._handed_over = True
+                await self._exporter.call("lead")
+            except TandemDiskError as error:
+                log.error("the export process does not lead: %s", error)
+                await asyncio.sleep(LEAD_AGAIN_S)
+            else:
+                return
