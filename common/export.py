@@ -14,15 +14,14 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import socket
-import stat
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from common import limits
+from common.addresses import UnixPath, bind_unix
 from common.batch import Volume
 from common.errors import AddressInUse, ConfigError, OperationFailed
 from common.nbd_connection import Connection
@@ -79,7 +78,7 @@ class NbdServer:
         self._connections_total = 0
         self._departed = Counters()
         self._listeners: list[socket.socket] = []
-        self._unix: tuple[str, int] | None = None
+        self._unix: UnixPath | None = None
         self._closing = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -115,10 +114,7 @@ class NbdServer:
         """Bind ``path`` with mode 0600. A socket file that nobody listens on is a crash's left-over: it is replaced."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(path)
-            os.fchmod(listener.fileno(), 0o600)  # Linux gives the file its socket's mode: it is never open to all
-            listener.bind(path)
-            self._unix = (path, os.stat(path).st_ino)
+            self._unix = bind_unix(listener, path, "Stop it, or choose another path for the export.")
         except OSError as error:
             listener.close()
             if error.errno == errno.EADDRINUSE:
@@ -134,11 +130,8 @@ class NbdServer:
 
     def _remove_unix(self) -> None:
         if self._unix is not None:
-            path, inode = self._unix
+            self._unix.remove()
             self._unix = None
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
 
     @property
     def tcp_port(self) -> int | None:
@@ -261,27 +254,6 @@ class NbdServer:
             connection.abort("the server shuts down")
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket file that nobody listens on. Raises AddressInUse if somebody does, or if it is no socket."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise AddressInUse(f"{path} exists and is not a socket.", hint="Choose another path for the export.")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:
-            pass  # its backlog is full, so somebody has it
-    raise AddressInUse(f"Another process listens on {path}.", hint="Stop it, or choose another path for the export.")
 
 
 async def _listen_tcp(host: str, port: int) -> list[socket.socket]:

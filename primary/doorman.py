@@ -17,7 +17,8 @@ from common import wire
 from common.errors import WireError
 from common.generation import CODES, Rejoin, Standing, decide
 from common.keys import CurveKeys
-from common.port import Frame, Listener
+from common.port import Frame
+from common.transport import listen
 
 log = logging.getLogger("doorman")
 
@@ -35,7 +36,7 @@ class Doorman:
     ) -> None:
         self._standing = standing
         self._told = ""
-        self._listener = Listener(context, address, keys, self._received, _nothing, _nothing)
+        self._listener = listen(context, address, keys, self._received, _nothing, _nothing)
 
     def _received(self, peer: bytes, frames: list[Frame]) -> None:
         try:

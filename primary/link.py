@@ -1,4 +1,4 @@
-"""The primary's connection to its secondary: a ZeroMQ socket and a timer around a ``PrimarySession``.
+"""The primary's connection to its secondary: a socket and a timer around a ``PrimarySession``.
 
 Five beats, whatever happens: feed the session, carry out ``Send`` and ``Reconnect``, hand every other effect to the
 mirror, arm the timer again. Decisions are the session's; this file knows sockets and the clock.
@@ -15,7 +15,9 @@ from typing import Any
 import zmq
 
 from common.keys import CurveKeys
+from common.plain import PlainDialer
 from common.port import Dialer
+from common.transport import dial
 from common.wire import Frames
 from primary.effects import Effect, Reconnect, Send
 from primary.session import PrimarySession, State
@@ -43,7 +45,7 @@ class Link:
         self._keys = keys
         self._handle = handle
         self._loop = asyncio.get_running_loop()
-        self._dialer: Dialer | None = None
+        self._dialer: Dialer | PlainDialer | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._greeted = False
         self._armed_in = session.state
@@ -59,7 +61,7 @@ class Link:
         assert dialer is not None, "a session that is not connected sends nothing"
         for frames in messages:
             if not dialer.send(frames):
-                self.perform(self.session.disconnected("the socket's queue is full", time.monotonic()))
+                self.perform(self.session.disconnected("the connection takes nothing more", time.monotonic()))
                 return
 
     def perform(self, effects: Iterable[Effect]) -> None:
@@ -96,7 +98,7 @@ class Link:
         if self._dialer is not None:
             self._dialer.close()
         self._greeted = False
-        self._dialer = Dialer(self._context, self.address, self._keys, self._received, self._drained, self)
+        self._dialer = dial(self._context, self.address, self._keys, self._received, self._drained, self)
 
     # Watcher
 

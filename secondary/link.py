@@ -1,4 +1,4 @@
-"""The secondary's end of the stream: a ZeroMQ socket and a timer around a ``SecondarySession``.
+"""The secondary's end of the stream: a socket and a timer around a ``SecondarySession``.
 
 Messages go to the session, work that it hands out to the applier; when the socket is drained the applier does what it
 can and one acknowledgement covers it all.
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from common.keys import CurveKeys
-from common.port import Frame, Listener
+from common.port import Frame
+from common.transport import listen
 from secondary.applier import Applier
 from secondary.session import Connected, Disconnected, Effect, Refused, SecondarySession, Send
 
@@ -39,7 +40,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
-        self._listener = Listener(context, address, keys, self._received, self._drained, self._connection_broke)
+        self._listener = listen(context, address, keys, self._received, self._drained, self._connection_broke)
 
     def perform(self, effects: Sequence[Effect]) -> None:
         """Carry out what the session answered, in order."""

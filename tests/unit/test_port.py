@@ -1,18 +1,23 @@
-"""The two ZeroMQ sockets: everything sent arrives, in order; who has the wrong key stays outside; a loss is noticed."""
+"""The sockets of the stream, the loop's own and libzmq's, each with each: everything sent arrives, in order; who has
+the wrong key stays outside; a loss is noticed."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import zmq
 
+from common import zmtp
 from common.errors import AddressInUse
 from common.keys import CurveKeys
+from common.plain import PlainDialer, PlainListener
 from common.port import COPY_BELOW, Dialer, Frame, Listener, zmq_context
+from common.transport import Context
 
 DEADLINE_S = 20.0
 
@@ -53,7 +58,7 @@ class Log:
                 await self._changed.wait()
 
 
-def run(test: Callable[[zmq.Context[zmq.Socket[bytes]]], Awaitable[None]]) -> None:
+def run(test: Callable[[Context], Awaitable[None]]) -> None:
     async def main() -> None:
         with zmq_context() as context:
             await test(context)
@@ -66,15 +71,32 @@ def keys() -> tuple[CurveKeys, CurveKeys]:
     return CurveKeys(public_a, secret_a, public_b), CurveKeys(public_b, secret_b, public_a)
 
 
-@pytest.mark.parametrize("curve", [False, True])
-def test_everything_arrives_in_order(tmp_path: Path, curve: bool) -> None:
-    mine, theirs = keys() if curve else (None, None)
+def make_dialer(kind: str, context: Context, address: str, secrets: CurveKeys | None, log: Log) -> Dialer | PlainDialer:
+    if kind == "plain":
+        return PlainDialer(address, log.on_frames, log.on_drained, log)
+    return Dialer(context, address, secrets, log.on_frames, log.on_drained, log)
 
-    async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+
+def make_listener(
+    kind: str, context: Context, address: str, secrets: CurveKeys | None, log: Log
+) -> Listener | PlainListener:
+    if kind == "plain":
+        return PlainListener(address, log.on_peer_frames, log.on_drained, log.on_drained)
+    return Listener(context, address, secrets, log.on_peer_frames, log.on_drained, log.on_drained)
+
+
+PAIRINGS = [("plain", "plain"), ("plain", "libzmq"), ("libzmq", "plain"), ("libzmq", "libzmq"), ("curve", "curve")]
+
+
+@pytest.mark.parametrize(("dialing", "listening"), PAIRINGS)
+def test_everything_arrives_in_order(tmp_path: Path, dialing: str, listening: str) -> None:
+    mine, theirs = keys() if dialing == "curve" else (None, None)
+
+    async def test(context: Context) -> None:
         here, there = Log(), Log()
         address = f"ipc://{tmp_path}/s"
-        listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained, there.on_drained)
-        dialer = Dialer(context, address, mine, here.on_frames, here.on_drained, here)
+        listener = make_listener(listening, context, address, theirs, there)
+        dialer = make_dialer(dialing, context, address, mine, here)
         await here.until(lambda: here.ups == 1)
         sizes = [0, 1, 4096, COPY_BELOW, 2 * COPY_BELOW] * 20
         sent = [[b"%d" % index, os.urandom(size)] for index, size in enumerate(sizes)]
@@ -93,12 +115,88 @@ def test_everything_arrives_in_order(tmp_path: Path, curve: bool) -> None:
     run(test)
 
 
+@pytest.mark.parametrize(("dialing", "listening"), PAIRINGS[:3])
+def test_a_listener_that_comes_back_is_found(tmp_path: Path, dialing: str, listening: str) -> None:
+    async def test(context: Context) -> None:
+        here, there = Log(), Log()
+        address = f"ipc://{tmp_path}/s"
+        dialer = make_dialer(dialing, context, address, None, here)
+        for times in (1, 2):
+            listener = make_listener(listening, context, address, None, there)
+            await here.until(lambda times=times: here.ups == times)  # type: ignore[misc]
+            assert dialer.send([b"hello"])
+            await there.until(lambda times=times: len(there.frames) == times)  # type: ignore[misc]
+            downs = len(here.downs)
+            listener.close()
+            await here.until(lambda downs=downs: len(here.downs) > downs)  # type: ignore[misc]
+        dialer.close()
+
+    run(test)
+
+
+def test_a_peer_that_takes_nothing_blocks_nobody(tmp_path: Path) -> None:
+    """What does not fit into the socket waits here, in order, and another connection goes on."""
+
+    async def test(context: Context) -> None:
+        here, other, there = Log(), Log(), Log()
+        address = f"ipc://{tmp_path}/s"
+        listener = make_listener("plain", context, address, None, there)
+        slow = await asyncio.open_unix_connection(f"{tmp_path}/s")
+        slow[1].write(zmtp.greeting() + zmtp.ready(b"DEALER") + zmtp.prefix(4) + b"slow")
+        await there.until(lambda: len(there.frames) == 1)
+        payload = os.urandom(64 << 10)
+        for _ in range(200):  # 12 MiB, many times what the kernel takes
+            assert listener.send(there.peers[0], [payload])
+        dialer = make_dialer("plain", context, address, None, other)
+        await other.until(lambda: other.ups == 1)
+        dialer.send([b"quick"])
+        await there.until(lambda: len(there.frames) == 2)
+        assert listener.send(there.peers[1], [b"answer"])
+        await other.until(lambda: other.frames == [[b"answer"]])
+        head = len(zmtp.greeting() + zmtp.ready(b"ROUTER"))
+        await slow[0].readexactly(head)
+        for _ in range(200):
+            assert await slow[0].readexactly(9 + len(payload)) == zmtp.prefix(len(payload)) + payload
+        slow[1].close()
+        dialer.close()
+        listener.close()
+        assert not here.frames
+
+    run(test)
+
+
+def test_no_handshake_and_a_wrong_one_close_that_connection_alone(tmp_path: Path) -> None:
+    async def test(context: Context) -> None:
+        good, there = Log(), Log()
+        address = f"ipc://{tmp_path}/s"
+        listener = make_listener("plain", context, address, None, there)
+        dialer = make_dialer("plain", context, address, None, good)
+        await good.until(lambda: good.ups == 1)
+        for junk in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            zmtp.greeting() + zmtp.ready(b"PUB"),
+            zmtp.greeting() + zmtp.prefix(5) + b"hello",
+            zmtp.greeting() + zmtp.command(b"READY", b"\xff"),
+        ):
+            reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/s")
+            writer.write(junk)
+            async with asyncio.timeout(DEADLINE_S):
+                await reader.read()  # until the listener hangs up
+            writer.close()
+        dialer.send([b"still here"])
+        await there.until(lambda: there.frames == [[b"still here"]])
+        dialer.close()
+        listener.close()
+
+    run(test)
+
+
 def test_a_wrong_key_stays_outside(tmp_path: Path) -> None:
     _, theirs = keys()
     stranger, _ = keys()
     wrong = CurveKeys(stranger.public, stranger.secret, theirs.public)
 
-    async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    async def test(context: Context) -> None:
         here, there = Log(), Log()
         address = f"ipc://{tmp_path}/s"
         listener = Listener(context, address, theirs, there.on_peer_frames, there.on_drained, there.on_drained)
@@ -114,13 +212,35 @@ def test_a_wrong_key_stays_outside(tmp_path: Path) -> None:
     run(test)
 
 
-def test_a_second_listener_is_refused() -> None:
-    async def test(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+@pytest.mark.parametrize("kind", ["plain", "libzmq"])
+def test_a_second_listener_is_refused(kind: str) -> None:
+    async def test(context: Context) -> None:
         log = Log()
-        first = Listener(context, "tcp://127.0.0.1:*", None, log.on_peer_frames, log.on_drained, log.on_drained)
-        address = str(first.socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+        first = make_listener(kind, context, "tcp://127.0.0.1:*", None, log)
+        if isinstance(first, PlainListener):
+            address = f"tcp://127.0.0.1:{first.port}"
+        else:
+            address = str(first.socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
         with pytest.raises(AddressInUse, match="in use"):
-            Listener(context, address, None, log.on_peer_frames, log.on_drained, log.on_drained)
+            make_listener(kind, context, address, None, log)
         first.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["plain", "libzmq"])
+def test_a_stale_socket_file_is_replaced(tmp_path: Path, kind: str) -> None:
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(f"{tmp_path}/s")
+
+    async def test(context: Context) -> None:
+        log, there = Log(), Log()
+        listener = make_listener(kind, context, f"ipc://{tmp_path}/s", None, there)
+        dialer = make_dialer("plain", context, f"ipc://{tmp_path}/s", None, log)
+        await log.until(lambda: log.ups == 1)
+        assert os.stat(tmp_path / "s").st_mode & 0o777 == 0o600
+        dialer.close()
+        listener.close()
+        assert kind == "libzmq" or not (tmp_path / "s").exists()  # libzmq removes it later, from a thread
 
     run(test)
