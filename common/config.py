@@ -28,6 +28,7 @@ from common.control import MAX_SOCKET_PATH
 from common.errors import ConfigError
 from common.settings import (
     BufferSettings,
+    Compression,
     ExportSettings,
     Mode,
     NodeSettings,
@@ -151,6 +152,7 @@ class _Replication(_Table):
     secret_key: PathText | None = None
     peer_key: PathText | None = None
     plaintext: bool = False
+    compression: Compression = "off"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,6 +15,7 @@ from common import limits
 
 Mode = Literal["sync", "async"]
 Role = Literal["primary", "secondary"]
+Compression = Literal["off", "zstd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class ReplicationSettings:
     peer_key: str | None = None
     plaintext: bool = False
     """The stream may leave this machine without CURVE: for a network that is trusted, or that encrypts by itself."""
+    compression: Compression = "off"
+    """``zstd``: while this side is the primary it compresses what the link, and not a processor, holds up."""
 
 
 @dataclass(frozen=True, slots=True)

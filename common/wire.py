@@ -14,6 +14,11 @@ was lost is missed even if nothing follows. Everything else has sequence 0.
 Extents travel packed, 24 bytes each (``EXTENT``). ``position`` is where an extent's bytes are in the payload frame: the
 payload is the span of the receive buffer as it came from the NBD client, request headers between the data included.
 
+A payload may travel compressed: the flag COMPRESSED, one more element (the length of the original) before the
+checksum, and a zstd frame in place of the payload. The checksum is seeded by the hash of the *original*: it holds for
+what is going to be written, whatever compressor and decompressor made of it on the way. Until it is checked nothing is
+believed but a bounded length.
+
 BATCH and ACK, the two messages of the hot path, are packed by hand in one fixed msgpack encoding; the others go through
 msgpack. ``decode`` accepts nothing that ``encode`` could not have made, except that msgpack integers may be wider than
 needed. The first four elements of HELLO and all of REFUSE and BYE stay as they are in every protocol version.
@@ -22,9 +27,8 @@ needed. The first four elements of HELLO and all of REFUSE and BYE stay as they 
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -33,10 +37,11 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from common import limits
+from common import limits, terms
 from common.batch import DISCARD, WRITE
+from common.compression import expand
 from common.errors import WireError
-from common.generation import MAX_HISTORY, Generation, History, Standing
+from common.generation import History, Standing
 
 PROTOCOL_VERSION: Final = 1
 
@@ -74,7 +79,9 @@ FLUSH: Final = 1
 """Batch flag: make everything up to here durable and say so in an ACK."""
 RESYNC_DATA: Final = 2
 """Batch flag: sent by the resync, not by a guest."""
-BATCH_FLAGS: Final = FLUSH | RESYNC_DATA
+COMPRESSED: Final = 4
+"""Batch flag: the payload frame is zstd's, the header tells the length of the original."""
+BATCH_FLAGS: Final = FLUSH | RESYNC_DATA | COMPRESSED
 
 Frame = bytes | bytearray | memoryview
 Frames = tuple[Frame, ...]
@@ -82,8 +89,6 @@ Extents = npt.NDArray[np.void]
 Extent = tuple[int, int, int, int, int, int, int]
 """An unpacked extent: (offset, length, position, volume, kind, flags, 0)."""
 
-_MAX_SENTENCE: Final = 4096
-_MAX_NAME: Final = 1024
 _U64: Final = (1 << 64) - 1
 
 
@@ -296,11 +301,13 @@ Message = (
 _BATCH: Final = struct.Struct(">BBBQBQBBBI")
 # [array of 8, ACK, u64 session, u64 sequence, u64 applied, u64 durable, u64 recorded, u64 free, ...
 _ACK: Final = struct.Struct(">BBBQBQBQBQBQBQ")
-# ... u64 checksum]
+# ... (compressed: u32 length,) u64 checksum]
+_LENGTH: Final = struct.Struct(">BI")
 _TAIL: Final = struct.Struct(">BQ")
 _ACK_SIZE: Final = _ACK.size + _TAIL.size
 assert (_BATCH.size, _ACK.size, _TAIL.size) == (27, 56, 9)
 BATCH_OVERHEAD: Final = _BATCH.size + _TAIL.size
+_FLAGS_AT: Final = 21
 _EMPTY: Final = memoryview(b"")
 
 
@@ -315,6 +322,24 @@ def encode_batch(session: int, sequence: int, flags: int, extents: Frame, check:
     return head + _TAIL.pack(0xCF, xxh3_64_intdigest(head, check))
 
 
+def compress_batch(header: Frame, packed: bytes, length: int, check: int) -> Frames:
+    """The frames of a batch, by ``header`` that ``encode_batch`` made, with ``packed`` in place of its payload.
+
+    ``length`` and ``check`` (``payload_check``) are the original payload's.
+    """
+    head = b"".join((
+        b"\x97", header[1:_FLAGS_AT], bytes([header[_FLAGS_AT] | COMPRESSED]), header[_FLAGS_AT + 1 : -_TAIL.size],
+        _LENGTH.pack(0xCE, length),
+    ))  # fmt: skip
+    return head + _TAIL.pack(0xCF, xxh3_64_intdigest(head, check)), packed
+
+
+def sequence_of(header: Frame) -> int:
+    """Where in the stream a batch is that ``encode_batch`` made."""
+    sequence: int = _BATCH.unpack_from(header)[5]
+    return sequence
+
+
 def encode_ack(session: int, sequence: int, applied: int, durable: int, recorded: int, free: int) -> bytes:
     """Header frame (the only one) of an ACK."""
     head = _ACK.pack(0x98, ACK, 0xCF, session, 0xCF, sequence, 0xCF, applied, 0xCF, durable, 0xCF, recorded, 0xCF, free)
@@ -324,12 +349,24 @@ def encode_ack(session: int, sequence: int, applied: int, durable: int, recorded
 def _decode_batch(header: Frame, payload: memoryview) -> Batch:
     if len(header) < BATCH_OVERHEAD:
         raise WireError(f"a batch header of {len(header)} bytes is too short")
-    _, _, t1, session, t2, sequence, t3, flags, t4, size = _BATCH.unpack_from(header)
-    if (t1, t2, t3, t4) != (0xCF, 0xCF, 0xCC, 0xC6) or size != len(header) - BATCH_OVERHEAD or flags & ~BATCH_FLAGS:
+    t0, _, t1, session, t2, sequence, t3, flags, t4, size = _BATCH.unpack_from(header)
+    end = len(header) - _TAIL.size - (_LENGTH.size if flags & COMPRESSED else 0)
+    marks = (0x97 if flags & COMPRESSED else 0x96, 0xCF, 0xCF, 0xCC, 0xC6)
+    if (t0, t1, t2, t3, t4) != marks or size != end - _BATCH.size or flags & ~BATCH_FLAGS:
         raise WireError("a batch header is not laid out as this protocol version lays it out")
     if size % 24 or size > limits.MAX_BATCH_EXTENTS * 24:
         raise WireError(f"a batch has {size} bytes of extents, 24 each, and at most {limits.MAX_BATCH_EXTENTS} of them")
-    return Batch(session, sequence, flags, memoryview(header)[_BATCH.size:-_TAIL.size], payload)
+    return Batch(session, sequence, flags & ~COMPRESSED, memoryview(header)[_BATCH.size:end], payload)
+
+
+def _expand(header: Frame, payload: memoryview) -> memoryview:
+    """The original payload of a compressed batch."""
+    if len(header) < BATCH_OVERHEAD + _LENGTH.size or not header[_FLAGS_AT] & COMPRESSED:
+        raise WireError(f"a header of {len(header)} bytes is not that of a compressed batch")
+    marker, length = _LENGTH.unpack_from(header, len(header) - _TAIL.size - _LENGTH.size)
+    if marker != 0xCE:
+        raise WireError("a compressed batch does not say how long it is")
+    return expand(payload, length)
 
 
 def _decode_ack(header: Frame) -> Ack:
@@ -345,109 +382,23 @@ def _decode_ack(header: Frame) -> Ack:
 
 # ------------------------------------------------------------------------------------------------ everything else
 
-Check = Callable[[Any], Any]
-
-
-def _integer(bits: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not 0 <= value < 1 << bits:
-            raise WireError(f"expected an unsigned integer of {bits} bits, got {_short(value)}")
-        return value
-    return check
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise WireError(f"expected a boolean, got {_short(value)}")
-    return value
-
-
-def _text(limit: int) -> Check:
-    def check(value: Any) -> str:
-        if type(value) is not str or len(value) > limit:
-            raise WireError(f"expected a text of at most {limit} characters, got {_short(value)}")
-        return value
-    return check
-
-
-def _word(*words: str) -> Check:
-    def check(value: Any) -> str:
-        if value not in words or type(value) is not str:
-            raise WireError(f"expected one of {', '.join(words)}, got {_short(value)}")
-        return value
-    return check
-
-
-def _seconds(value: Any) -> float:
-    if type(value) is not float or not math.isfinite(value):
-        raise WireError(f"expected a finite number of seconds, got {_short(value)}")
-    return value
-
-
-def _block_size(value: Any) -> int:
-    if type(value) is not int or not limits.MIN_BLOCK <= value <= limits.MAX_BLOCK or value & (value - 1):
-        raise WireError(f"expected a block size, got {_short(value)}")
-    return value
-
-
-def _packed(size: int) -> Check:
-    def check(value: Any) -> bytes:
-        if type(value) is not bytes or len(value) % size or len(value) > limits.MAX_BATCH_EXTENTS * 24:
-            raise WireError(f"expected packed records of {size} bytes, got {_short(value)}")
-        return value
-    return check
-
-
-def _tuple(value: Any, least: int, most: int, what: str) -> list[Any]:
-    if type(value) is not list or not least <= len(value) <= most:
-        raise WireError(f"expected {what}, got {_short(value)}")
-    return value
-
-
-def _volumes(value: Any) -> tuple[tuple[str, int], ...]:
-    pairs = [_tuple(pair, 2, 2, "a volume's name and size")
-             for pair in _tuple(value, 1, limits.MAX_VOLUMES, "the volumes")]
-    return tuple((_NAME(name), _U63(size)) for name, size in pairs)
-
-
-def _history(value: Any) -> History:
-    entries = [_tuple(entry, 3, 3, "a generation") for entry in _tuple(value, 0, MAX_HISTORY, "a generation history")]
-    return tuple(Generation(_I64(identity), _I64(number), _NAME(side)) for identity, number, side in entries)
-
-
-def _standing(value: Any) -> Standing:
-    pair_id, side, role, history, consistent, base, blocks, size = _tuple(value, 8, 8, "a side's standing")
-    return Standing(_NAME(pair_id), _NAME(side), _ROLE(role), _history(history), _flag(consistent),
-                    _I64(base), _I64(blocks), _I64(size))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
-
-
-_I64: Final = _integer(64)
-_U63: Final = _integer(63)
-_NAME: Final = _text(_MAX_NAME)
-_SENTENCE: Final = _text(_MAX_SENTENCE)
-_ROLE: Final = _word("primary", "secondary")
-
-_LAYOUT: Final[dict[int, tuple[type[Any], tuple[Check, ...]]]] = {
-    HELLO: (Hello, (_integer(32), _I64, _I64, _volumes, _standing)),
-    WELCOME: (Welcome, (_integer(32), _I64, _I64, _I64, _I64, _I64, _I64, _U63, _U63, _block_size, _flag, _flag,
-                        _standing, _packed(24))),
-    REFUSE: (Refuse, (_text(64), _SENTENCE)),
-    CHECKPOINT: (Checkpoint, (_I64,)),
-    CHECKPOINTED: (Checkpointed, (_I64, _I64, _seconds)),
-    PRESSURE: (Pressure, (_U63, _U63)),
-    PING: (Ping, (_seconds,)),
-    PONG: (Pong, (_seconds,)),
-    BYE: (Bye, (_SENTENCE,)),
-    RESYNC: (Resync, (_I64, _flag, _flag)),
-    SYNCED: (Synced, (_history,)),
-    VERIFY: (Verify, (_packed(24),)),
-    VERIFIED: (Verified, (_I64, _packed(1))),
-    FAILED: (Failed, (_word("apply", "flush", "stream", "checkpoint"), _I64, _integer(32), _SENTENCE)),
+_LAYOUT: Final[dict[int, tuple[type[Any], tuple[terms.Check, ...]]]] = {
+    HELLO: (Hello, (terms.integer(32), terms.I64, terms.I64, terms.volumes, terms.standing)),
+    WELCOME: (Welcome, (terms.integer(32), *[terms.I64] * 6, terms.U63, terms.U63, terms.block_size, terms.flag,
+                        terms.flag, terms.standing, terms.packed_records(24))),
+    REFUSE: (Refuse, (terms.text(64), terms.SENTENCE)),
+    CHECKPOINT: (Checkpoint, (terms.I64,)),
+    CHECKPOINTED: (Checkpointed, (terms.I64, terms.I64, terms.seconds)),
+    PRESSURE: (Pressure, (terms.U63, terms.U63)),
+    PING: (Ping, (terms.seconds,)),
+    PONG: (Pong, (terms.seconds,)),
+    BYE: (Bye, (terms.SENTENCE,)),
+    RESYNC: (Resync, (terms.I64, terms.flag, terms.flag)),
+    SYNCED: (Synced, (terms.history,)),
+    VERIFY: (Verify, (terms.packed_records(24),)),
+    VERIFIED: (Verified, (terms.I64, terms.packed_records(1))),
+    FAILED: (Failed, (terms.word("apply", "flush", "stream", "checkpoint"), terms.I64, terms.integer(32),
+                      terms.SENTENCE)),
 }
 _CODE: Final = {cls: code for code, (cls, _) in _LAYOUT.items()}
 for _cls, _checks in _LAYOUT.values():
@@ -463,7 +414,7 @@ def encode(message: Message) -> Frames:
     if isinstance(message, Ack):
         return (encode_ack(*message),)
     fields = [getattr(message, field.name) for field in dataclasses.fields(message)]
-    return (seal([_CODE[type(message)], *(v[:_MAX_SENTENCE] if isinstance(v, str) else v for v in fields)]),)
+    return (seal([_CODE[type(message)], *(v[:terms.MAX_SENTENCE] if isinstance(v, str) else v for v in fields)]),)
 
 
 def seal(elements: Sequence[object]) -> bytes:
@@ -485,11 +436,14 @@ def decode(frames: Sequence[Frame]) -> Message:
         payload = memoryview(frames[1])
         if not 1 <= len(payload) <= limits.MAX_BATCH_PAYLOAD:
             raise WireError(f"a payload has between 1 byte and {limits.MAX_BATCH_PAYLOAD}, not {len(payload)}")
+    packed = header[0] == 0x97 and header[1] == BATCH
+    if packed:
+        payload = _expand(header, payload)
     view = memoryview(header)
     marker, checksum = _TAIL.unpack(view[-_TAIL.size:])
     if marker != 0xCF or xxh3_64_intdigest(view[:-_TAIL.size], payload_check(payload)) != checksum:
         raise WireError(f"the checksum of a message of {len(header)} + {len(payload)} bytes is wrong")
-    if header[0] == 0x96 and header[1] == BATCH:
+    if packed or (header[0] == 0x96 and header[1] == BATCH):
         return _decode_batch(header, payload)
     if len(payload):
         raise WireError("only a batch has a payload")
@@ -502,19 +456,19 @@ def _decode_other(header: memoryview) -> Message:
     try:
         elements = msgpack.unpackb(header, strict_map_key=True, max_ext_len=0)
     except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
-        raise WireError(f"a header is not msgpack: {_short(error)}") from None
+        raise WireError(f"a header is not msgpack: {terms.short(error)}") from None
     if type(elements) is not list or len(elements) < 4:
         raise WireError("a header is not an array of at least four elements")
     code, session, sequence, *values = elements[:-1]
     if type(code) is not int or code not in _LAYOUT:
-        raise WireError(f"unknown message type {_short(code)}")
+        raise WireError(f"unknown message type {terms.short(code)}")
     cls, checks = _LAYOUT[code]
     if code == HELLO and values and values[0] != PROTOCOL_VERSION:
-        return Hello(_I64(session), _I64(sequence), _integer(32)(values[0]))
+        return Hello(terms.I64(session), terms.I64(sequence), terms.integer(32)(values[0]))
     if len(values) != len(checks):
         raise WireError(f"{cls.__name__} has {len(checks)} fields, not {len(values)}")
     checked = [check(value) for check, value in zip(checks, values, strict=True)]
-    message: Message = cls(_I64(session), _I64(sequence), *checked)
+    message: Message = cls(terms.I64(session), terms.I64(sequence), *checked)
     return message
 
 

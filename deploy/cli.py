@@ -152,6 +152,11 @@ def main() -> None:
 )
 @click.option("--rate", type=RATE, help="What the cable between the namespaces carries.  [default: unlimited]")
 @click.option("--plaintext", is_flag=True, help="No CURVE between the namespaces.")
+@click.option(
+    "--compression",
+    type=click.Choice(["off", "zstd"]),
+    help="What to do with writes that wait for the link.  [default: off]",
+)
 @click.option("--detach", is_flag=True, help="Leave the pair running in the background.")
 @reporting
 def up(
@@ -169,6 +174,7 @@ def up(
     where: str | None,
     rate: str | None,
     plaintext: bool,
+    compression: Any,
     detach: bool,
 ) -> None:
     """Bring a pair up on this machine, or start again what is dead in it."""
@@ -186,6 +192,7 @@ def up(
         hosts=where,
         rate=rate,
         encrypt=not plaintext,
+        compression=compression,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it

@@ -36,6 +36,9 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     for name in ("resync", "verify", "commit"):
         if status[name].get("active"):
             facts.add_row(name, _ratio(status[name]))
+    if packed := status.get("compression"):
+        sizes = f"{format_size(packed['original_bytes'])} as {format_size(packed['wire_bytes'])}"
+        facts.add_row("compression", f"{packed['ratio']:.2f} : 1, {sizes}")
     parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status["volumes"])]
     for side in ("primary", "secondary"):
         error = status[side].get("error")

@@ -24,7 +24,7 @@ from common import limits
 from common.config import load_config, make_settings, write_config
 from common.errors import ConfigError, DiskError
 from common.keys import generate_keys
-from common.settings import Mode, NodeSettings, Role
+from common.settings import Compression, Mode, NodeSettings, Role
 from deploy.hosts import REPLICATION_PORT, NetnsHosts, Side, parse_rate, require_root
 
 SIDES: Final[dict[Role, Side]] = {"primary": "a", "secondary": "b"}
@@ -59,6 +59,8 @@ class PairOptions:
     """What the cable carries (``100mbit``); None: no limit."""
     encrypt: bool = True
     """CURVE on a stream between hosts."""
+    compression: Compression | None = None
+    """Of the stream; None: off."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the configuration file for both sides, tables merged: ``{"replication": {"heartbeat_s":
     0.2}}``.
@@ -217,7 +219,7 @@ class PairDirectory:
                 "initial_sync": "assume" if options.size is not None or options.assume_synced else "full",
                 "volumes": [{"name": f"disk{i}", "disk": str(disk)} for i, disk in enumerate(disks[role])],
                 "export": {"unix": f"{directory}/nbd.sock"},
-                "replication": self._stream(side, peer, hosts),
+                "replication": self._stream(side, peer, hosts) | {"compression": options.compression or "off"},
                 "buffer": {"size_bytes": buffer_bytes, "block_size": options.block_size or limits.DEFAULT_BLOCK},
             }
             if role == "primary" and options.listen is not None:
@@ -262,6 +264,7 @@ class PairDirectory:
                 ("--checkpoint-interval", options.checkpoint_interval_s, settings.checkpoint_interval_s),
                 ("--block-size", options.block_size, settings.buffer.block_size),
                 ("--buffer-size", options.buffer_bytes, settings.buffer.size_bytes),
+                ("--compression", options.compression, settings.replication.compression),
                 ("--volumes", options.volumes, len(settings.volumes)),
                 (f"--{role}-disk", [str(d.absolute()) for d in disks] or None, [v.disk for v in settings.volumes]),
             ]

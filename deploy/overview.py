@@ -8,6 +8,7 @@
      "lag":        {"bytes", "seconds"}                    None while nobody knows
      "buffer":     {"bytes", "percent", "capacity_bytes", "active_bytes", "hidden_bytes"}
      "resync":     {"active", "done_bytes", "total_bytes", "rate"}, "commit": {"active", "done_bytes", "total_bytes"}
+     "compression": {"original_bytes", "wire_bytes", "ratio", "compressed_batches"}    None: it is off
      "counters":   {"primary": {…}, "secondary": {…}}
      "volumes":    [{"name", "size", "primary_uri", "secondary_uri"}]
      "supervisor": {"pid": number or None}}
@@ -47,6 +48,7 @@ def merge(
         "resync": lead.get("resync") or {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0},
         "verify": lead.get("verify") or {"active": False},
         "commit": lead.get("commit") or follow.get("commit") or {"active": False, "done_bytes": 0, "total_bytes": 0},
+        "compression": lead.get("compression"),
         "counters": {"primary": primary.get("counters") or {}, "secondary": secondary.get("counters") or {}},
         "volumes": _volumes(primary, secondary, settings),
         "supervisor": {"pid": supervisor.get("pid")},

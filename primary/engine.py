@@ -61,6 +61,7 @@ from primary.effects import (
 from primary.knowledge import Knowledge
 from primary.link import Link, describe
 from primary.mirror import Mirror
+from primary.packer import Packer
 from primary.report import status_of
 from primary.session import PrimaryConfig, PrimarySession
 from primary.window import Unacknowledged
@@ -118,7 +119,8 @@ class Engine:
         address = settings.replication.connect
         if address is None:
             raise OperationFailed("This side does not know its secondary.", hint="Set replication.connect.")
-        self.link = Link(self.session, context, address, stream_keys(settings.replication), self._handle)
+        packer = Packer() if settings.replication.compression == "zstd" else None
+        self.link = Link(self.session, context, address, stream_keys(settings.replication), self._handle, packer)
         self.mirror.carrier = self.link
         self.checkpoints = Checkpoints(self.session, self.link, record.value.checkpoint)
         self.alignment = Alignment(

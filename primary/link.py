@@ -20,6 +20,7 @@ from common.port import Dialer
 from common.transport import dial
 from common.wire import Frames
 from primary.effects import Effect, Reconnect, Send
+from primary.packer import Packer
 from primary.session import PrimarySession, State
 
 log = logging.getLogger("link")
@@ -35,6 +36,7 @@ class Link:
         address: str,
         keys: CurveKeys | None,
         handle: Callable[[Effect], None],
+        packer: Packer | None = None,
     ) -> None:
         self.session = session
         self.address = address
@@ -44,6 +46,9 @@ class Link:
         self._context = context
         self._keys = keys
         self._handle = handle
+        self.packer = packer
+        """Compresses what is sent; None: it goes as it is."""
+        self._transmit: Callable[[Frames], bool] = lambda _frames: False
         self._loop = asyncio.get_running_loop()
         self._dialer: Dialer | PlainDialer | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -57,19 +62,21 @@ class Link:
 
     def send(self, messages: Iterable[Frames]) -> None:
         """Put messages of the session on the socket."""
-        dialer = self._dialer
-        assert dialer is not None, "a session that is not connected sends nothing"
+        assert self._dialer is not None, "a session that is not connected sends nothing"
         for frames in messages:
-            if not dialer.send(frames):
-                self.perform(self.session.disconnected("the connection takes nothing more", time.monotonic()))
+            if not self._transmit(frames):
+                self._choked()
                 return
+
+    def _choked(self) -> None:
+        self.perform(self.session.disconnected("the connection takes nothing more", time.monotonic()))
 
     def perform(self, effects: Iterable[Effect]) -> None:
         """Carry out what the session answered, in order."""
         for effect in effects:
             if isinstance(effect, Send):
                 if self._dialer is not None:
-                    self._dialer.send(effect.frames)
+                    self._transmit(effect.frames)
             elif isinstance(effect, Reconnect):
                 self._dial()
             else:
@@ -93,12 +100,19 @@ class Link:
         if self._dialer is not None:
             self._dialer.close()
             self._dialer = None
+        if self.packer is not None:
+            self.packer.close()
 
     def _dial(self) -> None:
         if self._dialer is not None:
             self._dialer.close()
         self._greeted = False
         self._dialer = dial(self._context, self.address, self._keys, self._received, self._drained, self)
+        if self.packer is None:
+            self._transmit = self._dialer.send
+        else:
+            self.packer.attach(self._dialer.send, self._choked)
+            self._transmit = self.packer.send
 
     # Watcher
 
@@ -123,6 +137,8 @@ class Link:
 
     def _received(self, frames: list[bytes]) -> None:
         effects = self.session.receive(tuple(frames), time.monotonic())
+        if self.packer is not None:
+            self.packer.acknowledged(self.session.applied, time.monotonic())
         if effects:
             self.perform(effects)
             if self.session.state is not self._armed_in:

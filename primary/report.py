@@ -51,5 +51,6 @@ def status_of(engine: Engine) -> dict[str, Any]:
             "trouble": engine.link.trouble,
             "round_trip_seconds": statistics.round_trip_s,
         },
+        "compression": engine.link.packer.statistics() if engine.link.packer is not None else None,
         "error": engine.failures.error,
     }

@@ -172,6 +172,11 @@ class PrimarySession:
         return self._window.next_sequence - 1
 
     @property
+    def applied(self) -> int:
+        """Up to here the secondary has said that it has everything."""
+        return self._window.applied
+
+    @property
     def recorded(self) -> int:
         """Up to here the secondary's metadata says, durably, that it has everything."""
         return self._window.recorded

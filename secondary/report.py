@@ -105,7 +105,8 @@ async def _of_engine(node: SecondaryNode, told: dict[str, Any]) -> dict[str, Any
         volume | {"dirty_bytes": dirty}
         for volume, dirty in zip(told["volumes"], engine["dirty_bytes"], strict=True)
     ]
-    same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "peer", "checkpoint_seconds")
+    same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "peer", "checkpoint_seconds",
+            "compression")
     alone = engine["state"] == "alone"
     return {
         **{key: engine[key] for key in same},

@@ -40,7 +40,7 @@ def drive(client: NbdClient, stream: Stream, connection: int) -> tuple[int, floa
     load = stream.load
     budget = None if stream.io_bytes is None else stream.io_bytes // load.connections // load.block
     generator = np.random.default_rng([stream.seed, connection, 1])
-    payload = generator.bytes(load.block)
+    payload = compressible(load.block, generator) if stream.compressible else generator.bytes(load.block)
     reads = iter(_kinds(load.read_percent, generator))
     where = offsets(stream, connection)
     started: dict[int, int] = {}
@@ -63,6 +63,13 @@ def drive(client: NbdClient, stream: Stream, connection: int) -> tuple[int, floa
             if completion.error is not None:
                 raise completion.error
             latencies.append(clock() - started.pop(completion.cookie))
+
+
+def compressible(length: int, generator: np.random.Generator) -> bytes:
+    """A third of each 4 KiB is random, the rest zeroes."""
+    payload = np.frombuffer(generator.bytes(length), np.uint8).copy()
+    payload[np.arange(length) % 4096 >= 1365] = 0
+    return payload.tobytes()
 
 
 def _kinds(read_percent: int, generator: np.random.Generator) -> Iterator[bool]:

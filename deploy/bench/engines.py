@@ -56,6 +56,8 @@ class Stream:
     seconds: float
     io_bytes: int | None = None
     seed: int = 1
+    compressible: bool = False
+    """Two thirds of each 4 KiB are zeroes, and no buffer is like another; else nothing compresses."""
 
 
 class Engine(Protocol):
@@ -108,6 +110,8 @@ def fio_options(name: str, stream: Stream) -> list[str]:
         f"--name={name}", "--ioengine=nbd", f"--uri={stream.uri}", "--new_group", "--group_reporting",
         f"--rw={load.fio_access}", f"--rwmixread={load.read_percent}", f"--bs={load.block}", f"--iodepth={load.depth}",
         f"--numjobs={load.connections}", f"--size={stream.size}", f"--runtime={round(stream.seconds * 1000)}ms", *bound,
+        *(["--buffer_compress_percentage=67", "--buffer_compress_chunk=4k", "--refill_buffers"]
+          if stream.compressible else []),
         "--randrepeat=1", f"--randseed={stream.seed}", "--unified_rw_reporting=1",
         "--lat_percentiles=1", "--clat_percentiles=0", "--percentile_list=50:99:99.9",
     ]  # fmt: skip

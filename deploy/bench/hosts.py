@@ -2,6 +2,7 @@
 
     link         plain TCP, plain ZeroMQ, ZeroMQ with CURVE, each in the same run over the same cable
     throughput   what arrived at the secondary: async and sync, CURVE on and off, one volume and four
+    compression  the same, async with CURVE, zstd on and off, for contents that compress to a third and that do not
     latency      one write of 4 KiB at a time: sync, async, and the same primary once its secondary is gone
     resync       half of the disk, written while the cable was cut
     growth       volumes 1 → 8, disk size, dirty set: throughput, CPU, checkpoint
@@ -32,7 +33,7 @@ from common.child import python_command, python_environment
 from common.control import ControlClient
 from common.errors import OperationFailed, TandemDiskError, TimedOut
 from common.limits import KIB, MIB
-from common.settings import Mode
+from common.settings import Compression, Mode
 from deploy.bench import scratch
 from deploy.bench.engines import Engine, Figures, Stream
 from deploy.bench.runner import environment
@@ -78,6 +79,7 @@ class Options:
     growth: bool = True
     directory: str = "/dev/shm"
     pairs: tuple[tuple[Mode, bool, int], ...] = PAIRS
+    compression: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,19 @@ class ThroughputSample:
     share: float
     """Of what plain TCP carried."""
     cpu_s_per_gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionSample:
+    """Writes of 64 KiB, async, CURVE; ``mib_s`` counts what was written, not what travelled."""
+
+    rate: str
+    compression: str
+    compressible: bool
+    mib_s: float
+    cpu_s_per_gib: float
+    ratio: float
+    """What was written to what travelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,7 @@ class HostsRun:
     options: dict[str, Any]
     links: list[LinkSample] = field(default_factory=list)
     throughput: list[ThroughputSample] = field(default_factory=list)
+    compression: list[CompressionSample] = field(default_factory=list)
     latency: list[LatencySample] = field(default_factory=list)
     resyncs: list[ResyncSample] = field(default_factory=list)
     growth: list[GrowthSample] = field(default_factory=list)
@@ -163,7 +179,7 @@ class HostsRun:
         raw = json.loads(text)
         assert (raw.pop("format"), raw.pop("kind")) == (FORMAT, "hosts")
         records = {"links": LinkSample, "throughput": ThroughputSample, "latency": LatencySample,
-                   "resyncs": ResyncSample, "growth": GrowthSample}  # fmt: skip
+                   "compression": CompressionSample, "resyncs": ResyncSample, "growth": GrowthSample}  # fmt: skip
         for name, record in records.items():
             raw[name] = [record(**sample) for sample in raw[name]]
         return cls(**raw)
@@ -260,6 +276,8 @@ class Bench:
             for mode, curve, volumes in options.pairs:
                 what = f"{mode}, CURVE {'on' if curve else 'off'}, {volumes} volume(s)"
                 self._try(what, functools.partial(self._pair, mode, curve, volumes))
+            if options.compression:
+                self._try("compression", self._compression)
             if options.growth:
                 self._growth()
         self.found.seconds = time.monotonic() - begun
@@ -286,11 +304,15 @@ class Bench:
     # Pairs
 
     @contextmanager
-    def _running(self, mode: Mode, curve: bool, volumes: int, size: int) -> Iterator[Pair]:
+    def _running(
+        self, mode: Mode, curve: bool, volumes: int, size: int, compression: Compression = "off"
+    ) -> Iterator[Pair]:
         """A protected pair on the hosts, ``size`` bytes over all volumes; the cable is unlimited while it starts."""
         self._set_rate("unlimited")
-        directory = self._directory / "pair"
-        disks = [[self._directory / f"{side}{i}.raw" for i in range(volumes)] for side in "ab"]
+        place = self._directory / "place"
+        place.mkdir()
+        directory = place / "pair"
+        disks = [[place / f"{side}{i}.raw" for i in range(volumes)] for side in "ab"]
         scratch.fill([disk for side in disks for disk in side], size // volumes)
         options = PairOptions(
             primary_disks=tuple(disks[0]),
@@ -300,8 +322,9 @@ class Bench:
             buffer_bytes=max(2 * size, 128 * MIB),
             hosts=f"netns:{self._hosts.tag}",
             encrypt=curve,
+            compression=compression,
             overrides={
-                "buffer": {"directory": str(self._directory / "buffer")},
+                "buffer": {"directory": str(place / "buffer")},
                 "replication": {"heartbeat_s": 0.5, "peer_timeout_s": 2.0},  # so that a cut is soon noticed
             },
         )
@@ -311,9 +334,7 @@ class Bench:
                 pair.wait_protected()
                 yield pair
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            for disk in (disk for side in disks for disk in side):
-                disk.unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
 
     def _pair(self, mode: Mode, curve: bool, volumes: int) -> None:
         """All of one pair: throughput and latency at every rate; for the plainest one also resync and being alone."""
@@ -329,6 +350,30 @@ class Bench:
                 os.kill(pair.status()["secondary"]["pid"], signal.SIGKILL)
                 pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 30)
                 self._latency(pair, "none", "alone", curve)
+
+    def _compression(self) -> None:
+        settings: tuple[Compression, Compression] = ("off", "zstd")
+        for compression in settings:
+            with self._running("async", True, 1, self._options.size, compression) as pair:
+                for rate in self._options.rates:
+                    self._set_rate(rate)
+                    for compressible in (True, False):
+                        self._compressed(pair, rate, compression, compressible)
+
+    def _compressed(self, pair: Pair, rate: str, compression: Compression, compressible: bool) -> None:
+        what = "compressible" if compressible else "incompressible"
+        self._progress(f"{rate}: compression {compression}, {what} contents")
+        rates, costs, ratios = [], [], []
+        for _ in range(self._options.rounds):
+            before = pair.status()["compression"]
+            _, arrivals, used = self._load(pair, LARGE, compressible)
+            after = pair.status()["compression"]
+            rates.append(arrivals.mib_s())
+            costs.append(used / (arrivals.bytes / (1 << 30)) if arrivals.bytes else 0.0)
+            travelled = after["wire_bytes"] - before["wire_bytes"] if after else 0
+            ratios.append((after["original_bytes"] - before["original_bytes"]) / travelled if travelled else 1.0)
+        figures = (statistics.median(each) for each in (rates, costs, ratios))
+        self.found.compression.append(CompressionSample(rate, compression, compressible, *figures))
 
     def _streams(self, pair: Pair, load: Load, seconds: float, part: float = 1.0) -> list[Stream]:
         """One for each volume."""
@@ -346,14 +391,16 @@ class Bench:
                 raise TimedOut(f"Settling did not happen within {SETTLE_TIMEOUT_S:g} s.")
             time.sleep(SAMPLE_S)
 
-    def _load(self, pair: Pair, load: Load) -> tuple[list[Figures], Arrivals, float]:
+    def _load(self, pair: Pair, load: Load, compressible: bool = False) -> tuple[list[Figures], Arrivals, float]:
         """Figures of the clients, what arrived, and the CPU seconds that all processes used."""
         pair.checkpoint()
         status = pair.status()
         pids = (status["primary"]["pid"], status["secondary"]["pid"])
         with Arrivals(pair.client("secondary")) as arrivals:
             before = sum(map(cpu_seconds, pids))
-            figures = self._engine.run(self._streams(pair, load, self._options.seconds), self._directory)
+            streams = self._streams(pair, load, self._options.seconds)
+            streams = [dataclasses.replace(stream, compressible=compressible) for stream in streams]
+            figures = self._engine.run(streams, self._directory)
             self._settle(pair)
             used = sum(map(cpu_seconds, pids)) - before
         return figures, arrivals, used

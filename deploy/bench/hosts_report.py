@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 WANTED_SHARE: Final = 0.95
 """Of plain TCP, for async replication on a link that limits it."""
+NOT_SLOWER: Final = 0.95
+"""What compression must reach of the rate without it, whatever is written."""
 RAW_TITLES: Final = {"tcp": "plain TCP", "zeromq": "plain ZeroMQ", "curve": "ZeroMQ with CURVE"}
 _COLOURS: Final = {"tcp": "#6b7280", "zeromq": "#b4bac4", "async": "#6fa8f5", "sync": "#1f5fbf", "alone": "#b4bac4"}
 _AXES: Final = {"volumes": "volumes", "size": "disk size", "dirty": "dirty set"}
@@ -46,6 +48,9 @@ def sections(run: HostsRun) -> Iterator[Section]:
         rows.append((name, *(_throughput(by_rate.get(rate)) for rate in rates)))
     if rows:
         yield "what arrived at the other host, MiB/s (share of plain TCP; CPU s/GiB of both sides)", ["", *rates], rows
+    if run.compression:
+        title = "wire compression, async, CURVE: written MiB/s (ratio on the wire; CPU s/GiB of both sides)"
+        yield title, ["", *rates], _compression_rows(run, rates)
     if run.latency:
         yield "one write of 4 KiB at a time", ["", *rates], _latency_rows(run, rates)
     if run.resyncs:
@@ -74,6 +79,20 @@ def _throughput(sample: ThroughputSample | None) -> str:
     return f"{sample.mib_s:,.1f} ({sample.share:.0%}; {sample.cpu_s_per_gib:.1f})"
 
 
+def _compression_rows(run: HostsRun, rates: Sequence[str]) -> Rows:
+    rows: Rows = []
+    for compressible in (True, False):
+        for setting in dict.fromkeys(sample.compression for sample in run.compression):
+            found = {sample.rate: sample for sample in run.compression
+                     if (sample.compression, sample.compressible) == (setting, compressible)}  # fmt: skip
+            name = f"{'compressible' if compressible else 'incompressible'}, {setting}"
+            rows.append((name, *(
+                f"{s.mib_s:,.1f} ({s.ratio:.1f} : 1; {s.cpu_s_per_gib:.1f})" if (s := found.get(rate)) else "–"
+                for rate in rates
+            )))  # fmt: skip
+    return rows
+
+
 def _latency_rows(run: HostsRun, rates: Sequence[str]) -> Rows:
     rows: Rows = []
     alone = {sample.curve: sample for sample in run.latency if sample.mode == "alone"}
@@ -99,8 +118,8 @@ def _us(value: float) -> str:
 
 
 def goals(run: HostsRun) -> list[tuple[str, bool]]:
-    """On every limited link: (sentence, whether it holds)."""
-    return [
+    """(sentence, whether it holds): async on every limited link, compression on every link."""
+    met = [
         (
             f"{title_of(sample)} at {sample.rate}: {sample.share:.1%} of plain TCP, wanted at least {WANTED_SHARE:.0%}",
             sample.share >= WANTED_SHARE,
@@ -108,6 +127,14 @@ def goals(run: HostsRun) -> list[tuple[str, bool]]:
         for sample in run.throughput
         if sample.mode == "async" and sample.rate != "unlimited" and sample.share
     ]
+    for zstd in (sample for sample in run.compression if sample.compression != "off"):
+        off = next((sample.mib_s for sample in run.compression if sample.compression == "off"
+                    and (sample.rate, sample.compressible) == (zstd.rate, zstd.compressible)), 0.0)  # fmt: skip
+        if off:
+            what = "compressible" if zstd.compressible else "incompressible"
+            sentence = f"zstd at {zstd.rate}, {what} contents: {zstd.mib_s / off:.2f} times the rate without"
+            met.append((f"{sentence}, wanted at least {NOT_SLOWER:.2f}", zstd.mib_s / off >= NOT_SLOWER))
+    return met
 
 
 def show(run: HostsRun, console: Console) -> None:

@@ -128,6 +128,32 @@ def test_flapping_and_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:
     pairs.compare_disks(pair)
 
 
+def test_a_slow_link_carries_more_compressed(short_dir: Path) -> None:
+    """Guests' writes and those of a resync; the disks are equal, and status tells the ratio."""
+    options = PairOptions(
+        size=SIZE, hosts="netns", mode="async", compression="zstd", overrides={"replication": REPLICATION}
+    )
+    text = b"".join(b"line %d of many, and each says much the same\n" % number for number in range(120_000))[: 4 * MIB]
+    with pairs.running(short_dir / "p", options) as pair:
+        hosts = pair.directory.hosts()
+        assert hosts is not None
+        with SlowLink(hosts, "40mbit"), NbdClient(pairs.primary_uri(pair)) as client:
+            for offset in range(0, len(text), 64 * 1024):
+                client.submit_write(offset, text[offset : offset + 64 * 1024])
+            client.collect(client.in_flight)
+            pair.wait_for(lambda now: not now["lag"]["bytes"], "drained", 30)
+            before = pair.status()["compression"]
+            assert before["ratio"] > 1.5, before
+            with Cut(hosts):
+                pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 15)
+                client.write(8 * MIB, text)
+            protected(pair)
+        after = pair.status()["compression"]
+        assert after["wire_bytes"] - before["wire_bytes"] < len(text) // 2, "a resync is compressed, too"
+        pair.checkpoint()
+        pairs.compare_disks(pair)
+
+
 def test_a_paused_secondary_is_waited_for_or_left(pair: Pair) -> None:
     with pairs.Load(pairs.primary_uri(pair), seed=6) as load:
         load.wait_for(100)
@@ -239,7 +265,8 @@ def test_a_guest_goes_on_across_a_failover(short_dir: Path) -> None:
 def test_a_short_measurement_across_hosts(shm_dir: Path) -> None:
     """One rate, one kind of pair: every part of the report is there, and nothing is left behind."""
     options = hosts_bench.Options(
-        ("200mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, directory=str(shm_dir), pairs=(("async", True, 1),)
+        ("200mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, compression=False, directory=str(shm_dir),
+        pairs=(("async", True, 1),),
     )
     before = {one.tag for one in found()}
     run = hosts_bench.Bench(options, choose_engine("built-in"), lambda _: None).run()
