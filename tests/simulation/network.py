@@ -111,7 +111,7 @@ class Connection:
 
 
 class SimDialer:
-    """In place of ``common.port.Dialer``."""
+    """In place of what ``common.transport.dial`` makes."""
 
     network: Network
 
@@ -187,7 +187,7 @@ class SimDialer:
 
 
 class SimListener:
-    """In place of ``common.port.Listener``."""
+    """In place of what ``common.transport.listen`` makes."""
 
     network: Network
 

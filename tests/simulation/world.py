@@ -32,6 +32,7 @@ import common.export
 import common.intent
 import common.metadata
 import common.port
+import common.transport
 import primary.node
 import primary.questions
 import secondary.guest
@@ -180,7 +181,7 @@ class World:
 
         swaps: list[tuple[Any, Any]] = [
             (time, fake_time), (secrets, fake_secrets), (common.disk.FileDisk, self._open_disk),
-            (common.port.Dialer, SimDialer), (common.port.Listener, SimListener),
+            (common.transport.dial, SimDialer), (common.transport.listen, SimListener),
             (common.port.zmq_context, contextlib.nullcontext),
             (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl),
             (common.child.Child, SimChild),
