@@ -193,6 +193,8 @@ class _Node(_Table):
     on_congestion: Literal["block", "pull-ahead"] = "block"
     max_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     resync_rate: Annotated[Size, Field(ge=0)] = 0
+    resync_floor: Annotated[Size, Field(ge=0)] = 0
+    resync_deadline_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     keep_diverged: bool = False
     write_intent: bool = True
     request_timeout_s: Duration = 10.0
@@ -204,6 +206,13 @@ class _Node(_Table):
     export: _Export = _Export()
     replication: _Replication = _Replication()
     buffer: _Buffer = _Buffer()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        floor, ceiling = self.resync_floor, self.resync_rate
+        if 0 < ceiling < floor:
+            raise ValueError(f"`resync_floor` ({floor}) must not be above `resync_rate` ({ceiling}), the ceiling")
+        return self
 
 
 def _check_volumes(volumes: list[_Volume]) -> list[_Volume]:
@@ -334,7 +343,8 @@ def _sentences(detail: ErrorDetails) -> list[str]:
     if kind == "literal_error":
         return [f"`{location}` must be {detail['ctx']['expected']}, not {given!r}"]
     if kind == "value_error":
-        return [f"`{location}`: {line}" for line in str(detail["ctx"]["error"]).splitlines()]
+        where = f"`{location}`: " if location else ""
+        return [f"{where}{line}" for line in str(detail["ctx"]["error"]).splitlines()]
     return [f"`{location}`: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {given!r}"]
 
 

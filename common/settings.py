@@ -86,7 +86,11 @@ class NodeSettings:
     max_lag_seconds: float = 0.0
     """Treat a secondary that is further behind than this as lost; 0: never."""
     resync_rate: int = 0
-    """Bytes a second that a resync or a verification takes at most; 0: as many as guests leave."""
+    """Ceiling: bytes a second that a resync or a verification takes at most; 0: as many as guests leave."""
+    resync_floor: int = 0
+    """Bytes a second that a resync takes whatever guests do; 0: it gives way to them altogether."""
+    resync_deadline_s: float = 0.0
+    """Seconds in which a resync has to be done; it takes from guests what that needs. 0: none."""
     keep_diverged: bool = False
     """Before a former primary rejoins, save the blocks that it alone wrote to a file in its directory."""
     write_intent: bool = True

@@ -304,6 +304,24 @@ def verify(directory: Path, as_json: bool, repair: bool) -> None:
 @main.command()
 @directory_option
 @json_option
+@click.option("--full", is_flag=True, help="Compare both disks as a whole first, by checksums.")
+@reporting
+def resync(directory: Path, as_json: bool, full: bool) -> None:
+    """Send what a verification marked, or with --full all that differs, while guests write.
+
+    A pair that comes together again resynchronises by itself; this is for one that is protected.
+    """
+    done = Pair(directory).resync(full=full)
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    asked = f"{format_size(done['asked_bytes'])} compared, " if full else ""
+    console.print(f"{asked}{format_size(done['moved_bytes'])} sent in {done['seconds']:.1f} s.")
+
+
+@main.command()
+@directory_option
+@json_option
 @click.option(
     "--to",
     type=click.Choice(["latest", "checkpoint"]),

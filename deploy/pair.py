@@ -262,6 +262,14 @@ class Pair:
         """
         return self.client(self.leader(), VERIFY_TIMEOUT_S).call("verify", repair=repair)
 
+    def resync(self, *, full: bool = False) -> dict[str, Any]:
+        """Send what is marked as differing while guests write; ``full`` compares both disks by checksums first.
+
+        Returns "asked_bytes", "differing_bytes", "moved_bytes", "seconds". The pair has to be protected: one that is
+        not resynchronises by itself.
+        """
+        return self.client(self.leader(), VERIFY_TIMEOUT_S).call("resync", full=full)
+
     def rejoin(self, *, discard: Side | None = None, dry_run: bool = False) -> dict[str, Any]:
         """Make the side that was left behind the secondary of the one that leads, and start what does not run.
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol, TypeVar
 
 from common.errors import OperationFailed
 from common.settings import NodeSettings
@@ -24,12 +24,14 @@ from primary.mirror import Mirror
 from primary.questions import Range
 from primary.resync import ResyncLimits
 from primary.session import PrimarySession
-from primary.synchroniser import Synchroniser, make_suspects
+from primary.synchroniser import Synchroniser, limits_status, make_suspects
 from primary.verifier import Verifier
+
+T = TypeVar("T")
 
 MAX_EXTENTS: Final = 1000
 """Differing extents that an answer to ``verify`` names."""
-IDLE: Final = {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0.0}
+IDLE: Final[dict[str, Any]] = {"active": False, "done_bytes": 0, "total_bytes": 0, "rate": 0.0}
 """Status of a resync that is not going on."""
 
 
@@ -55,7 +57,6 @@ class Alignment:
         engine: Standpoint,
         all_sent: Callable[[], None],
     ) -> None:
-        self._settings = settings
         self._mirror = mirror
         self._knowledge = knowledge
         self._session = session
@@ -66,19 +67,26 @@ class Alignment:
         self._synchroniser: Synchroniser | None = None
         self._synchronising: asyncio.Task[None] | None = None
         self._verifier: Verifier | None = None
-        self._verifying: asyncio.Task[list[Range]] | None = None
+        self._commanded: asyncio.Task[Any] | None = None
+        """What an operator asked for: a verification, or a resync of a pair that is protected."""
+        self._limits = ResyncLimits(
+            floor=float(settings.resync_floor),
+            ceiling=float(settings.resync_rate),
+            deadline_s=settings.resync_deadline_s,
+        )
         self._counters = _ResyncCounters()
 
     def stop(self) -> None:
         """Whatever goes over the disks in the background: it began under conditions that hold no more."""
         self._stop_synchroniser()
-        if self._verifying is not None:
-            self._verifying.cancel()
+        if self._commanded is not None:
+            self._commanded.cancel()
 
     def status(self) -> dict[str, Any]:
         """``resync`` and ``verify`` of the status."""
+        resync = self._synchroniser.status() if self._synchroniser is not None else IDLE | limits_status(self._limits)
         return {
-            "resync": self._synchroniser.status() if self._synchroniser is not None else dict(IDLE),
+            "resync": resync,
             "verify": self._verifier.status() if self._verifier is not None else {"active": False},
         }
 
@@ -93,8 +101,7 @@ class Alignment:
         full, peer = effect.full, effect.peer
         self._counters.begun(full=full)
         self._link.perform(self._session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
-        limits = ResyncLimits(ceiling=float(self._settings.resync_rate))
-        self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, limits)
+        self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits)
         self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
 
     def complete(self) -> None:
@@ -132,27 +139,71 @@ class Alignment:
 
         OperationFailed if there is no secondary in line, or it is lost meanwhile.
         """
+        self._check_idle()
+        self._verifier = verifier = Verifier(self._mirror, ResyncLimits(ceiling=self._limits.ceiling))
+        try:
+            return await self._command("verification", self._verify(verifier, repair=repair))
+        finally:
+            self._verifier = None
+
+    def _check_idle(self) -> None:
         engine = self._engine
         if engine.state != "protected":
             raise OperationFailed(
                 f"There is nothing to compare with: this side is {engine.state}.", hint="See `tandemdisk status`."
             )
-        if self._verifying is not None:
-            raise OperationFailed("A verification is under way.", hint="`tandemdisk status` shows how far it is.")
-        self._verifier = Verifier(self._mirror, ceiling=self._settings.resync_rate)
-        self._verifying = task = self._loop.create_task(self._verify(self._verifier, repair=repair), name="verify")
+        if self._commanded is not None:
+            what = self._commanded.get_name()
+            raise OperationFailed(f"A {what} is under way.", hint="`tandemdisk status` shows how far it is.")
+
+    async def _command(self, what: str, work: Coroutine[Any, Any, T]) -> T:
+        """Do what an operator asked for, unless ``stop`` ends it. OperationFailed if that, or the disk, did."""
+        engine = self._engine
+        self._commanded = task = self._loop.create_task(work, name=what)
         try:
             await asyncio.wait({task})
         finally:
             task.cancel()  # if whoever asked is gone
-            self._verifying = self._verifier = None
+            self._commanded = None
         if task.cancelled():
-            raise OperationFailed(f"The verification was interrupted: this side is {engine.state}.", hint=engine.reason)
+            raise OperationFailed(f"The {what} was interrupted: this side is {engine.state}.", hint=engine.reason)
         try:
             return task.result()
         except OSError as error:
-            engine.disk_failed("read for the verification", error)
+            engine.disk_failed(f"read for the {what}", error)
             raise OperationFailed(f"The primary disk cannot be read: {error.strerror or error}.") from error
+
+    async def resync_command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """``resync`` as a control command, while the pair is protected: send what is marked as differing; with
+        {"full": true} compare both disks as a whole first, by checksums. What an interruption leaves is still marked.
+        """
+        self._check_idle()
+        full = bool(args.get("full"))
+        if full:
+            for suspects in self._knowledge.suspects:
+                suspects.set_all()
+        sender = self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits)
+        self._counters.begun(full=full)
+        started = time.perf_counter()
+        try:
+            await self._command("resync", self._run(sender))
+        finally:
+            if self._synchroniser is sender:
+                self._stop_synchroniser()
+        return {
+            "asked_bytes": sender.asked_bytes,
+            "differing_bytes": sender.differing_bytes,
+            "moved_bytes": sender.moved_bytes,
+            "seconds": time.perf_counter() - started,
+        }
+
+    @staticmethod
+    async def _run(sender: Synchroniser) -> None:
+        try:
+            await sender.run()
+            await sender.confirm_all()
+        finally:
+            sender.stop()
 
     async def verify_command(self, args: dict[str, Any]) -> dict[str, Any]:
         """``verify`` as a control command: {"repair": bool} to what was found, at most ``MAX_EXTENTS`` of it one by

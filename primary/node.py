@@ -53,6 +53,7 @@ class PrimaryNode:
                 "status": self._status,
                 "checkpoint": engine.checkpoints.command,
                 "verify": engine.alignment.verify_command,
+                "resync": engine.alignment.resync_command,
                 "clear_error": self._clear_error,
                 "redial": self._redial,
                 "stop": self._stop,

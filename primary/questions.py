@@ -6,7 +6,8 @@ a write, which is why a question can have no false answer, whatever guests do me
 a thread (it is not in the page cache) may be overtaken; writes that touch it are noticed, and it is read again.
 
 *Behind the guests*: ``Pace`` keeps only a small part of the window in flight, a smaller one while guests write, none
-of it while they fill the window, and keeps to a ceiling in bytes a second if there is one.
+of it while they fill the window, and keeps to a ceiling in bytes a second if there is one. A floor and a deadline are
+kept whatever guests do.
 
 A question is the xxh3-64 of ``QUESTION_BYTES``; a hole is one question of up to ``HOLE_QUESTION``, whose hash is known
 without reading.
@@ -26,6 +27,7 @@ from common import limits
 from common.disk import HOLE, hash_of_zeroes
 from common.wire import QUESTION
 from primary.mirror import Mirror, MirroredDisk
+from primary.resync import ResyncLimits
 
 QUESTION_BYTES: Final = 64 * limits.KIB
 PIECE: Final = 1 * limits.MIB
@@ -47,12 +49,17 @@ Range = tuple[int, int, int]
 
 
 class Pace:
-    """When the next piece may go. ``ceiling``: bytes a second, 0 for none."""
+    """When the next piece may go, within ``limits``. ``left`` tells how many bytes there are still to ask about, for a
+    deadline."""
 
-    def __init__(self, mirror: Mirror, ceiling: int = 0) -> None:
+    def __init__(self, mirror: Mirror, limits: ResyncLimits, left: Callable[[], int] = lambda: 0) -> None:
         self.mirror = mirror
         self.in_flight = 0
-        self._ceiling = ceiling
+        self._limits = limits
+        self._ceiling = limits.ceiling
+        self._left = left
+        self._begun = 0
+        self._started = time.monotonic()
         self._due = 0.0
         self._wake = asyncio.Event()
         self._written = mirror.written
@@ -61,6 +68,7 @@ class Pace:
     def begin(self, length: int) -> None:
         """A piece goes out."""
         self.in_flight += length
+        self._begun += length
         if self._ceiling:
             self._due = max(self._due, time.monotonic()) + length / self._ceiling
 
@@ -102,7 +110,19 @@ class Pace:
         if self.in_flight >= (BUSY_IN_FLIGHT if now < self._busy_until else IN_FLIGHT):
             return True
         session = mirror.carrier.session
-        return session.lag_bytes() - self.in_flight > GUEST_SHARE * session.config.window_bytes
+        if session.lag_bytes() - self.in_flight <= GUEST_SHARE * session.config.window_bytes:
+            return False
+        return self.in_flight > PIECE or not self._behind(now)
+
+    def _behind(self, now: float) -> bool:
+        """Slower than the floor, or than what the deadline demands of the rest."""
+        limits, elapsed = self._limits, max(1e-9, now - self._started)
+        if self._begun < limits.floor * elapsed:
+            return True
+        if not limits.deadline_s:
+            return False
+        remaining_s = limits.deadline_s - elapsed
+        return remaining_s <= 0 or self._left() / remaining_s > self._begun / elapsed
 
 
 class Reader:

@@ -22,6 +22,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from common import limits
@@ -69,6 +70,11 @@ def make_suspects(mirror: Mirror) -> list[DirtyBitmap]:
     return [DirtyBitmap(volume.size, QUESTION_BYTES) for volume in mirror.volumes]
 
 
+def limits_status(limits: ResyncLimits) -> dict[str, float]:
+    """For ``status``: bytes a second and seconds, 0 for none."""
+    return {"floor": limits.floor, "ceiling": limits.ceiling, "deadline_s": limits.deadline_s}
+
+
 class Synchroniser:
     """One resync: empties ``suspects`` and the mirror's bitmaps. ``run`` it as a task."""
 
@@ -84,7 +90,7 @@ class Synchroniser:
         self._limits = limits or ResyncLimits()
         self._plan = ResyncPlan([], self._limits, self.started)
         self._reading: Piece | None = None
-        self._pace = Pace(mirror, int(self._limits.ceiling))
+        self._pace = Pace(mirror, self._limits, lambda: self.left_bytes)
         self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
         self._answers: deque[bool] = deque(maxlen=SAMPLE)
         self._stretch = self._stretch_left = STRETCH
@@ -120,6 +126,7 @@ class Synchroniser:
             "asked_bytes": self.asked_bytes,
             "differing_bytes": self.differing_bytes,
             "moved_bytes": self.moved_bytes,
+            **limits_status(self._limits),
         }
 
     async def run(self) -> None:
@@ -180,7 +187,11 @@ class Synchroniser:
 
     async def copy(self) -> None:
         """Send everything that is marked; returns when all of it is in the session's hands."""
-        plan = self._plan = ResyncPlan(self.mirror.bitmaps, self._limits, time.monotonic())
+        now = time.monotonic()
+        limits = self._limits
+        if limits.deadline_s:
+            limits = replace(limits, deadline_s=max(0.001, limits.deadline_s - (now - self.started)))
+        plan = self._plan = ResyncPlan(self.mirror.bitmaps, limits, now)
         self.mirror.overlap = plan.wrote
         try:
             while not plan.all_sent:

@@ -13,12 +13,13 @@ from typing import Any
 from common.bitmap import DirtyBitmap
 from primary.mirror import Mirror
 from primary.questions import LOOK, QUESTION_BYTES, Inquiry, Pace, Range, Reader
+from primary.resync import ResyncLimits
 
 
 class Verifier:
     """One verification. ``run`` it as a task; cancel it when the secondary is lost or resynchronised."""
 
-    def __init__(self, mirror: Mirror, *, ceiling: int = 0) -> None:
+    def __init__(self, mirror: Mirror, limits: ResyncLimits | None = None) -> None:
         self.mirror = mirror
         self.started = time.monotonic()
         self.total_bytes = sum(volume.size for volume in mirror.volumes)
@@ -27,7 +28,7 @@ class Verifier:
         self._coarse = [DirtyBitmap(volume.size, QUESTION_BYTES) for volume in mirror.volumes]
         self._differing = [DirtyBitmap(volume.size, self._unit) for volume in mirror.volumes]
         self._fine = False
-        self._pace = Pace(mirror, ceiling)
+        self._pace = Pace(mirror, limits or ResyncLimits())
         self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
 
     def status(self) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class GuestProcess:
             "lead": self._lead,
             "checkpoint": self._checkpoint,
             "verify": self._verify,
+            "resync": self._resync,
             "redial": self._redial,
             "clear_error": self._clear_error,
         }
@@ -151,6 +152,9 @@ class GuestProcess:
 
     async def _verify(self, args: dict[str, Any]) -> dict[str, Any]:
         return await self._leader().alignment.verify_command(args)
+
+    async def _resync(self, args: dict[str, Any]) -> dict[str, Any]:
+        return await self._leader().alignment.resync_command(args)
 
     async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._leader().link.redial()

@@ -56,6 +56,9 @@ RECORD_INTERVAL_S: Final = 5.0
 """How often the applied position is made durable together with the disks, so that a crash of the host costs a small
 resync."""
 
+LEADING_COMMANDS: Final = ("checkpoint", "verify", "resync", "redial")
+"""What a promoted side's export process answers."""
+
 log = logging.getLogger("secondary")
 
 
@@ -114,7 +117,7 @@ class SecondaryNode:
                 "failover": self.promotion.command,
                 "clear_error": self._clear_error,
                 "stop": self._stop_command,
-                **{command: partial(self._pass_on, command) for command in ("checkpoint", "verify", "redial")},
+                **{command: partial(self._pass_on, command) for command in LEADING_COMMANDS},
             },
         )
         await control.start()

@@ -52,16 +52,16 @@ def test_no_difference_is_found_under_load(short_dir: Path) -> None:
         assert not load.errors
 
 
-def test_a_flipped_byte_is_found_named_and_repaired(short_dir: Path) -> None:
+def test_a_flipped_byte_is_found_named_and_repaired_by_verify_or_a_full_resync(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
         filled(pair)
         flip(secondary_disk(pair), 3 * MIB + 5000)
         flip(secondary_disk(pair), 40 * MIB)  # in a hole
         with Load(primary_uri(pair), seed=4, span=(16 * MIB, 32 * MIB)) as load:
             load.wait_for(20)
-            told = tandemdisk("verify", "--dir", pair.directory.path, "--json")
-            assert told.returncode == 11, told.stderr
-            found = json.loads(told.stdout)
+            named = tandemdisk("verify", "--dir", pair.directory.path, "--json")
+            assert named.returncode == 11, named.stderr
+            found = json.loads(named.stdout)
             assert found["extents"] == [["disk0", 3 * MIB + BLOCK, BLOCK], ["disk0", 40 * MIB, BLOCK]]
             assert not found["repaired"]
             assert pair.status()["primary"]["volumes"][0]["dirty_bytes"] == 2 * BLOCK
@@ -70,6 +70,12 @@ def test_a_flipped_byte_is_found_named_and_repaired(short_dir: Path) -> None:
             assert "repaired" in again.stdout
             clean = tandemdisk("verify", "--dir", pair.directory.path)
             assert clean.returncode == 0, clean.stdout
+            flip(secondary_disk(pair), 5 * MIB)
+            sent = tandemdisk("resync", "--full", "--dir", pair.directory.path, "--json")
+            assert sent.returncode == 0, sent.stderr
+            told = json.loads(sent.stdout)
+            assert told["asked_bytes"] >= 64 * MIB
+            assert BLOCK <= told["moved_bytes"] <= 64 * 1024, "one question's worth"
         pair.checkpoint()
         compare_disks(pair)
         counters = pair.status()["counters"]["primary"]

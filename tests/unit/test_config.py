@@ -102,6 +102,14 @@ def test_every_problem_is_named_at_once() -> None:
     assert len(found) == 13
 
 
+def test_a_resync_has_floor_ceiling_and_deadline() -> None:
+    made = settings(resync_floor="2M", resync_rate="8M", resync_deadline_s=60.0)
+    assert (made.resync_floor, made.resync_rate, made.resync_deadline_s) == (2 << 20, 8 << 20, 60.0)
+    assert problems(resync_floor="2M", resync_rate="1M") == [
+        "`resync_floor` (2097152) must not be above `resync_rate` (1048576), the ceiling"
+    ]
+
+
 def test_missing_keys_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         config.make_settings({}, base=BASE)
