@@ -135,6 +135,7 @@ class _Table(BaseModel):
 class _Volume(_Table):
     name: Name
     disk: PathText
+    read_only: bool = False
 
 
 class _Export(_Table):
@@ -277,7 +278,7 @@ def _settings(node: _Node) -> NodeSettings:
     plain = node.model_dump(exclude={"export", "buffer", "replication", "volumes"})
     return NodeSettings(
         **plain,
-        volumes=tuple(VolumeSettings(volume.name, volume.disk) for volume in node.volumes),
+        volumes=tuple(VolumeSettings(**volume.model_dump()) for volume in node.volumes),
         export=ExportSettings(**export),
         replication=ReplicationSettings(**node.replication.model_dump()),
         buffer=BufferSettings(**buffer),
@@ -386,6 +387,7 @@ def format_config(settings: NodeSettings, role: Role) -> str:
     ]
     for volume in settings.volumes:
         lines += ["", "[[volumes]]", _line("name", volume.name), _line("disk", volume.disk)]
+        lines += [_line("read_only", True)] if volume.read_only else []
     for table in tables:
         values = getattr(settings, table)
         lines += ["", f"[{table}]"]

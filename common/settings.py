@@ -24,6 +24,8 @@ class VolumeSettings:
 
     name: str
     disk: str
+    read_only: bool = False
+    """Clients of this side's export of it get EPERM for whatever would change it; replication goes on."""
 
 
 @dataclass(frozen=True, slots=True)

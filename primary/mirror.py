@@ -102,10 +102,10 @@ class _Flush:
 class MirroredDisk:
     """One volume of the pair on the primary; a ``common.batch.Volume``."""
 
-    read_only = False
     multi_conn = True
 
     def __init__(self, mirror: Mirror, index: int, name: str, disk: Disk) -> None:
+        self.read_only = False
         self.name = name
         self.size = disk.size
         self.preferred_block = disk.preferred_block

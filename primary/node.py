@@ -45,6 +45,8 @@ class PrimaryNode:
         record = self._remember([disk.size for disk in disks])
         names = [volume.name for volume in settings.volumes]
         engine = Engine(settings, record, list(zip(names, disks, strict=True)), context, self._lifecycle)
+        for volume, setting in zip(engine.mirror.volumes, settings.volumes, strict=True):
+            volume.read_only = setting.read_only
         self.server = NbdServer(engine.mirror.volumes, default=names[0])
         self.engine = engine
         control = ControlServer(

@@ -84,6 +84,8 @@ class GuestProcess:
             GuestVolume(layers, disk, on_write=partial(self.intents.note, index))
             for index, (layers, disk) in enumerate(zip(self.buffer.volumes, self.disks, strict=True))
         ]
+        for volume, setting in zip(self.volumes, settings.volumes, strict=True):
+            volume.read_only = setting.read_only
         self.server = NbdServer(self.volumes, default=settings.volumes[0].name)
 
     async def start(self) -> None:

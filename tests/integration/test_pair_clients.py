@@ -6,6 +6,7 @@ the active disk only: the disks do not change, and the next checkpoint drops it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import TandemDiskError
-from common.nbd_client import NbdClient
+from common.nbd_client import NbdClient, NbdClientError
 from deploy.pair import Pair, PairOptions
 from tests import nbd_tools, pairs
 from tests.pairs import MIB
@@ -200,6 +201,34 @@ def test_overlapping_writes_in_flight_end_up_the_same_on_both_disks(pair: Pair) 
         thread.join(60)
     assert not failures
     pairs.compare_disks(pair)
+
+
+def test_an_export_that_may_only_be_read(short_dir: Path) -> None:
+    """By the configuration of one side and one volume: clients get EPERM, and nothing reaches a disk."""
+    pair = Pair.create(short_dir / "p", PairOptions(size=4 * MIB, volumes=2, buffer_bytes=72 * MIB))
+    for role, name in (("primary", "disk1"), ("secondary", "disk0")):
+        config = pair.directory.path / f"{role}.toml"
+        text = config.read_text()
+        config.write_text(text.replace(f'name = "{name}"', f'name = "{name}"\nread_only = true'))
+    with pair:
+        pair.up()
+        pair.wait_protected()
+        first, second = pair.status()["volumes"]
+        for uri, reads_only in ((first["primary_uri"], False), (second["primary_uri"], True),
+                                (first["secondary_uri"], True), (second["secondary_uri"], False)):
+            assert nbd_tools.nbdinfo(uri)["is_read_only"] == reads_only
+            with NbdClient(uri) as client:
+                if not reads_only:
+                    client.write(4096, b"data")
+                    continue
+                cookies = [client.submit_write(0, b"x"), client.submit_zero(0, 512), client.submit_trim(0, 512)]
+                errors = {done.cookie: done.error for done in client.collect(3)}
+                for cookie in cookies:
+                    error = errors[cookie]
+                    assert isinstance(error, NbdClientError)
+                    assert error.errno == errno.EPERM
+                assert client.read(0, 4) == bytes(4)
+        pairs.compare_disks(pair)
 
 
 def test_a_disk_of_any_number_of_bytes(short_dir: Path, tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_written_file_reads_back_to_the_same_settings(tmp_path: Path, role: Role
     made = settings(
         mode="async",
         checkpoint_interval_s=1.5,
-        volumes=[{"name": "one", "disk": '/d/"quoted"\\ \x7f é.raw'}, {"name": "two", "disk": "/dev/x"}],
+        volumes=[
+            {"name": "one", "disk": '/d/"quoted"\\ \x7f é.raw'},
+            {"name": "two", "disk": "/dev/x", "read_only": True}],
         export={"unix": "nbd.sock", "host": "127.0.0.1", "port": 10810},
         buffer={"size_bytes": "1G", "block_size": "64K", "directory": "/dev/shm/x"},
         on_peer_loss="block",
@@ -145,6 +147,13 @@ def test_an_address_off_loopback_with_keys(tmp_path: Path) -> None:
 def test_bad_addresses(address: str) -> None:
     (problem,) = problems(replication={"connect": address})
     assert 'write "tcp://HOST:PORT" or "ipc:///PATH"' in problem
+
+
+def test_compression_is_off_or_zstd() -> None:
+    assert settings().replication.compression == "off"
+    assert settings(replication={"connect": "ipc:///r", "compression": "zstd"}).replication.compression == "zstd"
+    (problem,) = problems(replication={"connect": "ipc:///r", "compression": "gzip"})
+    assert problem == "`replication.compression` must be 'off' or 'zstd', not 'gzip'"
 
 
 def test_roles_need_their_address() -> None:
