@@ -330,10 +330,11 @@ def resync(directory: Path, as_json: bool, full: bool) -> None:
     help="Keep every write that arrived, or go back to the last checkpoint.",
 )
 @click.option("--force", is_flag=True, help="Even though the primary is alive, or guest writes get lost.")
+@click.option("--primary-dead", is_flag=True, help="You know that the primary's process has ended, or its host.")
 @reporting
-def failover(directory: Path, as_json: bool, to: str, force: bool) -> None:
+def failover(directory: Path, as_json: bool, to: str, force: bool, primary_dead: bool) -> None:
     """Make the secondary the primary: its export is writable at once."""
-    done = Pair(directory).failover(to, force=force)
+    done = Pair(directory).failover(to, force=force, primary_dead=primary_dead)
     if as_json:
         click.echo(json.dumps(done))
         return

@@ -42,6 +42,8 @@ START_TIMEOUT_S: Final = 120.0
 VERIFY_TIMEOUT_S: Final = 30 * 24 * 3600.0
 """A verification takes as long as the disks are large and guests let it."""
 PEER_LOSS_TIMEOUT_S: Final = 30.0
+DYING_S: Final = 0.3
+"""How long a process that was killed may take to end, before it counts as alive."""
 LOG_TAIL: Final = 12
 """Lines of a log that a failed start shows."""
 
@@ -187,7 +189,7 @@ class Pair:
         self._wait_for_orphans()
         stopped: list[Role] = []
         told: dict[Role, dict[str, Any]] = {}
-        for role in (self.leader(), self.follower()):
+        for role in dict.fromkeys((self.leader(), *SIDES)):  # a former primary that is fenced follows nobody
             with contextlib.suppress(TandemDiskError):
                 told[role] = self._stop_side(role, checkpoint=role == self.leader())
                 stopped.append(role)
@@ -343,30 +345,37 @@ class Pair:
         with contextlib.suppress(TandemDiskError):
             self.client(leader).call("redial")
 
-    def failover(self, to: str = "latest", *, force: bool = False) -> dict[str, Any]:
+    def failover(self, to: str = "latest", *, force: bool = False, primary_dead: bool = False) -> dict[str, Any]:
         """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.
 
         Raises NeedsForce when the primary is alive and connected, or when guest writes would be lost. A primary whose
-        end the supervisor has seen is not alive, even while the secondary has yet to notice: no need to wait for it.
+        end the supervisor has seen is not alive, even while the secondary has yet to notice; of one that no supervisor
+        here looks after, ``primary_dead`` says so.
         """
         client = self.client(self.follower())
-        dead = self._primary_is_dead()
+        dead = primary_dead or self._primary_is_dead()
         try:
             return client.call("failover", to=to, force=force, primary_dead=dead)
         except NeedsForce:
-            if not dead or not self._connected():
+            if dead or not self._primary_is_dead(DYING_S):
                 raise
-        self.wait_for(lambda _: not self._connected(), "cut off from its dead primary", PEER_LOSS_TIMEOUT_S)
-        return client.call("failover", to=to, force=force, primary_dead=dead)
+        return client.call("failover", to=to, force=force, primary_dead=True)
 
-    def _primary_is_dead(self) -> bool:
-        """True if the supervisor has seen the primary's process end, and no other one answers in its place."""
+    def _primary_is_dead(self, patience_s: float = 0.0) -> bool:
+        """True if the supervisor has seen the primary's process end, or it does within ``patience_s`` (SIGKILL takes a
+        moment), and no other one answers in its place."""
         leader = self.leader()
         child = self._supervisor_status().get("children", {}).get(leader, {})
-        return child.get("alive") is False and child.get("pid") is not None and not answers(self.client(leader).path)
-
-    def _connected(self) -> bool:
-        return bool(self.client(self.follower()).call("status")["peer"]["connected"])
+        pid = child.get("pid")
+        if pid is None:
+            return False
+        if child.get("alive"):
+            with watched(pid) as ended:
+                try:
+                    ended(patience_s)
+                except TimedOut:
+                    return False
+        return not answers(self.client(leader).path)
 
     def clear_error(self) -> None:
         """Forget the last failure of both sides, as far as they run. NotRunning if neither does."""

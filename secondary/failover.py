@@ -70,7 +70,8 @@ def decide(target: Target, *, force: bool, situation: Situation) -> None:
     if situation.primary_connected and not force:
         raise NeedsForce(
             "The primary is alive and connected.",
-            hint="Stop it first, or give --force if you know that nobody writes to it.",
+            hint="Stop it first. If its process or its host is gone, say --primary-dead; to take over from a living "
+            "one, --force.",
         )
     if target == "latest" and situation.guest_has_written and not force:
         raise NeedsForce(

@@ -33,6 +33,9 @@ from secondary.header import Stage
 from secondary.link import Link
 from secondary.session import SecondarySession
 
+LAST_WORDS_S: Final = 2.0
+"""How long what a dead primary sent may take to arrive: its end closes the connection, unless its host went with it."""
+_LOOK_S: Final = 0.005
 LEAD_AGAIN_S: Final = 0.5
 """Pause before an export process that did not begin to lead is told again."""
 
@@ -86,11 +89,14 @@ class Promotion:
             await self._committing
 
     async def command(self, args: dict[str, Any]) -> dict[str, Any]:
-        """``failover`` as a control command."""
+        """``failover`` as a control command. ``primary_dead``: the caller knows that its process has ended."""
         target = parse_target(args.get("to", "latest"))
         async with self._failing_over:
             started = time.perf_counter()
-            number = await self._failover(target, force=bool(args.get("force", False)))
+            dead = bool(args.get("primary_dead", False))
+            if dead:
+                await self._last_words()
+            number = await self._failover(target, force=bool(args.get("force", False)), primary_dead=dead)
             return {
                 "to": target,
                 "generation": self._record.value.history[-1].number,
@@ -100,12 +106,19 @@ class Promotion:
                 "state": self._buffer.header.stage.name,
             }
 
-    async def _failover(self, target: Target, *, force: bool) -> int:
+    async def _last_words(self) -> None:
+        """Until all that a dead primary sent has arrived."""
+        for _ in range(round(LAST_WORDS_S / _LOOK_S)):
+            if not self._session.connected:
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    async def _failover(self, target: Target, *, force: bool, primary_dead: bool) -> int:
         header = self._buffer.header
         position = self._session.position
         situation = Situation(
-            header.stage, not header.syncing, position.syncing or not position.exact, self._session.connected,
-            self._buffer.guest_has_written,
+            header.stage, not header.syncing, position.syncing or not position.exact,
+            self._session.connected and not primary_dead, self._buffer.guest_has_written,
         )  # fmt: skip
         decide(target, force=force, situation=situation)
         if header.stage is Stage.RUNNING:

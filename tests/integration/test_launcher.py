@@ -25,6 +25,7 @@ from common.nbd_client import NbdClient
 from common.settings import Role
 from deploy.layout import PairOptions
 from deploy.pair import Pair
+from tests import pairs
 from tests.conftest import wait_until
 
 SIZE = 16 << 20
@@ -236,6 +237,37 @@ def test_down_is_quick(pair: Pair) -> None:
     begin = time.monotonic()
     pair.down()
     assert time.monotonic() - begin < 15
+
+
+def test_failover_in_the_instant_of_a_kill(short_dir: Path) -> None:
+    """Nobody has noticed yet, and no answered write is missing: three pairs, three instants."""
+    for number in range(3):
+        with pairs.running(short_dir / f"p{number}", PairOptions(size=8 * pairs.MIB, mode="sync")) as pair:
+            with pairs.Load(pairs.primary_uri(pair), seed=number) as load:
+                load.wait_for(300)
+                guest = pairs.guest_uri(pair)
+                os.kill(pair.status()["primary"]["pid"], signal.SIGKILL)
+                done = pair.failover("latest")
+                assert done["state"] == "DONE"
+                load.join()
+            load.check_answered(pairs.contents(guest))
+
+
+def test_failover_from_a_primary_that_nobody_here_looks_after(short_dir: Path) -> None:
+    """Its host is gone without a word: the secondary still calls it connected, the operator knows better."""
+    options = PairOptions(size=8 * pairs.MIB, mode="sync", overrides={"replication": {"peer_timeout_s": 8.0}})
+    pair = Pair.create(short_dir / "p", options)
+    with pairs.started(pair, "secondary", "primary") as children:
+        pair.wait_protected()
+        os.kill(children["primary"].pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(NeedsForce, match="alive and connected"):
+                pair.failover("latest")
+            told = tandemdisk("failover", "--dir", pair.directory.path, "--primary-dead", "--json")
+            assert told.returncode == 0, told.stderr
+            assert json.loads(told.stdout)["state"] == "DONE"
+        finally:
+            os.kill(children["primary"].pid, signal.SIGCONT)
 
 
 def test_failover_while_the_primary_is_alive_needs_force(pair: Pair) -> None:
