@@ -198,6 +198,7 @@ class _Node(_Table):
     resync_deadline_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     keep_diverged: bool = False
     write_intent: bool = True
+    busy_poll_us: Annotated[int, Field(ge=0, le=limits.MAX_BUSY_POLL_US)] = limits.DEFAULT_BUSY_POLL_US
     request_timeout_s: Duration = 10.0
     volumes: Annotated[
         list[_Volume],

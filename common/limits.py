@@ -23,6 +23,8 @@ MAX_BLOCK: Final = 1 * MIB
 # Replication stream
 DEFAULT_WINDOW: Final = 64 * MIB
 """Bytes of unacknowledged batches (payload plus extents) before the exports stop reading."""
+DEFAULT_BUSY_POLL_US: Final = 200
+MAX_BUSY_POLL_US: Final = 10_000
 MAX_BATCH_EXTENTS: Final = 16384
 MAX_BATCH_PAYLOAD: Final = MAX_PAYLOAD + RECEIVE_BUFFER
 ZERO_CHUNK: Final = 16 * MIB

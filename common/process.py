@@ -36,10 +36,12 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from selectors import BaseSelector
 from typing import Any, Final, NoReturn
 
 from common.control import error_to_dict
 from common.errors import TandemDiskError
+from common.polling import PollingSelector
 from common.settings import NodeSettings
 
 PR_SET_PDEATHSIG: Final = 1
@@ -131,14 +133,24 @@ def run(main: Main, name: str) -> NoReturn:
     """
     arguments = _parse_arguments(name)
 
-    async def with_settings(lifecycle: Lifecycle) -> None:
-        await main(NodeSettings.from_json(read_settings(arguments.settings_fd)), lifecycle)
+    selector = PollingSelector()
 
-    live(with_settings, name, ready_fd=arguments.ready_fd, parent=arguments.parent)
+    async def with_settings(lifecycle: Lifecycle) -> None:
+        settings = NodeSettings.from_json(read_settings(arguments.settings_fd))
+        if len(os.sched_getaffinity(0)) > 1:
+            selector.limit_s = settings.busy_poll_us / 1e6
+        await main(settings, lifecycle)
+
+    live(with_settings, name, ready_fd=arguments.ready_fd, parent=arguments.parent, selector=selector)
 
 
 def live(
-    main: Callable[[Lifecycle], Awaitable[None]], name: str, *, ready_fd: int | None = None, parent: int | None = None
+    main: Callable[[Lifecycle], Awaitable[None]],
+    name: str,
+    *,
+    ready_fd: int | None = None,
+    parent: int | None = None,
+    selector: BaseSelector | None = None,
 ) -> NoReturn:
     """``run`` for a process with another command line: run ``main`` on an event loop with all duties done; exit."""
     set_up_logging(name)
@@ -148,7 +160,8 @@ def live(
         os.set_inheritable(ready_fd, False)
     lifecycle = Lifecycle(name, ready_fd, top_level=parent is None)
     try:
-        asyncio.run(_live(main, lifecycle))
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+            runner.run(_live(main, lifecycle))
         code = 0 if lifecycle.failure is None else lifecycle.failed(lifecycle.failure)
     except Exception as error:
         code = lifecycle.failed(error)

@@ -97,6 +97,8 @@ class NodeSettings:
     """Before a former primary rejoins, save the blocks that it alone wrote to a file in its directory."""
     write_intent: bool = True
     """Keep the write-intent bitmap: after a crash of the primary regions are compared, not the whole disk."""
+    busy_poll_us: int = limits.DEFAULT_BUSY_POLL_US
+    """How long a process that was busy a moment ago looks for its next event before it sleeps; 0: not at all."""
     request_timeout_s: float = 10.0
     """How long anybody waits for a CowRequest before that is an error which names the holder."""
 
