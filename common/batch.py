@@ -69,11 +69,14 @@ class Volume(Protocol):
     """What an export serves: the primary's MirroredDisk, the guest's view, a promoted disk, or a plain file."""
 
     name: str
-    size: int
     read_only: bool
     multi_conn: bool
     """True if a flush on one connection covers writes acknowledged on all (NBD_FLAG_CAN_MULTI_CONN)."""
     preferred_block: int
+
+    @property
+    def size(self) -> int:
+        """Bytes now; a client keeps the size that it was told when it connected."""
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view``. Raises BlockingIOError where it would have to wait: then call ``read_blocking`` in a

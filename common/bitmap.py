@@ -207,12 +207,14 @@ class DirtyBitmap:
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
-    def resized(self, size: int) -> DirtyBitmap:
-        """A bitmap for the same disk after it grew to ``size``; what is new is clean."""
+    def grow(self, size: int) -> None:
+        """The disk has grown to ``size`` bytes; what is new is clean. All who share the bitmap see it."""
         assert size >= self.size
-        larger = DirtyBitmap(size, self.block_size)
-        larger._bits[: len(self._bits)] = self._bits
-        return larger
+        bits = self._bits
+        self.size = size
+        self.blocks = -(-size // self.block_size)
+        self._bits = np.zeros(-(-self.blocks // 8), dtype=np.uint8)
+        self._bits[: len(bits)] = bits
 
     # Storing
 

@@ -65,11 +65,17 @@ class Disk(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes that the pair uses: what every bound is about."""
 
     @property
     def read_only(self) -> bool:
         """True if writing is refused."""
+
+    def capacity(self) -> int:
+        """Bytes that there are now: more than ``size`` once an operator has grown what is behind it."""
+
+    def use(self, size: int) -> None:
+        """``size`` bytes are the disk from now on, and will be after a power cut. DiskError if there are fewer."""
 
     @property
     def preferred_block(self) -> int:
@@ -158,6 +164,20 @@ class FileDisk:
     @property
     def size(self) -> int:
         return self._size
+
+    def capacity(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def use(self, size: int) -> None:
+        try:
+            there = self.capacity()
+            if there < size:
+                raise DiskError(f"{self.path} has {there} bytes, and {size} are needed.", hint="Grow it first.")
+            if size > self._size and not self._read_only:
+                os.fsync(self._fd)  # the length of a file is as volatile as its contents
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be resized: {error.strerror}.") from error
+        self._size = size
 
     @property
     def read_only(self) -> bool:
@@ -308,6 +328,12 @@ class DiskLayer:
     @property
     def size(self) -> int:
         return self.inner.size
+
+    def capacity(self) -> int:
+        return self.inner.capacity()
+
+    def use(self, size: int) -> None:
+        self.inner.use(size)
 
     @property
     def read_only(self) -> bool:

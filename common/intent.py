@@ -59,15 +59,7 @@ class IntentFile:
         self._everything = everything
         self.path = path
         self.region = region
-        self._sizes = tuple(sizes)
-        self._first: list[int] = []
-        """Number of each volume's first bit."""
-        bits = 0
-        for size in sizes:
-            self._first.append(bits)
-            bits += -(-size // region)
-        self._pages = max(1, -(-bits // (_BYTES * 8)))
-        self._bits = bytearray(self._pages * _BYTES)
+        self._lay_out(sizes)
         self._lock = threading.Lock()
         self.damaged_pages = 0
         self.synchronous_writes = 0
@@ -80,6 +72,18 @@ class IntentFile:
                 raise
         except OSError as error:
             raise DiskError(f"The write-intent file {path} cannot be used: {error.strerror}.") from error
+
+    def _lay_out(self, sizes: Sequence[int]) -> None:
+        """No bit set."""
+        self._sizes = tuple(sizes)
+        self._first: list[int] = []
+        """Number of each volume's first bit."""
+        bits = 0
+        for size in sizes:
+            self._first.append(bits)
+            bits += -(-size // self.region)
+        self._pages = max(1, -(-bits // (_BYTES * 8)))
+        self._bits = bytearray(self._pages * _BYTES)
 
     # The hot path
 
@@ -149,6 +153,46 @@ class IntentFile:
         self.add_to(bitmaps)
         return [(volume, offset, length) for volume, bitmap in enumerate(bitmaps) for offset, length in bitmap.runs()]
 
+    def grow(self, sizes: Sequence[int]) -> None:
+        """The volumes have ``sizes`` bytes from now on; what is new is marked. On stable storage when it returns; after
+        a crash the file is the old or the new one. DiskError if it cannot be replaced: then it is the old one."""
+        assert not self._shared
+        with self._lock:
+            before = self._sizes, self._first, self._pages, self._bits
+            try:
+                self._take_over(self.ranges(), before[0], sizes)
+            except OSError as error:
+                self._sizes, self._first, self._pages, self._bits = before
+                raise DiskError(f"The write-intent file {self.path} cannot be replaced: {error.strerror}.") from error
+
+    def _take_over(self, marked: Sequence[tuple[int, int, int]], old: Sequence[int], sizes: Sequence[int]) -> None:
+        """Replace the file by one for ``sizes`` with the marks of one for ``old``, and what is new marked."""
+        self._lay_out(sizes)
+        grown = ((volume, was, now - was) for volume, (was, now) in enumerate(zip(old, sizes, strict=True)))
+        for volume, offset, length in (*marked, *(range_ for range_ in grown if range_[2] > 0)):
+            for index in range(offset // self.region, -(-min(offset + length, sizes[volume]) // self.region)):
+                bit = self._first[volume] + index
+                self._bits[bit >> 3] |= 1 << (bit & 7)
+        pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
+        temporary = f"{self.path}.new"
+        kept = self._file
+        self._file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            self._write(pages, durable=False)
+            os.pwrite(self._file, self._header(), 0)
+            os.fsync(self._file)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(self._file)
+            self._file = kept
+            raise
+        os.close(kept)
+        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
     def close(self) -> None:
         """Close the file; what it says stays."""
         os.close(self._file)
@@ -156,8 +200,11 @@ class IntentFile:
     # The file
 
     def _header(self) -> bytes:
-        head = _HEADER.pack(_MAGIC, _FORMAT, len(self._sizes), self.region)
-        head += b"".join(_CHECKSUM.pack(size) for size in self._sizes)
+        return self._header_for(self._sizes)
+
+    def _header_for(self, sizes: Sequence[int]) -> bytes:
+        head = _HEADER.pack(_MAGIC, _FORMAT, len(sizes), self.region)
+        head += b"".join(_CHECKSUM.pack(size) for size in sizes)
         return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(PAGE, b"\0")
 
     def _load(self) -> bool:
@@ -167,6 +214,8 @@ class IntentFile:
             for number in range(self._pages):
                 self._read(number)
             return True
+        if found and self._resized():
+            return True
         if found or self._everything:
             self._bits[:] = b"\xff" * len(self._bits)
         os.ftruncate(self._file, 0)
@@ -175,6 +224,20 @@ class IntentFile:
         os.pwrite(self._file, self._header(), 0)
         os.fsync(self._file)
         return False
+
+    def _resized(self) -> bool:
+        """Take over a file for the same volumes in other sizes: a crash came between the metadata and this file."""
+        sizes, page = self._sizes, os.pread(self._file, PAGE, 0)
+        if len(page) != PAGE or page[: _HEADER.size] != _HEADER.pack(_MAGIC, _FORMAT, len(sizes), self.region):
+            return False
+        old = [size for (size,) in _CHECKSUM.iter_unpack(page[_HEADER.size : _HEADER.size + 8 * len(sizes)])]
+        if page != self._header_for(old):
+            return False
+        self._lay_out(old)
+        for number in range(self._pages):
+            self._read(number)
+        self._take_over(self.ranges(), old, sizes)
+        return True
 
     def _read(self, number: int) -> None:
         page = os.pread(self._file, PAGE, (number + 1) * PAGE)

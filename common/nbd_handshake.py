@@ -32,10 +32,12 @@ class Exported(Protocol):
     """What the handshake must know of a volume."""
 
     name: str
-    size: int
     read_only: bool
     multi_conn: bool
     preferred_block: int
+
+    @property
+    def size(self) -> int: ...
 
 
 class State(enum.Enum):

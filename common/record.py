@@ -13,11 +13,13 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
+from common.disk import Disk
 from common.errors import DiskError
 from common.generation import Generation, History
 from common.metadata import Metadata, save
@@ -95,21 +97,25 @@ def initial_metadata(settings: NodeSettings, role: Role, sizes: list[int]) -> Me
     )
 
 
-def check_metadata(settings: NodeSettings, metadata: Metadata, sizes: list[int]) -> None:
-    """DiskError unless the metadata is that of this side and of these disks."""
+def check_metadata(settings: NodeSettings, metadata: Metadata, disks: Sequence[Disk]) -> None:
+    """DiskError unless the metadata is that of this side and of these disks. What a disk has more than the metadata
+    says (somebody has grown it) is not used until the pair is resized."""
     if (metadata.pair_id, metadata.side) != (settings.pair_id, settings.side):
         raise DiskError(
             f"The metadata in {settings.directory} is of side {metadata.side} of pair {metadata.pair_id}, not of side "
             f"{settings.side} of pair {settings.pair_id}.",
             hint="Correct `directory`, or remove the metadata file to start this side anew.",
         )
-    volumes = tuple((volume.name, size) for volume, size in zip(settings.volumes, sizes, strict=True))
-    if metadata.volumes != volumes:
+    volumes = tuple((volume.name, disk.capacity()) for volume, disk in zip(settings.volumes, disks, strict=True))
+    named = [name for name, _ in metadata.volumes] == [name for name, _ in volumes]
+    if not named or any(there < size for (_, size), (_, there) in zip(metadata.volumes, volumes, strict=True)):
         raise DiskError(
             f"The metadata in {settings.directory} knows the volumes {_names(metadata.volumes)}; the disks are "
             f"{_names(volumes)}.",
             hint="Put the old disks back, or remove the metadata file to start this side anew.",
         )
+    for disk, (_, size) in zip(disks, metadata.volumes, strict=True):
+        disk.use(size)
 
 
 def fingerprints(settings: NodeSettings, *, running: bool) -> tuple[tuple[int, int], ...]:

@@ -103,6 +103,17 @@ class IntentGuard:
                 self._want(wanted, volume, offset, length)
         return await self._loop.run_in_executor(self._executor, self.file.keep_only, wanted)
 
+    async def grow(self, sizes: Sequence[int]) -> None:
+        """The volumes have ``sizes`` bytes from now on; what is new is marked, durably. Not beside ``forget``.
+        DiskError if the file cannot be replaced."""
+        await self._loop.run_in_executor(self._executor, self.file.grow, sizes)
+        before, self._sizes = self._sizes, tuple(sizes)
+        for volume, (old, size) in enumerate(zip(before, self._sizes, strict=True)):
+            marks = self.marks[volume]
+            marks.extend(bytes((size >> REGION_SHIFT) + 1 - len(marks)))
+            if size > old:
+                self._mark(volume, old, size - old)
+
     def _want(self, wanted: Sequence[DirtyBitmap], volume: int, offset: int, length: int) -> None:
         if offset < self._sizes[volume]:
             wanted[volume].set_range(offset, min(length, self._sizes[volume] - offset))

@@ -96,6 +96,13 @@ class Ledger:
             for bitmap, folded in zip(bitmaps, bucket.bitmaps or (), strict=False):
                 bitmap.union(folded)
 
+    def grow(self, sizes: Sequence[int]) -> None:
+        """The volumes have ``sizes`` bytes from now on."""
+        self._sizes = tuple(sizes)
+        for bucket in (*self._closed, self._open):
+            for bitmap, size in zip(bucket.bitmaps or (), sizes, strict=False):
+                bitmap.grow(size)
+
     def clear(self) -> None:
         """Forget everything: the caller has it in its own bitmaps now."""
         self._closed.clear()

@@ -42,7 +42,7 @@ class PrimaryNode:
         settings = self.settings
         context = self._stack.enter_context(zmq_context())
         disks = [FileDisk(volume.disk) for volume in settings.volumes]
-        record = self._remember([disk.size for disk in disks])
+        record = self._remember(disks)
         names = [volume.name for volume in settings.volumes]
         engine = Engine(settings, record, list(zip(names, disks, strict=True)), context, self._lifecycle)
         for volume, setting in zip(engine.mirror.volumes, settings.volumes, strict=True):
@@ -73,12 +73,12 @@ class PrimaryNode:
         await self.server.listen(settings.export)
         engine.serving = True
 
-    def _remember(self, sizes: list[int]) -> Record:
+    def _remember(self, disks: list[FileDisk]) -> Record:
         settings = self.settings
         path = f"{settings.directory}/metadata"
         stored = load(path)
-        metadata = stored or initial_metadata(settings, "primary", sizes)
-        check_metadata(settings, metadata, sizes)
+        metadata = stored or initial_metadata(settings, "primary", [disk.size for disk in disks])
+        check_metadata(settings, metadata, disks)
         if metadata.role != "primary":
             raise OperationFailed(
                 f"Side {settings.side} of pair {settings.pair_id} is the secondary: its disk follows the other side's.",

@@ -104,6 +104,7 @@ class PairView:
             for volume in buffer.volumes:
                 disk = FileDisk(volume.disk_path, read_only=True, exclusive=False)
                 self._disks.append(disk)
+                disk.use(volume.size)
                 self.volumes[volume.name] = VolumeView(volume, disk, overlay=overlay)
         except BaseException:
             self.close()

@@ -4,9 +4,13 @@ A volume has two layers of it. The **hidden disk** holds old contents of blocks 
 the last checkpoint; the **active disk** holds what the secondary's own guest wrote. Each is one file in the buffer's
 directory:
 
-    map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
     owner   one 64-bit word a slot: the block that it holds, so that a failover walks the slots in use, not the disk
     pool    the slots, one block each, handed out by a bump pointer in the header
+    map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
+
+The map is at the end because it alone grows with the volume: ``allocate`` makes the file longer, ``announce`` puts the
+new size into the header, ``follow`` maps the file anew in each process that wants to know. One that does not (a reader
+that attached before) goes on with the old size, and what it sees of that stays true.
 
 A block is written in the order contents, owner, map entry (one store), after the bump pointer was advanced: a process
 that dies in between leaks a slot until the next checkpoint and damages nothing. Blocks held are told by ``entry >=
@@ -23,6 +27,7 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import limits
+from common.disk import Disk
 from common.errors import ConfigError, DiskError, NoSpaceError
 from common.settings import BufferSettings
 from secondary import header as h
@@ -70,19 +76,33 @@ class Layer:
         self.block_size = block_size
         self._words = words
         self._bump = bump
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.map(geometry)
+
+    def map(self, geometry: _LayerGeometry) -> None:
+        """Map the file, or map it anew: whoever is at work with the old views goes on with the same memory."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if os.fstat(fd).st_size != geometry.total:
-                raise DiskError(f"{path} has another size than the header says.", hint="Remove the buffer and resync.")
-            self._map = mmap.mmap(fd, geometry.total)
+            if os.fstat(fd).st_size < geometry.total:  # more: a crash came between ``allocate`` and ``announce``
+                raise DiskError(f"{self.path} is shorter than the header says.", hint="Remove the buffer and resync.")
+            mapped = mmap.mmap(fd, geometry.total)
         finally:
             os.close(fd)
-        self.bytes = memoryview(self._map)
-        self.entries = self.bytes[: geometry.blocks * 8].cast("Q")
-        self.owner = self.bytes[geometry.owner_at : geometry.owner_at + geometry.slots * 8].cast("Q")
-        self.pool = self.bytes[geometry.pool_at :]
-        self.entries_array: Blocks = np.frombuffer(self.entries, dtype=np.uint64)
+        view = memoryview(mapped)
+        self.pool_at = geometry.pool_at
+        """Where the pool is in the file."""
+        self.pool = view[geometry.pool_at : geometry.pool_at + geometry.slots * geometry.block_size]
+        self.owner = view[: geometry.slots * 8].cast("Q")
         self.owner_array: Blocks = np.frombuffer(self.owner, dtype=np.uint64)
+        entries = view[geometry.map_at : geometry.map_at + geometry.blocks * 8].cast("Q")
+        self.entries_array: Blocks = np.frombuffer(entries, dtype=np.uint64)
+        self.entries = entries
+        self.bytes = view
+        self._map = mapped
+
+    def position(self, block: int, least: int) -> int:
+        """Where ``block`` lies in the pool; -1 if the layer does not hold it."""
+        entry = self.entries[block]
+        return (entry & h.EPOCH_MASK) * self.block_size if entry >= least else -1
 
     def used(self, epoch: int) -> int:
         """Slots handed out in ``epoch``."""
@@ -145,16 +165,16 @@ class _LayerGeometry:
     block_size: int
 
     @property
-    def owner_at(self) -> int:
-        return _align(self.blocks * 8)
+    def pool_at(self) -> int:
+        return _align(self.slots * 8)
 
     @property
-    def pool_at(self) -> int:
-        return self.owner_at + _align(self.slots * 8)
+    def map_at(self) -> int:
+        return self.pool_at + _align(self.slots * self.block_size)
 
     @property
     def total(self) -> int:
-        return self.pool_at + self.slots * self.block_size
+        return self.map_at + self.blocks * 8
 
 
 class VolumeBuffer:
@@ -174,7 +194,10 @@ class VolumeBuffer:
         self.base = h.volume_base(index)
         """Number of the first word of this volume's record in the header."""
         words = header.words
-        hidden, active = _layers(geometry.size, self.block_size, geometry.hidden_slots, geometry.active_slots)
+        self._directory = directory
+        self._slots = geometry.hidden_slots, geometry.active_slots
+        self._following = threading.Lock()
+        hidden, active = _layers(geometry.size, self.block_size, *self._slots)
         self.hidden = Layer(f"{directory}/hidden.{index}", hidden, words, self.base + h.V_HIDDEN_BUMP, self.block_size)
         self.active = Layer(f"{directory}/active.{index}", active, words, self.base + h.V_ACTIVE_BUMP, self.block_size)
         waiting = self.base + h.V_WAITING
@@ -186,6 +209,63 @@ class VolumeBuffer:
             timeout_s=timeout_s,
             waiting=words[waiting : waiting + 1],
         )
+
+    # Growing
+
+    def allocate(self, size: int) -> None:
+        """Make room for the maps of a volume of ``size`` bytes. NoSpaceError if there is none: nothing has changed."""
+        layers = _layers(size, self.block_size, *self._slots)
+        needed = 0
+        for layer, geometry in zip((self.hidden, self.active), layers, strict=True):
+            needed += max(0, geometry.total - os.stat(layer.path).st_size)
+        if needed > _free_bytes(self._directory):
+            raise _no_space(self._directory, needed, _free_bytes(self._directory))
+        for layer, geometry in zip((self.hidden, self.active), layers, strict=True):
+            fd = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, geometry.map_at, geometry.blocks * 8)
+            except OSError as error:
+                raise _no_space(self._directory, needed, _free_bytes(self._directory)) from error
+            finally:
+                os.close(fd)
+
+    def announce(self, size: int, read: Callable[[int, memoryview], None]) -> None:
+        """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first. Under a request
+        on all blocks.
+
+        The last block may have been a short one. ``read`` of the disk completes it where the buffer holds it.
+        """
+        least = self.header.epoch << 32
+        block = self.size >> self.shift
+        end = min((block + 1) << self.shift, size)
+        if self.size < end and self.size & (self.block_size - 1):
+            for layer in (self.hidden, self.active):
+                position = layer.position(block, least)
+                if position >= 0:
+                    at = position + (self.size & (self.block_size - 1))
+                    read(self.size, layer.pool[at : at + end - self.size])
+        self.header.words[self.base + h.V_SIZE] = size
+        self.follow()
+
+    def grow(self, disk: Disk) -> None:
+        """To the size of ``disk``, with all that belongs to it; under a request on all blocks, or before there are
+        any. NoSpaceError if there is no room for the maps."""
+        self.allocate(disk.size)
+        self.announce(disk.size, disk.read_into)
+
+    def follow(self) -> bool:
+        """Take over the size in the header. True if it had grown; from any thread."""
+        with self._following:
+            size = self.header.words[self.base + h.V_SIZE]
+            if size == self.size:
+                return False
+            hidden, active = _layers(size, self.block_size, *self._slots)
+            self.hidden.map(hidden)
+            self.active.map(active)
+            self.requests.grow(size)
+            self.blocks = -(-size // self.block_size)
+            self.size = size
+            return True
 
     def length_of(self, block: int) -> int:
         """Bytes of ``block``: the last one may be shorter."""
@@ -235,15 +315,21 @@ class DiskBuffer:
         pair_id: str | None = None,
         block_size: int | None = None,
         volumes: Iterable[tuple[str, int]] | None = None,
+        outgrown: bool = False,
         timeout_s: float = 10.0,
     ) -> DiskBuffer:
-        """Map a buffer that exists. DiskError if there is none, or if it is not the one that is described."""
+        """Map a buffer that exists. DiskError if there is none, or if it is not the one that is described. With
+        ``outgrown`` its volumes may be smaller than the ones that are described: a resize was interrupted."""
         buffer = cls(directory, pair_id=pair_id, timeout_s=timeout_s)
         found = [(volume.name, volume.size) for volume in buffer.volumes]
+        wanted = list(volumes) if volumes is not None else found
+        alike = [name for name, _ in found] == [name for name, _ in wanted]
+        if outgrown and alike and all(size <= now for (_, size), (_, now) in zip(found, wanted, strict=True)):
+            wanted = found
         problem = ""
         if block_size is not None and buffer.header.block_size != block_size:
             problem = f"has blocks of {buffer.header.block_size} bytes, the configuration says {block_size}"
-        elif volumes is not None and found != (wanted := list(volumes)):
+        elif found != wanted:
             problem = f"is for the volumes {_names(found)}, the configuration says {_names(wanted)}"
         if problem:
             buffer.close()

@@ -42,9 +42,9 @@ log = logging.getLogger("export")
 class Intents:
     """Notes where a promoted side writes, durably and before it does; from any thread."""
 
-    def __init__(self, path: str, sizes: list[int]) -> None:
+    def __init__(self, path: str, buffer: DiskBuffer) -> None:
         self._path = path
-        self._sizes = sizes
+        self._buffer = buffer
         self._lock = threading.Lock()
         self._file: IntentFile | None = None
 
@@ -53,7 +53,8 @@ class Intents:
         try:
             with self._lock:
                 if self._file is None:
-                    self._file = IntentFile(self._path, self._sizes, shared=True)
+                    sizes = [geometry.size for geometry in self._buffer.header.volumes()]
+                    self._file = IntentFile(self._path, sizes, shared=True)
                 if not self._file.covers(volume, offset, length):
                     self._file.set_ranges([(volume, offset, length)])
         except DiskError as error:
@@ -79,7 +80,9 @@ class GuestProcess:
             settings.buffer.directory, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
         )
         self.disks = [FileDisk(volume.disk, exclusive=False) for volume in settings.volumes]
-        self.intents = Intents(f"{settings.directory}/{INTENT_FILE}", [disk.size for disk in self.disks])
+        for disk, layers in zip(self.disks, self.buffer.volumes, strict=True):
+            disk.use(layers.size)
+        self.intents = Intents(f"{settings.directory}/{INTENT_FILE}", self.buffer)
         self.volumes = [
             GuestVolume(layers, disk, on_write=partial(self.intents.note, index))
             for index, (layers, disk) in enumerate(zip(self.buffer.volumes, self.disks, strict=True))

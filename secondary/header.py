@@ -37,7 +37,7 @@ from common.errors import DiskError, TandemDiskError
 from common.failures import Failure as Failure  # the words of the header speak of it
 
 MAGIC: Final = int.from_bytes(b"TDBUFFER", "little")
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 
 EPOCH_MASK: Final = 0xFFFF_FFFF
 LAST_EPOCH: Final = 0xFFFF_FFFF

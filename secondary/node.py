@@ -93,9 +93,8 @@ class SecondaryNode:
         context = self._stack.enter_context(zmq_context())
         self.disks = [self._open(volume.disk) for volume in settings.volumes]
         stored = load(f"{settings.directory}/metadata")
-        sizes = [disk.size for disk in self.disks]
-        metadata = stored or initial_metadata(settings, "secondary", sizes)
-        check_metadata(settings, metadata, sizes)
+        metadata = stored or initial_metadata(settings, "secondary", [disk.size for disk in self.disks])
+        check_metadata(settings, metadata, self.disks)
         metadata = self._check_disks(metadata)
         self.buffer, found = self._open_buffer(stored)
         self._stack.callback(self.buffer.close)
@@ -176,10 +175,14 @@ class SecondaryNode:
                 pair_id=settings.pair_id,
                 block_size=settings.buffer.block_size,
                 volumes=[(volume.name, volume.size) for volume in volumes],
+                outgrown=True,
                 timeout_s=settings.request_timeout_s,
             )
             buffer.header.own()
             if buffer.header.stage is not Stage.NONE:
+                for layers, disk in zip(buffer.volumes, self.disks, strict=True):
+                    if layers.size < disk.size:  # a crash came between the metadata and the header
+                        layers.grow(disk)
                 return buffer, True
             buffer.close()
         buffer = DiskBuffer.create(

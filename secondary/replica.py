@@ -63,6 +63,7 @@ class GuestVolume(VolumeView):
         self._lock = threading.Lock()
         self._queue: deque[tuple[WriteBatch, asyncio.AbstractEventLoop]] = deque()
         self._working = False
+        self._size_word = buffer.base + h.V_SIZE
         self._successor: Volume | None = None
         self._arriving: list[WriteBatch] | None = None
 
@@ -159,6 +160,8 @@ class GuestVolume(VolumeView):
             return self._all_failed(operations, error.sentence)
 
     def _apply_locked(self, operations: Sequence[Operation], view: memoryview, wait: bool) -> Mapping[int, int] | None:
+        if self._words[self._size_word] != self._size:
+            self.follow()  # what was the end of the last block is its middle now
         state = self._words[h.W_STATE]
         stage = state >> h.STAGE_SHIFT
         try:
@@ -195,6 +198,19 @@ class GuestVolume(VolumeView):
                 pass
 
         threading.Thread(target=work, name=f"flush {self.name}", daemon=True).start()
+
+    @property
+    def size(self) -> int:
+        """Bytes, by the header of the disk buffer: what a client is told that connects now."""
+        if self._words[self._size_word] != self._size:
+            self.follow()
+        return self._size
+
+    def follow(self) -> None:
+        """Take over the size in the header; from any thread. DiskError if the disk has less."""
+        self.buffer.follow()
+        self.disk.use(self.buffer.size)
+        self._size = self.buffer.size
 
     def client_connected(self) -> None:
         self._clients += 1
@@ -313,7 +329,7 @@ class GuestVolume(VolumeView):
             new = [block for block in (np.flatnonzero(absent) + first).tolist() if block not in missing]
         found: dict[int, bytearray | None] = dict.fromkeys(new)
         partial = {first} if offset & mask else set()
-        if end & mask and end != self.size:
+        if end & mask and end != self._size:
             partial.add(last)
         for block in partial & found.keys():
             found[block] = self._fill(block, least, wait)
@@ -395,15 +411,15 @@ class GuestVolume(VolumeView):
         first, last = offset >> shift, (end - 1) >> shift
         if kind == DISCARD:
             # The hint is followed for whole blocks only: the rest of an edge block may live in the buffer.
-            first, last = (offset + mask) >> shift, (end >> shift if end != self.size else -(-end >> shift)) - 1
+            first, last = (offset + mask) >> shift, (end >> shift if end != self._size else -(-end >> shift)) - 1
             if last < first:
                 return
-            whole_end = min((last + 1) << shift, self.size)
+            whole_end = min((last + 1) << shift, self._size)
             self._write_disk((DISCARD, first << shift, whole_end - (first << shift), 0, 0), view)
         else:
             if offset & mask:
                 self._commit_part(first, first << shift, offset, least)
-            if end & mask and end != self.size:
+            if end & mask and end != self._size:
                 self._commit_part(last, end, (last << shift) + self.buffer.length_of(last), least)
             self._write_disk(operation, view)
         for layer in (self._active, self._hidden):

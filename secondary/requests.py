@@ -333,6 +333,12 @@ class RequestTable:
         """The range of all blocks, what a checkpoint locks."""
         return ((0, self._end),)
 
+    def grow(self, size: int) -> None:
+        """The volume has ``size`` bytes from now on. Requests in flight stay what they are."""
+        assert size >= self.size
+        self._end = (size + self._mask) & ~self._mask
+        self.size = size
+
     def close(self) -> None:
         """Close all descriptions, which ends all requests of this table; abandoned waits close theirs when they end."""
         _tables.discard(self)

@@ -52,7 +52,7 @@ class VolumeView(Serialised):
         self.disk = disk
         self.overlay = overlay
         self.name = buffer.name
-        self.size = buffer.size
+        self._size = buffer.size
         self.requests = buffer.requests
         self._words = buffer.header.words
         self._hidden = buffer.hidden
@@ -61,6 +61,11 @@ class VolumeView(Serialised):
         self._top = buffer.active if overlay else buffer.hidden
         self._shift = buffer.shift
         self._mask = buffer.block_size - 1
+
+    @property
+    def size(self) -> int:
+        """Bytes; those of the moment when the view was made, whatever the pair is resized to."""
+        return self._size
 
     # The exported interface, beside that of Serialised
 
@@ -120,8 +125,8 @@ class VolumeView(Serialised):
             self.copy_segments(self.look_up(offset, length, least), view, wait=wait)
 
     def _check_bounds(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"[{offset}, {offset + length}) is outside a volume of {self.size} bytes")
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ValueError(f"[{offset}, {offset + length}) is outside a volume of {self._size} bytes")
 
     def copy_segments(self, segments: list[Segment], view: memoryview, *, wait: bool = True) -> None:
         """The bytes that ``look_up`` found, into ``view``. Within the same request."""

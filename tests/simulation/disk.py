@@ -154,13 +154,22 @@ class SimDisk:
     def __init__(self, platter: Platter, *, forgetful: bool) -> None:
         self.platter = platter
         self.path = platter.name
+        self._size = platter.size
         self.forgetful = forgetful
         """A failed flush may lose what it was to write."""
         self.process: Process | None = PROCESS.get()
 
     @property
     def size(self) -> int:
+        return self._size
+
+    def capacity(self) -> int:
         return self.platter.size
+
+    def use(self, size: int) -> None:
+        if size > self.platter.size:
+            raise DiskError(f"{self.platter.name} has {self.platter.size} bytes, and {size} are needed.")
+        self._size = size
 
     def fileno(self) -> int:
         return -1

@@ -106,9 +106,12 @@ def test_union_of_different_block_sizes_and_growth() -> None:
     twin.clear_all()
     assert not twin
     assert twin != fine
-    larger = fine.resized(20_000)
-    assert larger.size == 20_000
-    assert list(larger.runs()) == list(fine.runs())
+    before = list(fine.runs())
+    fine.grow(20_000)
+    assert fine.size == 20_000
+    assert list(fine.runs()) == before
+    fine.set_range(19_999, 1)
+    assert fine.count() == 9
     assert fine != "x"
 
 

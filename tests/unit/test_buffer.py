@@ -133,7 +133,7 @@ def test_attach_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match=r"disk0 \(3145828 bytes\), the configuration says disk0 \(5 bytes\)"):
         DiskBuffer.attach(directory, volumes=[("disk0", 5)])
     os.truncate(f"{directory}/hidden.0", 5)
-    with pytest.raises(DiskError, match="another size than the header says"):
+    with pytest.raises(DiskError, match="shorter than the header says"):
         DiskBuffer.attach(directory)
     os.unlink(f"{directory}/active.0")
     os.unlink(f"{directory}/hidden.0")

@@ -91,6 +91,33 @@ def test_torn_pages_and_other_layouts_count_as_marked(tmp_path: Path) -> None:
     other.close()
 
 
+def test_growth_keeps_the_marks_and_marks_what_is_new(tmp_path: Path) -> None:
+    path = str(tmp_path / "intent")
+    intent = IntentFile(path, SIZES, REGION)
+    intent.set_ranges([(0, 1023, 2), (1, 7, 1)])
+    larger = (SIZES[0] + 5000, SIZES[1])
+    intent.grow(larger)
+    found = intent.ranges()
+    assert found == [(0, 0, 2048), (0, SIZES[0], 5000), (1, 0, 1024)]
+    intent.set_ranges([(1, 299_999, 1)])
+    intent.close()
+    again = IntentFile(path, larger, REGION)
+    assert again.found
+    assert again.ranges() == [*found, (1, 299_008, 992)]
+    assert not Path(f"{path}.new").exists()
+    again.close()
+    # the metadata were replaced, and then the host went down: the file has yet to follow, or the other way round
+    for sizes, at_least in (((larger[0], SIZES[1] + REGION), (1, SIZES[1], REGION)), (SIZES, (1, 299_999, 1))):
+        late = IntentFile(path, sizes, REGION)
+        assert late.found
+        assert late.covers(*at_least)
+        assert late.covers(0, 1023, 2)
+        assert not late.covers(0, 2048, 1)
+        late.close()
+    with pytest.raises(DiskError, match="cannot be"):
+        IntentFile(str(tmp_path / "gone" / "intent"), SIZES, REGION)
+
+
 def test_every_flipped_bit_leads_to_too_much_never_too_little(tmp_path: Path) -> None:
     path = str(tmp_path / "intent")
     intent = IntentFile(path, SIZES, REGION)
