@@ -142,6 +142,10 @@ class Applier:
             self._idle.clear()
             await self._idle.wait()
 
+    def resume(self) -> None:
+        """Take work again, after ``stop``."""
+        self._stopped = False
+
     def close(self) -> None:
         self._executor.shutdown(wait=True)
         self._flusher.close()

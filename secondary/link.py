@@ -39,7 +39,7 @@ class Link:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._stopped = False
+        self._stopped = self._deaf = False
         self._listener = listen(context, address, keys, self._received, self._drained, self._connection_broke)
 
     def perform(self, effects: Sequence[Effect]) -> None:
@@ -71,6 +71,19 @@ class Link:
     def hold(self) -> None:
         """Do nothing any more of what a primary sends; the session itself goes on."""
         self._stopped = True
+        self.session.hold()
+
+    def deafen(self, reason: str) -> None:
+        """End the session, and hear nobody until ``resume``: a primary takes this side for away."""
+        self.perform(self.session.interrupt(reason))
+        self._deaf = True
+
+    def resume(self) -> None:
+        """The opposite of ``hold`` and ``deafen``."""
+        self.perform(self.session.interrupt("the secondary goes on"))
+        self.session.resume()
+        self.applier.resume()
+        self._stopped = self._deaf = False
 
     def close(self) -> None:
         if self._timer is not None:
@@ -79,6 +92,8 @@ class Link:
         self._listener.close()
 
     def _received(self, peer: bytes, frames: list[Frame]) -> None:
+        if self._deaf:
+            return
         effects = self.session.receive(peer, frames, time.monotonic())
         if effects:
             self.perform(effects)

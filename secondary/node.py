@@ -323,8 +323,9 @@ class SecondaryNode:
 
     async def close(self) -> None:
         """Stop in good order: what was received is applied, made durable and noted as clean."""
-        leading = self.promotion.leading if "promotion" in self.__dict__ else None
-        for task in (self._keeping, self._recorder, leading):
+        if "promotion" in self.__dict__:
+            self.promotion.stop()
+        for task in (self._keeping, self._recorder):
             if task is not None:
                 task.cancel()
         await self.exporter.stop()

@@ -5,21 +5,22 @@
 
 What is left to do once the promotion is durable is also done after a crash in the middle: ``finish`` finds the stage in
 the header of the disk buffer, and the target in the metadata.
+
+A promotion that could not be made durable is taken back: nobody knows what the metadata file says after a write that
+failed, so this side hears no primary before it has been written there again that it follows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
-from common.generation import extend
+from common.generation import History, extend
 from common.intent import INTENT_FILE, IntentFile
 from common.record import Record, random_number
 from common.settings import NodeSettings
@@ -36,6 +37,8 @@ from secondary.session import SecondarySession
 LAST_WORDS_S: Final = 2.0
 """How long what a dead primary sent may take to arrive: its end closes the connection, unless its host went with it."""
 _LOOK_S: Final = 0.005
+WITHDRAW_AGAIN_S: Final = 0.5
+"""Pause before it is tried again to note that a failed promotion is none."""
 LEAD_AGAIN_S: Final = 0.5
 """Pause before an export process that did not begin to lead is told again."""
 
@@ -70,6 +73,8 @@ class Promotion:
         self._loop = asyncio.get_running_loop()
         self._committing: asyncio.Task[None] | None = None
         self._failing_over = asyncio.Lock()
+        self._withdrawing: asyncio.Task[None] | None = None
+        """Set while a promotion that failed is being taken back."""
         self._handed_over = False
         """From here on the engine writes the metadata, and ours are too old to write."""
 
@@ -126,18 +131,54 @@ class Promotion:
             log.warning("failover target=%s checkpoint=%d applied=%d", target, number, position.applied)
             self._link.hold()
             await self._applier.stop()
-            past = self._record.value.history
-            history = extend(past, random_number(64), self._settings.side)
-            await asyncio.to_thread(self._begin_intents, target)
-            point = self._session.point()
-            await self._record.update_async(
-                role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
-                checkpoint=header.checkpoint.number, base=past[-1].identity, bases=((point.stream, point.sequence),),
-            )  # fmt: skip
+            try:
+                history = await self._note_promotion(target)
+            except TandemDiskError as error:
+                self._withdraw_soon(error)
+                raise
             self._session.standing = self._session.standing._replace(role="primary", history=history, consistent=True)
             self._link.perform(self._session.depose(f"side {self._settings.side} has taken over, in {history[-1]}"))
         await self.finish(force=force)
         return header.checkpoint.number
+
+    async def _note_promotion(self, target: Target) -> History:
+        """Durably: from now on this side decides. The history with its new generation."""
+        past = self._record.value.history
+        history = extend(past, random_number(64), self._settings.side)
+        await asyncio.to_thread(self._begin_intents, target)
+        point = self._session.point()
+        await self._record.update_async(
+            role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
+            checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
+            bases=((point.stream, point.sequence),),
+        )  # fmt: skip
+        return history
+
+    def _withdraw_soon(self, error: TandemDiskError) -> None:
+        self._link.deafen(f"side {self._settings.side} could not take over: {error.sentence}")
+        if self._withdrawing is None:
+            self._withdrawing = self._loop.create_task(self._withdraw(), name="withdraw")
+
+    async def _withdraw(self) -> None:
+        while True:
+            async with self._failing_over:
+                if self._record.value.role == "primary":
+                    break  # at the next attempt
+                try:
+                    await self._record.update_async()
+                except TandemDiskError as error:
+                    log.error("the failed promotion is not taken back: %s", error)
+                else:
+                    self._link.resume()
+                    break
+            await asyncio.sleep(WITHDRAW_AGAIN_S)
+        self._withdrawing = None
+
+    def stop(self) -> None:
+        """Tell and try nothing more; a commit is ended by ``stop_commit``."""
+        for task in (self.leading, self._withdrawing):
+            if task is not None:
+                task.cancel()
 
     async def finish(self, *, force: bool = True) -> None:
         """What is left to do once the promotion is durable; also after a crash in the middle."""
@@ -164,10 +205,8 @@ class Promotion:
             self._committing = None
 
     def _begin_intents(self, target: Target) -> None:
-        """Before the first write of a promoted side: an empty write-intent file, or one that marks what a commit
-        moves."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._settings.directory}/{INTENT_FILE}")
+        """Before the first write of a promoted side: a write-intent file, in which a commit marks what it moves. One
+        that is there says what this side wrote before it followed, and the other side may differ there still."""
         IntentFile(f"{self._settings.directory}/{INTENT_FILE}", [disk.size for disk in self._disks]).close()
         if target == "checkpoint":
             self._note_held()

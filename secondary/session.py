@@ -196,6 +196,7 @@ class SecondarySession:
         self._ping_at = 0.0
         self._pressure_told = False
         self._told_off: tuple[bytes, int] = (b"", 0)
+        self._holding = False
         self._batches = self._payload_bytes = self._sessions = self._stale = self._duplicates = 0
 
     # --------------------------------------------------------------------------------------------------- messages
@@ -225,6 +226,8 @@ class SecondarySession:
         if message.session != self._session or peer != self._peer:
             return self._tell_off(peer, message)
         self._heard = now
+        if self._holding and not isinstance(message, wire.Ping | wire.Bye):
+            return []
         try:
             if isinstance(message, wire.Batch):
                 return self._on_batch(message)
@@ -244,7 +247,7 @@ class SecondarySession:
     def _on_message(self, message: wire.Message) -> list[Effect]:
         match message:
             case wire.Ping():
-                if self._aligned and message.sequence != self._received:
+                if self._aligned and message.sequence != self._received and not self._holding:
                     raise WireError(f"messages up to {message.sequence} were sent, and {self._received} was the last")
                 return [self._send(wire.Pong(self._session, 0, message.clock))]
             case wire.Pong():
@@ -476,6 +479,22 @@ class SecondarySession:
         self._durable = self._recorded
         self._exact = False
         self._told = (self._applied, self._durable, self._recorded, self._told[3])
+        return ended
+
+    def hold(self) -> None:
+        """Stay where this side stands: whatever a primary sends is dropped, and counts as not received. Its pings are
+        answered, or it would take this side for dead and go on alone. Until ``resume``."""
+        self._holding = True
+
+    def resume(self) -> None:
+        """Take messages again. The shell's queue is empty, and a session that went on meanwhile has a gap: better
+        ``interrupt`` it before."""
+        self._holding = False
+
+    def interrupt(self, reason: str) -> list[Effect]:
+        """End the session without blame: the primary comes back, and sends again what was not received."""
+        ended = self._end(reason)
+        self.drop_work()
         return ended
 
     def drop_work(self) -> None:
