@@ -1,0 +1,351 @@
+"""A story for each bug that the simulation found: it goes wrong without the fix.
+
+A seed's meaning changes with everything that draws random numbers before its bug; a story's does not. The seed in each
+docstring is the one that found the bug, on the commits before its fix.
+"""
+
+from __future__ import annotations
+
+from tests.simulation.clients import Clients
+from tests.simulation.oracle import Violation
+from tests.simulation.processes import Running
+from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
+from tests.simulation.simulator import Simulation
+
+_OLDER = set(SCENARIOS)
+
+
+async def protected_again(sim: Simulation) -> None:
+    """Until both sides are in line, with whatever has to be started for it."""
+    healing, sim.healing = sim.healing, True  # which has the supervisor start what should run
+    await sim.until(sim.protected, 60, "a protected pair")
+    sim.healing = healing
+
+
+async def takes_over(sim: Simulation, target: str = "latest") -> None:
+    """The following side is promoted, and leads."""
+    taking = sim.following
+    answer = await told(sim, "failover", to=target, force=True)
+    expect(not isinstance(answer, Exception), f"refused: {answer}")
+    await sim.until(lambda: sim.leading is taking, 30, "the lead of the other side")
+
+
+async def at_the_moment(sim: Simulation, condition: object, seconds: float, what: str) -> None:
+    """``until``, looking every half a millisecond."""
+    assert callable(condition)
+    deadline = sim.world.loop.now + seconds
+    while not condition():
+        if sim.world.loop.now > deadline:
+            raise Violation("scenario", f"{what} did not come within {seconds:g} s")
+        await sim.pause(0.0005)
+
+
+def generation(sim: Simulation, side: str) -> int:
+    """Number of the newest generation in a side's metadata."""
+    metadata = sim.world.oracle.metadata(sim.world.hosts[side].metadata)
+    return metadata.history[-1].number if metadata is not None and metadata.history else 0
+
+
+async def rejoined(sim: Simulation) -> None:
+    """The side that was left behind follows the one that took over."""
+    sim.watched = ["a", "b"]
+    sim.healing = True
+    sim.restart_at.clear()
+    sim.rejoin()
+    await sim.until(sim.protected, 120, "a protected pair")
+    sim.healing = False
+
+
+def operator_stops(process: Running | None) -> None:
+    """``tandemdisk down``, for one process."""
+    assert process is not None
+    process.lifecycle.stop.set()
+
+
+@scenario(small_pool=12, blocks=(40,))
+async def free_blocks_belong_to_what_is_acknowledged(sim: Simulation) -> None:
+    """Seed 131: old contents are read in the thread, and the acknowledgement meanwhile counted the blocks that this
+    had taken already: twice, to the primary. Its credit went below zero, and it put checkpoint barriers for ever."""
+    await born(sim)
+    sim.world.loop.slowness = 0.01
+    sim.b.faults.cold = 1.0
+    for _ in range(300):
+        sim.write()
+        await sim.pause(0.01)
+        assert sim.primary is not None
+        credit = sim.primary.node.engine.session.statistics().credit_blocks
+        expect(credit >= 0, f"the primary has a credit of {credit} blocks")
+    sim.b.faults.cold = 0.0
+    await sim.rest()
+
+
+@scenario(loss="block")
+async def a_side_that_took_over_waits_for_nobody(sim: Simulation) -> None:
+    """Seed 31: on_peer_loss = block, and the promoted side's writes waited for the one that had died."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.2)
+    await takes_over(sim)
+    await sim.until(sim.write, 10, "a client of side b")
+    acknowledged = sim.world.oracle.acknowledged
+    await sim.until(lambda: sim.world.oracle.acknowledged > acknowledged, 5, "an answer of side b")
+
+
+@scenario()
+async def a_region_is_written_to_while_its_bit_is_cleared(sim: Simulation) -> None:
+    """Seed 297: the bit of a region that was written to while bits were being cleared went with the others. After a
+    crash of the primary nobody knew that the block differs."""
+    for life in range(4):
+        if life == 0:
+            await born(sim)
+        assert sim.primary is not None
+        guard = sim.primary.node.engine.mirror.guard
+        sim.world.loop.slowness = 1.0
+        await at_the_moment(sim, lambda guard=guard: not any(any(marks) for marks in guard.marks), 20, "a clearing")
+        await writes(sim, 4)
+        await at_the_moment(
+            sim, lambda guard=guard: any(any(marks) for marks in guard.marks) and not guard._requiring, 20, "marks"
+        )
+        await sim.pause(1.9)
+        sim.world.loop.slowness = 0.002
+        sim.world.network.set_cut(True, True)
+        await writes(sim, 6)
+        sim.kill(sim.primary, 0.1)
+        sim.world.network.set_cut(False, False)
+        await sim.pause(0.2)
+        await protected_again(sim)
+        await sim.until(sim._equal, 10, "equal disks")
+
+
+@scenario()
+async def the_export_process_dies_as_it_begins_to_lead(sim: Simulation) -> None:
+    """Seed 263: the next export process was never told to lead."""
+    await born(sim)
+    for life in range(6):
+        for role in ("primary", "secondary"):
+            sim.kill(sim.leading.process(role), 1000)
+        taking = sim.following
+        sim.watched = [taking.side]
+        await sim.pause(0.5)
+        sim.world.loop.slowness = 0.02
+        sim.failover("latest", force=True)
+        await at_the_moment(sim, lambda taking=taking: sim.leading is taking, 30, "the lead of the other side")
+        await sim.pause(life * 0.008)
+        sim.kill(taking.process("export"), 1000)
+        sim.world.loop.slowness = 0.002
+        await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
+        await rejoined(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_export_process_dies_when_it_leads(sim: Simulation) -> None:
+    """Seed 263, too: the secondary process wrote metadata over its engine's that were older, without the generation in
+    which the engine had gone on alone."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.5)
+    await takes_over(sim)
+    await sim.until(sim.write, 30, "a client of the promoted side")
+    await rejoined(sim)
+    sim.world.network.set_cut(True, True)
+    await sim.pause(5.0)
+    alone = generation(sim, "b")
+    await writes(sim, 5)
+    expect(alone == 3, "no generation of its own")
+    sim.kill(sim.b.process("export"), 1000)
+    await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
+    expect(generation(sim, "b") == alone, "the side went back in its history")
+    sim.world.network.set_cut(False, False)
+    await sim.rest()
+
+
+@scenario()
+async def the_secondary_is_lost_at_the_end_of_a_resync(sim: Simulation) -> None:
+    """Seed 1879: the secondary has taken over the primary's generation, the primary does not hear of it, and goes on
+    in that generation without it."""
+    await born(sim)
+    sim.world.network.set_cut(True, True)
+    await sim.pause(5.0)
+    await writes(sim, 3)
+    expect(generation(sim, "a") == 2, "no generation of its own")
+    sim.world.network.set_cut(False, False)
+    await at_the_moment(sim, lambda: generation(sim, "b") == 2, 60, "the end of the resync")
+    sim.world.network.set_cut(True, True)
+    await sim.pause(5.0)
+    await writes(sim, 3)
+    expect(generation(sim, "a") == 3, "the primary went on in a generation that its secondary has")
+    sim.world.network.set_cut(False, False)
+    await sim.rest()
+
+
+@scenario()
+async def a_write_comes_while_the_lead_is_handed_over(sim: Simulation) -> None:
+    """Found while reading after seed 263: a write between the engine's look at the write-intent bitmap and its
+    first own one was in nobody's books, and a rejoining side lacked it."""
+    await born(sim)
+    for life in range(8):
+        await sim.pause(6.0)  # the bits of what was before are cleared
+        for role in ("primary", "secondary"):
+            sim.kill(sim.leading.process(role), 1000)
+        taking = sim.following
+        sim.watched = [taking.side]
+        await sim.pause(0.5)
+        sim.world.loop.slowness = 0.02
+        sim.failover("latest", force=True)
+        await at_the_moment(sim, lambda taking=taking: sim.leading is taking, 30, "the lead of the other side")
+        await sim.pause(life * 0.005)
+        await sim.until(sim.write, 30, "a client of the promoted side")
+        await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
+        sim.world.loop.slowness = 0.002
+        await rejoined(sim)
+        await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
+@scenario()
+async def the_primary_loses_its_power_after_bits_were_cleared(sim: Simulation) -> None:
+    """Seed 913: bits were cleared when the secondary had everything, whether the primary's own disk had it or not."""
+    await born(sim)
+    for _ in range(3):
+        await writes(sim, 10)
+        await sim.pause(5.0)
+        sim.power("a", 0.5)
+        await sim.pause(0.6)
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_power_fails_after_a_stop_in_good_order(sim: Simulation) -> None:
+    """Seed 1041: a clean stop of the primary was noted before its disk was durable."""
+    await born(sim)
+    for _ in range(3):
+        await writes(sim, 10)
+        await sim.until(sim.protected, 30, "a protected pair")
+        operator_stops(sim.primary)
+        await sim.until(lambda: sim.a.process("primary") is None, 30, "the end of the primary")
+        sim.power("a", 0.1)
+        await sim.pause(0.2)
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_metadata_disk_fails_while_bits_are_cleared(sim: Simulation) -> None:
+    """Seed 1219: that was the end of the primary."""
+    await born(sim)
+    process = sim.primary
+    sim.a.faults.save = 1.0
+    for _ in range(8):
+        await writes(sim, 3)
+        await sim.pause(1.0)
+    sim.a.faults.save = 0.0
+    expect(process is not None and process.alive, "the primary ended")
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_that_cannot_be_noted(sim: Simulation) -> None:
+    """Seeds 3261, 4298: the promotion could not be made durable, and the secondary stayed deaf to its primary, while
+    it answered its pings."""
+    await born(sim)
+    sim.b.faults.save = 1.0
+    answer = await told(sim, "failover", to="latest", force=True)
+    expect(isinstance(answer, Exception), "a promotion that is nowhere noted")
+    sim.b.faults.save = 0.0
+    await writes(sim, 3)
+    await protected_again(sim)
+    expect(generation(sim, "b") == generation(sim, "a"), "the generations differ")
+    await writes(sim, 10)
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_is_repeated_until_it_can_be_noted(sim: Simulation) -> None:
+    """The same, with an operator who goes on trying: the second attempt comes in the middle of the retreat."""
+    await born(sim)
+    sim.b.faults.save = 1.0
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    for target in ("checkpoint", "latest"):
+        answer = await told(sim, "failover", to=target, force=True)
+        expect(isinstance(answer, Exception), "a promotion that is nowhere noted")
+    sim.b.faults.save = 0.0
+    await takes_over(sim)
+    await sim.until(sim.write, 10, "a client of side b")
+    await sim.pause(2.0)
+
+
+@scenario()
+async def a_primary_comes_while_its_secondary_takes_over(sim: Simulation) -> None:
+    """Seed 3572: between the decision and its being durable a primary was let in, and moved the place in the stream
+    that the promotion is to begin at."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    await sim.pause(0.2)
+    before = sim.b.process("secondary").node.session.point()  # type: ignore[union-attr]
+    sim.start("a")
+    await sim.pause(0.0005)
+    sim.world.loop.slowness = 1.0
+    sim.failover("latest", force=True)
+    await sim.until(lambda: sim.leading is sim.b, 30, "the lead of side b")
+    metadata = sim.world.oracle.metadata(sim.b.metadata)
+    assert metadata is not None
+    expect(dict(metadata.bases).get(before.stream) == before.sequence, f"it begins at {metadata.bases}")
+    sim.world.loop.slowness = 0.002
+    await sim.rest()
+
+
+@scenario()
+async def a_reader_dies_in_the_middle_of_its_read(sim: Simulation) -> None:
+    """Seed 2940: its request was ended by nobody, and the secondary waited for it."""
+    await born(sim)
+    for _ in range(5):
+        await sim.until(lambda: sim.export is not None and sim.export.lifecycle.is_ready, 30, "an export")
+        assert sim.export is not None
+        sim.clients.slow_read(sim.export, 0.01)
+        sim.b.faults.kill = 1.0
+        await sim.pause(0.011)
+        sim.b.faults.kill = 0.0
+        sim.checkpoint()
+        await writes(sim, 20)
+    await sim.rest()
+
+
+@scenario(block_size=4096, blocks=(40,), small_pool=3)
+async def every_thread_is_slow(sim: Simulation) -> None:
+    """Seed 4839: many writes, each of them after the one before it: all are answered in the end."""
+    await born(sim)
+    sim.world.loop.slowness = 0.5
+    sim.a.faults.cold = sim.b.faults.cold = 1.0
+    for _ in range(300):
+        sim.write()
+        await sim.pause(0.001)
+    await sim.rest()
+
+
+@scenario()
+async def the_guest_asks_before_a_failover_and_hears_after_it(sim: Simulation) -> None:
+    """Seed 1738: a cold read of the guest, begun on the secondary, is answered by a side that leads."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    sim.b.faults.cold = 1.0
+    await sim.pause(0.2)
+    sim.failover("latest", force=True)
+    clients: Clients = sim.clients
+    while sim.leading is sim.a:
+        sim.world.loop.slowness = 2.0
+        assert sim.export is not None
+        clients.guest_read(sim.export)
+        sim.world.loop.slowness = 0.002
+        await sim.pause(0.001)
+    await sim.until(sim.write, 10, "a client of side b")
+    await writes(sim, 5)
+    await sim.pause(3.0)
+
+
+REGRESSIONS = [name for name in SCENARIOS if name not in _OLDER]
