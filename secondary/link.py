@@ -70,11 +70,11 @@ class Link:
 
     def hold(self) -> None:
         """Do nothing any more of what a primary sends; the session itself goes on."""
-        self._stopped = True
+        self._stopped, self._deaf = True, False
         self.session.hold()
 
     def deafen(self, reason: str) -> None:
-        """End the session, and hear nobody until ``resume``: a primary takes this side for away."""
+        """End the session, and hear nobody until ``resume`` or ``hold``: a primary takes this side for away."""
         self.perform(self.session.interrupt(reason))
         self._deaf = True
 

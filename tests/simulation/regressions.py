@@ -276,7 +276,11 @@ async def a_failover_is_repeated_until_it_can_be_noted(sim: Simulation) -> None:
     sim.b.faults.save = 0.0
     await takes_over(sim)
     await sim.until(sim.write, 10, "a client of side b")
-    await sim.pause(2.0)
+    sim.start("a")
+    await sim.pause(4.0)
+    expect(sim.a.process("primary") is None, "the former primary was not turned away")
+    await rejoined(sim)
+    await sim.rest()
 
 
 @scenario()
