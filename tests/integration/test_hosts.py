@@ -1,4 +1,4 @@
-"""A pair on two hosts made of network namespaces: up, commands from outside, every fault of the cable, failover.
+"""A pair on two hosts made of network namespaces: up, commands from outside, every fault of the cable.
 
 Faults last until a condition is seen, never for a time that was guessed; every test ends with equal disks or with the
 contents that a failover promised.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigError, NeedsForce
+from common.errors import ConfigError
 from common.nbd_client import NbdClient
 from deploy.bench import hosts as hosts_bench
 from deploy.bench import hosts_report
 from deploy.bench.engines import choose_engine
 from deploy.examples import guest_failover
-from deploy.faults import Cut, Fault, Flapping, HostGone, Killed, OneWayCut, Paused, SlowLink, Unplugged
+from deploy.faults import Cut, Fault, Flapping, Killed, OneWayCut, Paused, SlowLink, Unplugged
 from deploy.hosts import NetnsHosts, found, remove_all, sweep
 from deploy.pair import Pair, PairOptions
 from tests import pairs
@@ -182,33 +182,6 @@ def test_a_killed_secondary_comes_back_on_its_host(pair: Pair, hosts: NetnsHosts
     pairs.compare_disks(pair)
 
 
-def test_the_peer_host_is_gone(short_dir: Path) -> None:
-    """Power failure of the primary's host under load: no answered write is lost; commands work from outside."""
-    options = PairOptions(size=SIZE, hosts="netns", mode="sync", overrides={"replication": REPLICATION})
-    with pairs.running(short_dir / "p", options) as pair:
-        hosts = pair.directory.hosts()
-        assert hosts is not None
-        guest = pairs.guest_uri(pair)
-        with pairs.Load(pairs.primary_uri(pair), seed=8) as load:
-            load.wait_for(500)
-            with pytest.raises(NeedsForce):
-                pair.failover("latest")
-            with HostGone(hosts, "a"):
-                load.join()
-                told = tandemdisk("failover", "--dir", pair.directory.path, "--json")
-                assert told.returncode == 0, told.stderr
-                found_there = pairs.contents(guest)
-                kept = load.check(found_there)
-                assert kept >= load.answered
-                with NbdClient(guest) as client:
-                    client.write(0, b"goes on")
-                    assert client.read(0, 7) == b"goes on"
-        status = json.loads(tandemdisk("status", "--dir", pair.directory.path, "--json").stdout)
-        assert status["secondary"]["role"] == "primary"
-        assert status["primary"]["state"] == "dead"
-        assert pair.status()["secondary"]["pid"] in hosts.hosts["b"].pids()
-
-
 def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
     """By command, with a rate and without CURVE; the namespaces live exactly as long as the pair."""
     directory = short_dir / "p"
@@ -265,16 +238,16 @@ def test_a_guest_goes_on_across_a_failover(short_dir: Path) -> None:
 def test_a_short_measurement_across_hosts(shm_dir: Path) -> None:
     """One rate, one kind of pair: every part of the report is there, and nothing is left behind."""
     options = hosts_bench.Options(
-        ("200mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, compression=False, directory=str(shm_dir),
+        ("800mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, compression=False, directory=str(shm_dir),
         pairs=(("async", True, 1),),
     )
     before = {one.tag for one in found()}
     run = hosts_bench.Bench(options, choose_engine("built-in"), lambda _: None).run()
     assert not run.failures
     assert {sample.kind for sample in run.links} == {"tcp", "zeromq", "curve"}
-    assert all(10 < sample.mib_s < 30 for sample in run.links), run.links
+    assert all(30 < sample.mib_s < 120 for sample in run.links), run.links
     (throughput,) = run.throughput
-    assert 0 < throughput.mib_s < 30
+    assert 0 < throughput.mib_s < 120
     assert run.resyncs[0].dirty_bytes > 0
     assert hosts_bench.HostsRun.from_json(run.to_json()).to_json() == run.to_json()
     titles = [title for title, _, _ in hosts_report.sections(run)]
