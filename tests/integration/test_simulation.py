@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from tests.simulation.bugs import BUGS
 from tests.simulation.regressions import REGRESSIONS
 from tests.simulation.scenarios import SCENARIOS
 
@@ -67,3 +68,13 @@ def test_a_seed_replays_to_the_same_trace() -> None:
     assert re.search(r"trace [0-9a-f]{16}", first)
     assert first == second
     assert simulate("--seed", "8") != first
+
+
+@pytest.fixture(scope="module")
+def hunts() -> str:
+    return simulate("--bug")
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found_within_the_stated_seeds_and_without_it_they_pass(name: str, hunts: str) -> None:
+    assert re.search(rf"^ok +{name}: seed \d+ of {BUGS[name].seeds}: ", hunts, re.MULTILINE), hunts

@@ -4,6 +4,7 @@
 --minutes M             as many seeds as that takes
 --seed S [--log]        one seed, with its trace
 --scenario NAME         a story; without a name: all of them
+--bug [NAME]            how soon a planted bug is found; without a name: all of them
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--log", action="store_true", help="print the trace")
     parser.add_argument("--scenario", nargs="?", const="")
+    parser.add_argument("--bug", nargs="?", const="")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args()
     if arguments.scenario is not None:
         return scenarios(arguments.scenario)
+    if arguments.bug is not None:
+        return bugs(arguments.bug)
     if arguments.seed is not None:
         return one(arguments.seed, arguments.log)
     return many(arguments)
@@ -101,6 +105,15 @@ def scenarios(name: str) -> int:
             failed += 1
             print(result.describe())
     return 1 if failed else 0
+
+
+def bugs(name: str) -> int:
+    from tests.simulation.bugs import BUGS, hunt
+
+    hunts = [hunt(title) for title in (BUGS if not name else [name])]
+    for found in hunts:
+        print(found.describe())
+    return 0 if all(found.good for found in hunts) else 1
 
 
 if __name__ == "__main__":

@@ -288,7 +288,8 @@ class Clients:
         except BaseException:
             if not process.dead:
                 raise
-        self.world._after()
+        if not self.world.nested:
+            self.world._after()
 
 
 def _raise(invariant: str, sentence: str) -> None:

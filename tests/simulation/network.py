@@ -75,7 +75,9 @@ class Connection:
         self._timers[direction] = self.network.loop.call_at(queue[0][0], self._deliver, direction, context=context)
 
     def _deliver(self, direction: int) -> None:
-        self._timers[direction] = None
+        timer, self._timers[direction] = self._timers[direction], None
+        if timer is not None:
+            timer.cancel()  # it may be called ahead of its time
         queue = self.queues[direction]
         if not self.alive or self.network.is_cut(self, direction):
             return
@@ -92,6 +94,20 @@ class Connection:
         if some and not port.closed:
             port.on_drained()
         self.schedule(direction)
+
+    def hurry(self, direction: int) -> None:
+        """Deliver all that is under way in a direction, in the process that gets it."""
+        queue = self.queues[direction]
+        for index, (_, message) in enumerate(queue):
+            queue[index] = self.network.loop.now, message
+        process = self.receiver(direction)
+        if process is None:
+            return
+        try:
+            process.context.copy().run(self._deliver, direction)
+        except BaseException:
+            if not process.dead:
+                raise
 
     def break_(self, *, tell: bool = True, reason: str = "the connection broke") -> None:
         """Everything under way is gone. ``tell``: the ends hear of it soon; otherwise later."""
@@ -251,6 +267,12 @@ class Network:
         """Call in the process, if that lives then."""
         context = process.context.copy() if process is not None else None
         self.loop.call_later(pause_s, call, *args, context=context)
+
+    def hurry(self, process: Process) -> None:
+        """What is on its way to the listener of ``process`` arrives now."""
+        for connection in list(self.connections):
+            if connection.listener.process is process:
+                connection.hurry(TO_LISTENER)
 
     def is_cut(self, connection: Connection, direction: int) -> bool:
         return self.cut[direction]

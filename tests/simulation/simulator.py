@@ -361,15 +361,14 @@ class Simulation:
         """In the middle of a disk operation of ``process``: the other process of the secondary gets a turn."""
         export, secondary = self.export, self.secondary
         if process is secondary and export is not None and export.alive and not export.stopped:
-            self.clients.guest_read(export)
-        elif process is export and secondary is not None and not secondary.stopped and secondary.node is not None:
-            applier = secondary.node.__dict__.get("applier")
-            if applier is not None and not secondary.node.link._stopped:
-                try:
-                    secondary.run(applier.drain)
-                except BaseException:
-                    if not secondary.dead:
-                        raise
+            if self.options.guest and self.chance.random() < 0.3:
+                self.clients.guest_write(export)
+            else:
+                self.clients.guest_read(export)
+        elif process is export and secondary is not None and not secondary.stopped:
+            if self.chance.random() < 0.5:
+                self.write()
+            self.world.network.hurry(secondary)
 
     # Failover
 

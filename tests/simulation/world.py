@@ -467,18 +467,15 @@ class World:
             return
         self.guard(self.oracle.check_secondary, host.platters, exact=self.exact(process))
 
-    @staticmethod
-    def exact(process: Running | None) -> bool | None:
+    def exact(self, process: Running | None) -> bool | None:
         """Whether the secondary itself says that its disk is at a point of the stream; None if it does not say
-        anything yet."""
+        anything yet. That both disks are alike to begin with (``initial_sync = assume``) is said of the pair's birth
+        only."""
         if process is None or process.node is None or "session" not in process.node.__dict__:
             return None
         position = process.node.session.position
-        return bool(
-            position.exact
-            and not position.syncing
-            and (position.applied or process.host.settings.initial_sync == "assume")
-        )
+        alike = self.options.assume and not self.oracle.promoted_side
+        return bool(position.exact and not position.syncing and (position.applied or alike))
 
     def _stored(self, header: PairHeader, old: tuple[int, int, bool], new: tuple[int, int, bool]) -> None:
         for host in self.hosts.values():
