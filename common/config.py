@@ -181,6 +181,8 @@ class _Buffer(_Table):
     directory: PathText | None = None
     size_bytes: Annotated[Size, Field(gt=0)] = DEFAULT_BUFFER
     block_size: BlockSize = limits.DEFAULT_BLOCK
+    spill_bytes: Annotated[Size, Field(ge=0)] = limits.DEFAULT_SPILL
+    spill_directory: PathText | None = None
 
 
 class _Node(_Table):
@@ -305,7 +307,7 @@ def _with_absolute_paths(raw: Mapping[str, Any], base: Path) -> dict[str, Any]:
     volumes = result.get("volumes")
     if isinstance(volumes, list):
         result["volumes"] = [absolute(volume, "disk") for volume in volumes]
-    paths = {"export": ("unix",), "replication": ("secret_key", "peer_key"), "buffer": ("directory",)}
+    paths = {"export": ("unix",), "replication": ("secret_key", "peer_key"), "buffer": ("directory", "spill_directory")}
     for name in paths.keys() & result.keys():
         result[name] = absolute(result[name], *paths[name])
     return result

@@ -35,6 +35,8 @@ MAX_VOLUMES: Final = 64
 
 # Pool
 MIN_POOL: Final = ZERO_CHUNK + 2 * MAX_BLOCK
+DEFAULT_SPILL: Final = 16 * 1024 * MIB
+"""Old contents that may go to a file when a resync is larger than the pool."""
 PRESSURE_PERCENT: Final = 75
 """Use of a pool at which the secondary asks for a checkpoint."""
 

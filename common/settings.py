@@ -64,6 +64,11 @@ class BufferSettings:
     directory: str
     size_bytes: int
     block_size: int = limits.DEFAULT_BLOCK
+    spill_bytes: int = limits.DEFAULT_SPILL
+    """What a resync that is larger than the buffer may put into files, so that the last checkpoint stays; 0: nothing,
+    then such a resync gives the checkpoint up."""
+    spill_directory: str | None = None
+    """Where those files are; None: beside each disk (for a block device: in the side's directory)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,9 @@ class Applier:
                 return time.perf_counter() - started
             case BeginResync():
                 self._ledger.resync_begun(work.stream, work.sequence, keep_checkpoint=work.keep_checkpoint)
-                if not work.keep_checkpoint and not self._header.syncing:
+                if work.keep_checkpoint and not self._header.syncing:
+                    self.backup.begin_spill()
+                elif not self._header.syncing:
                     self.backup.begin_sync()
                 self._header.stream_id = work.stream
                 self._header.applied_sequence = work.sequence

@@ -22,6 +22,7 @@ header.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -41,6 +42,9 @@ from secondary.header import Failure, Stage
 from secondary.holders import Ranges
 from secondary.interface import Serialised
 from secondary.requests import HOLD, Description, RequestTable
+from secondary.spill import Spill
+
+log = logging.getLogger("backup")
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -77,6 +81,10 @@ class BackupJob(Serialised):
         self._fd = disk.fileno()
         self._nowait = True
         epoch = buffer.header.epoch
+        self.spill = _spill_of(buffer)
+        """Where old contents go when the pool is full, if anywhere."""
+        self.spilling = False
+        """They may: a resync is going on that keeps the checkpoint."""
         self._leaked_in = epoch if len(self._layer.held(epoch)[0]) < self._layer.used(epoch) else -1
 
     # The exported interface, beside that of Serialised
@@ -118,12 +126,33 @@ class BackupJob(Serialised):
         """Slots of the hidden disk that may still be asked for before the next checkpoint.
 
         All of them while there is no checkpoint to protect, and always in a pool that has one for each block: that
-        can't run out, however often a block is counted, unless a crash leaked some of them in this very epoch.
+        can't run out, however often a block is counted, unless a crash leaked some of them in this very epoch. Those of
+        a spill file count when they are reserved, during a resync.
         """
         layer, epoch = self._layer, self._header.epoch
         if self._header.syncing or (layer.slots >= self.buffer.blocks and epoch != self._leaked_in):
             return layer.slots
-        return layer.slots - layer.used(epoch)
+        spare = self.spill.reserved if self.spill is not None and self.spilling else 0
+        return max(0, layer.slots + spare - layer.used(epoch))
+
+    @property
+    def spilled_blocks(self) -> int:
+        """Slots of the spill file in use."""
+        return max(0, self.used_blocks - self._layer.slots)
+
+    def begin_spill(self) -> None:
+        """A resync that keeps the checkpoint begins, or goes on: have room before the primary is told of it. Blocks."""
+        if self.spill is not None:
+            with self._mutex:
+                self.spilling = True
+                self._reserve(self.spill, self._layer.used(self._header.epoch))
+
+    def end_spill(self) -> None:
+        """The buffer is empty, or counts no more: give the space back. Blocks."""
+        self.spilling = False
+        if self.spill is not None:
+            with self._mutex:
+                self.spill.release()
 
     # Inside
 
@@ -145,11 +174,18 @@ class BackupJob(Serialised):
             return 0
         if not wait and (len(blocks) > INLINE_BLOCKS or len(blocks) << self._shift > INLINE_BYTES):
             raise BlockingIOError(errno.EAGAIN, "more than is copied without a thread")
-        layer = self._layer
+        layer, spill = self._layer, self.spill
         used = layer.used(epoch)
-        if used + len(blocks) > layer.slots:
+        slots = layer.slots
+        if spill is not None:
+            if self.spilling and not self._has_room(spill, used + len(blocks)):
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, "the spill file has to grow")
+                self._reserve(spill, used + len(blocks))
+            slots += spill.reserved
+        if used + len(blocks) > slots:
             raise NoSpaceError(
-                f"The hidden disk of volume {self.buffer.name} has {layer.slots - used} blocks "
+                f"The hidden disk of volume {self.buffer.name} has {slots - used} blocks "
                 f"free, {len(blocks)} are needed.",
                 hint="A checkpoint empties it.",
             )
@@ -176,6 +212,20 @@ class BackupJob(Serialised):
         words[base + h.V_COW_BLOCKS] += len(blocks)
         words[base + h.V_COW_BATCHES] += 1
         return len(blocks)
+
+    def _has_room(self, spill: Spill, used: int) -> bool:
+        """Whether there is room behind ``used`` slots for the largest batch that the primary may hold back, which is
+        half a pool, or else no more can be had."""
+        return bool(spill.trouble) or used + self._layer.slots // 2 < self._layer.slots + spill.reserved or (
+            spill.reserved == spill.slots
+        )
+
+    def _reserve(self, spill: Spill, used: int) -> None:
+        if spill.trouble:
+            return
+        spill.reserve(used - self._layer.slots + self._layer.slots // 2 + 1)
+        if spill.trouble:
+            log.warning("the checkpoint lasts as long as the room for it: %s", spill.trouble)
 
     def _new_few(self, offsets: Sequence[int], lengths: Sequence[int], least: int) -> list[int]:
         """Blocks not held in this epoch, ascending."""
@@ -284,10 +334,13 @@ class PairBackup:
         except TandemDiskError as error:
             self.header.set_error(Failure.EMPTYING, error.sentence)
             raise
+        self.end_spill()
         return waited
 
     def do_checkpoint_nowait(self, number: int, sequence: int) -> None:
         """``do_checkpoint`` if no request is in flight; else BlockingIOError, nothing done."""
+        if self.spilling:
+            raise BlockingIOError(errno.EAGAIN, "a spill file has to be emptied")
         with self.stopped(wait=False, hold=True):
             self._switch(number, sequence)
 
@@ -299,6 +352,27 @@ class PairBackup:
         with self.stopped(wait=True):
             self.header.words[h.W_SYNCS] += 1
             self.header.store_state(self.header.stage, self.header.epoch, syncing=True)
+        self.end_spill()
+
+    @property
+    def spilling(self) -> bool:
+        """Old contents may go to the spill files."""
+        return any(job.spilling for job in self.jobs)
+
+    def begin_spill(self) -> None:
+        """See ``BackupJob.begin_spill``."""
+        for job in self.jobs:
+            job.begin_spill()
+
+    def end_spill(self) -> None:
+        """See ``BackupJob.end_spill``."""
+        for job in self.jobs:
+            job.end_spill()
+
+    def close(self) -> None:
+        for job in self.jobs:
+            if job.spill is not None:
+                job.spill.close()
 
     @contextmanager
     def stopped(self, *, wait: bool, hold: bool = False, timeout_s: float | None = None) -> Iterator[None]:
@@ -362,6 +436,21 @@ class PairBackup:
             self.header.words[volume.base + h.V_HIDDEN_BUMP] = 0
             self.header.words[volume.base + h.V_ACTIVE_BUMP] = 0
         self.header.store_state(self.header.stage, 1, syncing=self.header.syncing)
+
+
+def _spill_of(buffer: VolumeBuffer) -> Spill | None:
+    """As it was left: with what is used reserved, or empty."""
+    geometry = buffer.hidden.geometry
+    if not geometry.spill_slots:
+        return None
+    layer = buffer.hidden
+    spill = Spill(layer.spill_path, geometry.spill_slots, geometry.block_size, layer.path, geometry.spill_owners_at)
+    used = buffer.hidden.used(buffer.header.epoch) - geometry.slots
+    if used > 0:
+        spill.reserve(used)
+    else:
+        spill.release()
+    return spill
 
 
 def _plain(numbers: Numbers) -> Sequence[int]:

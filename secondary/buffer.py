@@ -5,7 +5,8 @@ the last checkpoint; the **active disk** holds what the secondary's own guest wr
 directory:
 
     owner   one 64-bit word a slot: the block that it holds, so that a failover walks the slots in use, not the disk
-    pool    the slots, one block each, handed out by a bump pointer in the header
+    pool    the slots, one block each, handed out by a bump pointer in the header; the hidden disk's may go on in a file
+            (``secondary.spill``)
     map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
 
 The map is at the end because it alone grows with the volume: ``allocate`` makes the file longer, ``announce`` puts the
@@ -38,11 +39,13 @@ from numpy.typing import NDArray
 
 from common import limits
 from common.disk import Disk
-from common.errors import ConfigError, DiskError, NoSpaceError
+from common.errors import ConfigError, DiskError
 from common.settings import BufferSettings
 from secondary import header as h
+from secondary import spill
 from secondary.header import PairHeader, Stage, VolumeGeometry
 from secondary.requests import RequestTable
+from secondary.space import free_bytes, no_space
 
 Blocks = NDArray[np.uint64]
 
@@ -61,6 +64,8 @@ class BufferVolume:
     name: str
     size: int
     disk: str = ""
+    spill: str = ""
+    """Path of its spill file; empty: none."""
 
 
 class Layer:
@@ -70,9 +75,13 @@ class Layer:
     memory for NumPy.
     """
 
-    def __init__(self, path: str, geometry: _LayerGeometry, words: memoryview, bump: int, block_size: int) -> None:
+    def __init__(
+        self, path: str, geometry: _LayerGeometry, words: memoryview, bump: int, block_size: int, spill_path: str = ""
+    ) -> None:
         self.path = path
+        self.spill_path = spill_path
         self.slots = geometry.slots
+        """Slots in memory; those of a spill file have the numbers that follow."""
         self.block_size = block_size
         self._words = words
         self._bump = bump
@@ -84,20 +93,40 @@ class Layer:
         try:
             if os.fstat(fd).st_size < geometry.total:  # more: a crash came between ``allocate`` and ``announce``
                 raise DiskError(f"{self.path} is shorter than the header says.", hint="Remove the buffer and resync.")
-            mapped = mmap.mmap(fd, geometry.total)
+            mapped = self._joined(fd, geometry) if geometry.spill_slots else mmap.mmap(fd, geometry.total)
         finally:
             os.close(fd)
         view = memoryview(mapped)
-        self.pool_at = geometry.pool_at
-        """Where the pool is in the file."""
-        self.pool = view[geometry.pool_at : geometry.pool_at + geometry.slots * geometry.block_size]
-        self.owner = view[: geometry.slots * 8].cast("Q")
+        self.geometry = geometry
+        slots = geometry.slots + geometry.spill_slots
+        self.pool = view[geometry.pool_at : geometry.pool_at + slots * geometry.block_size]
+        self.owner = view[: slots * 8].cast("Q")
         self.owner_array: Blocks = np.frombuffer(self.owner, dtype=np.uint64)
-        entries = view[geometry.map_at : geometry.map_at + geometry.blocks * 8].cast("Q")
+        map_at = geometry.map_at + geometry.spill_total
+        entries = view[map_at : map_at + geometry.blocks * 8].cast("Q")
         self.entries_array: Blocks = np.frombuffer(entries, dtype=np.uint64)
         self.entries = entries
         self.bytes = view
         self._map = mapped
+
+    def _joined(self, fd: int, geometry: _LayerGeometry) -> mmap.mmap:
+        """The layer's file with the spill file behind the pool."""
+        try:
+            other = os.open(self.spill_path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            where = os.path.realpath(self.spill_path)
+            raise DiskError(
+                f"The spill file {where} cannot be opened: {error.strerror}.", hint="Remove the buffer and resync."
+            ) from error
+        try:
+            if os.fstat(other).st_size != geometry.spill_total:
+                raise DiskError(
+                    f"{self.spill_path} has another size than the header says.", hint="Remove the buffer and resync."
+                )
+            map_at = geometry.map_at
+            return spill.join((fd, 0, map_at), (other, 0, geometry.spill_total), (fd, map_at, geometry.total - map_at))
+        finally:
+            os.close(other)
 
     def position(self, block: int, least: int) -> int:
         """Where ``block`` lies in the pool; -1 if the layer does not hold it."""
@@ -163,14 +192,33 @@ class _LayerGeometry:
     blocks: int
     slots: int
     block_size: int
+    spill_slots: int = 0
 
     @property
     def pool_at(self) -> int:
-        return _align(self.slots * 8)
+        """The pool ends with a page, so that a spill file can go on behind it."""
+        return self.map_at - self.slots * self.block_size
 
     @property
     def map_at(self) -> int:
-        return self.pool_at + _align(self.slots * self.block_size)
+        """In the file; where it is mapped the spill file comes before it."""
+        return _align((self.slots + self.spill_slots) * 8) + _align(self.slots * self.block_size)
+
+    @property
+    def spill_total(self) -> int:
+        """Length of the spill file."""
+        return _align(self.spill_slots * self.block_size)
+
+    @property
+    def spill_owners_at(self) -> int:
+        """Where the owner words of the spill file's slots begin."""
+        return self.slots * 8
+
+    def parts(self) -> list[tuple[int, int]]:
+        """(offset, length) of what has to have memory from the beginning: all but the owner words of a spill file."""
+        first = _align(self.spill_owners_at)
+        last = self.pool_at // _PAGE * _PAGE
+        return [(0, self.total)] if first >= last else [(0, first), (last, self.total - last)]
 
     @property
     def total(self) -> int:
@@ -195,10 +243,13 @@ class VolumeBuffer:
         """Number of the first word of this volume's record in the header."""
         words = header.words
         self._directory = directory
-        self._slots = geometry.hidden_slots, geometry.active_slots
+        self._slots = geometry.hidden_slots, geometry.active_slots, geometry.spill_slots
         self._following = threading.Lock()
         hidden, active = _layers(geometry.size, self.block_size, *self._slots)
-        self.hidden = Layer(f"{directory}/hidden.{index}", hidden, words, self.base + h.V_HIDDEN_BUMP, self.block_size)
+        bump = self.base + h.V_HIDDEN_BUMP
+        self.hidden = Layer(
+            f"{directory}/hidden.{index}", hidden, words, bump, self.block_size, f"{directory}/spill.{index}"
+        )
         self.active = Layer(f"{directory}/active.{index}", active, words, self.base + h.V_ACTIVE_BUMP, self.block_size)
         waiting = self.base + h.V_WAITING
         self.requests = RequestTable(
@@ -218,14 +269,14 @@ class VolumeBuffer:
         needed = 0
         for layer, geometry in zip((self.hidden, self.active), layers, strict=True):
             needed += max(0, geometry.total - os.stat(layer.path).st_size)
-        if needed > _free_bytes(self._directory):
-            raise _no_space(self._directory, needed, _free_bytes(self._directory))
+        if needed > free_bytes(self._directory):
+            raise no_space(self._directory, needed, free_bytes(self._directory))
         for layer, geometry in zip((self.hidden, self.active), layers, strict=True):
             fd = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.posix_fallocate(fd, geometry.map_at, geometry.blocks * 8)
             except OSError as error:
-                raise _no_space(self._directory, needed, _free_bytes(self._directory)) from error
+                raise no_space(self._directory, needed, free_bytes(self._directory)) from error
             finally:
                 os.close(fd)
 
@@ -366,18 +417,22 @@ class DiskBuffer:
         directory = settings.directory
         block = settings.block_size
         slots = plan_slots(settings.size_bytes, block, [volume.size for volume in volumes])
+        spilling = plan_spill(settings, [volume.size for volume in volumes], slots)
         geometries = [
-            VolumeGeometry(volume.name, volume.size, volume.disk, hidden, active)
-            for volume, (hidden, active) in zip(volumes, slots, strict=True)
+            VolumeGeometry(volume.name, volume.size, volume.disk, hidden, active, spilled if volume.spill else 0)
+            for volume, (hidden, active), spilled in zip(volumes, slots, spilling, strict=True)
         ]
         ours = not os.path.isdir(directory)
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         cls.remove(directory)
-        files: list[tuple[str, int]] = []
-        for index, geometry in enumerate(geometries):
-            layers = _layers(geometry.size, block, geometry.hidden_slots, geometry.active_slots)
-            files += [(f"hidden.{index}", layers[0].total), (f"active.{index}", layers[1].total)]
+        files: list[tuple[str, _LayerGeometry]] = []
         try:
+            for index, (volume, geometry) in enumerate(zip(volumes, geometries, strict=True)):
+                plan = geometry.hidden_slots, geometry.active_slots, geometry.spill_slots
+                hidden, active = _layers(geometry.size, block, *plan)
+                files += [(f"hidden.{index}", hidden), (f"active.{index}", active)]
+                if geometry.spill_slots:
+                    spill.make(volume.spill, f"{directory}/spill.{index}", hidden.spill_total)
             _allocate(directory, files, progress)
             PairHeader.create(f"{directory}/{HEADER_FILE}", pair_id, block, geometries).close()
             buffer = cls.attach(directory, pair_id=pair_id, timeout_s=timeout_s)
@@ -465,24 +520,40 @@ def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) ->
     return [(min(count, h.EPOCH_MASK), min(count, h.EPOCH_MASK)) for count in slots]
 
 
-def _layers(size: int, block_size: int, hidden: int, active: int) -> tuple[_LayerGeometry, _LayerGeometry]:
+def plan_spill(settings: BufferSettings, volume_sizes: Sequence[int], slots: list[tuple[int, int]]) -> list[int]:
+    """Slots of each volume's spill file: its share of ``spill_bytes``, and no more than blocks that have no slot."""
+    total = sum(volume_sizes)
+    shares = [settings.spill_bytes * size // total // settings.block_size for size in volume_sizes]
+    return [
+        max(0, min(share, -(-size // settings.block_size) - hidden, h.EPOCH_MASK - hidden))
+        for share, size, (hidden, _) in zip(shares, volume_sizes, slots, strict=True)
+    ]
+
+
+def _layers(
+    size: int, block_size: int, hidden: int, active: int, spilled: int
+) -> tuple[_LayerGeometry, _LayerGeometry]:
     blocks = -(-size // block_size)
-    return _LayerGeometry(blocks, hidden, block_size), _LayerGeometry(blocks, active, block_size)
+    return _LayerGeometry(blocks, hidden, block_size, spilled), _LayerGeometry(blocks, active, block_size)
 
 
-def _allocate(directory: str, files: list[tuple[str, int]], progress: Callable[[int, int], None] | None) -> None:
-    needed = sum(size for _, size in files) + h.HEADER_BYTES
-    free = _free_bytes(directory)
+def _allocate(
+    directory: str, files: list[tuple[str, _LayerGeometry]], progress: Callable[[int, int], None] | None
+) -> None:
+    needed = sum(length for _, geometry in files for _, length in geometry.parts()) + h.HEADER_BYTES
+    free = free_bytes(directory)
     if free < needed:
-        raise _no_space(directory, needed, free)
+        raise no_space(directory, needed, free)
     done = 0
-    for name, size in files:
+    for name, geometry in files:
+        size = sum(length for _, length in geometry.parts())
         fd = os.open(f"{directory}/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, size)
+            for offset, length in geometry.parts():
+                os.posix_fallocate(fd, offset, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-                raise _no_space(directory, needed, _free_bytes(directory) + done) from error
+                raise no_space(directory, needed, free_bytes(directory) + done) from error
             raise
         finally:
             os.close(fd)
@@ -491,36 +562,11 @@ def _allocate(directory: str, files: list[tuple[str, int]], progress: Callable[[
             progress(done, needed)
 
 
-def _free_bytes(directory: str) -> int:
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    # A tmpfs may promise more than there is memory, and the kernel answers that with the out-of-memory killer.
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        if _is_tmpfs(directory):
-            with open("/proc/meminfo") as file:
-                line = next(line for line in file if line.startswith("MemAvailable:"))
-            free = min(free, int(line.split()[1]) * 1024)
-    return free
-
-
-def _is_tmpfs(directory: str) -> bool:
-    """True if the mount that holds ``directory`` is a tmpfs, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
-    device = os.stat(directory).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as file:
-        return any(line.split()[2] == wanted and " - tmpfs " in line for line in file)
-
-
-def _no_space(directory: str, needed: int, free: int) -> NoSpaceError:
-    return NoSpaceError(
-        f"The disk buffer needs {needed} bytes in {directory}, which has {max(free, 0)} bytes free.",
-        hint="Free memory there, ask for a smaller buffer or larger blocks, or name another directory.",
-    )
-
-
 def _unlink(directory: str) -> None:
     for path in Path(directory).iterdir() if os.path.isdir(directory) else ():
         stem, _, number = path.name.partition(".")
+        if stem == "spill" and number.isdigit() and path.is_symlink():
+            spill.remove(path)
         if path.name == HEADER_FILE or (stem in ("hidden", "active", "requests") and number.isdigit()):
             path.unlink(missing_ok=True)
 

@@ -85,6 +85,7 @@ V_COMMIT_DONE: Final = 10
 V_COMMIT_TOTAL: Final = 11
 V_NAME_BYTES: Final = 12
 V_DISK_BYTES: Final = 13
+V_SPILL_SLOTS: Final = 14
 VOLUME_NAME: Final = slice(256, 512)
 VOLUME_DISK: Final = slice(512, 2048)
 
@@ -129,6 +130,7 @@ class VolumeGeometry:
     disk: str
     hidden_slots: int
     active_slots: int
+    spill_slots: int = 0
 
 
 class PairHeader:
@@ -180,6 +182,7 @@ class PairHeader:
             words[base + V_SIZE] = volume.size
             words[base + V_HIDDEN_SLOTS] = volume.hidden_slots
             words[base + V_ACTIVE_SLOTS] = volume.active_slots
+            words[base + V_SPILL_SLOTS] = volume.spill_slots
             start = base * 8
             words[base + V_NAME_BYTES] = _put(image, _shift(VOLUME_NAME, start), volume.name)
             words[base + V_DISK_BYTES] = _put(image, _shift(VOLUME_DISK, start), volume.disk)
@@ -216,6 +219,7 @@ class PairHeader:
             disk=text(VOLUME_DISK, self.words[base + V_DISK_BYTES]),
             hidden_slots=self.words[base + V_HIDDEN_SLOTS],
             active_slots=self.words[base + V_ACTIVE_SLOTS],
+            spill_slots=self.words[base + V_SPILL_SLOTS],
         )
 
     # State

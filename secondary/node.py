@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -39,7 +40,7 @@ from common.metadata import Metadata, load
 from common.port import zmq_context
 from common.process import Lifecycle
 from common.record import Record, check_metadata, disks_changed, fingerprints, initial_metadata
-from common.settings import NodeSettings
+from common.settings import NodeSettings, VolumeSettings
 from common.wire import pack_ranges
 from secondary.applier import Applier
 from secondary.attach import BUFFER_LINK
@@ -101,9 +102,12 @@ class SecondaryNode:
         self._fresh = not found
         self._was_clean = metadata.clean
         self.backup = PairBackup(self.buffer, self.disks)
+        self._stack.callback(self.backup.close)
         self.record = Record(f"{settings.directory}/metadata", metadata)
         self._stack.callback(self.record.close)
         position = self._position(metadata, found)
+        if position.syncing and not self.buffer.header.syncing:
+            await asyncio.to_thread(self.backup.begin_spill)
         self._begin(metadata, found, position)
         self._link_buffer()
         await self.record.update_async(clean=False, disks=fingerprints(settings, running=True))
@@ -166,7 +170,7 @@ class SecondaryNode:
         settings = self.settings
         directory = settings.buffer.directory
         volumes = [
-            BufferVolume(volume.name, disk.size, os.path.abspath(volume.disk))
+            BufferVolume(volume.name, disk.size, os.path.abspath(volume.disk), spill_path(settings, volume))
             for volume, disk in zip(settings.volumes, self.disks, strict=True)
         ]
         if stored is not None and DiskBuffer.exists(directory):
@@ -353,6 +357,16 @@ class SecondaryNode:
             return
         clean = self._lifecycle.failure is None
         await self._record_now(clean=clean, disks=fingerprints(self.settings, running=not clean))
+
+
+def spill_path(settings: NodeSettings, volume: VolumeSettings) -> str:
+    """Where old contents of a volume go when the pool is full; empty: nowhere."""
+    buffer = settings.buffer
+    if not buffer.spill_bytes:
+        return ""
+    device = stat.S_ISBLK(os.stat(volume.disk).st_mode)
+    beside = settings.directory if device else os.path.dirname(os.path.realpath(volume.disk))
+    return f"{buffer.spill_directory or beside}/tandemdisk-{settings.pair_id}-{settings.side}-{volume.name}.spill"
 
 
 async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:

@@ -193,11 +193,13 @@ class Promotion:
             self.commit = CommitJob(self._buffer, self._disks)
             self._committing = self._loop.create_task(self._run_commit(self.commit), name="commit")
         elif header.stage is Stage.DONE:
+            await asyncio.to_thread(self._backup.end_spill)
             self._lead_soon()
 
     async def _run_commit(self, job: CommitJob) -> None:
         try:
             if await asyncio.to_thread(job.run):
+                await asyncio.to_thread(self._backup.end_spill)
                 self._lead_soon()
         except OperationFailed as error:
             log.error("commit failed: %s", error)

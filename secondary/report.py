@@ -22,6 +22,9 @@ async def status_of(node: SecondaryNode) -> dict[str, Any]:
     hidden = sum(volume.hidden.used(epoch) for volume in volumes) * block
     active = sum(volume.active.used(epoch) for volume in volumes) * block
     capacity = sum(volume.hidden.slots + volume.active.slots for volume in volumes) * block
+    jobs = node.backup.jobs
+    spilled = sum(job.spilled_blocks for job in jobs) * block if header.stage is not Stage.DONE else 0
+    spills = [job.spill for job in jobs if job.spill is not None]
     statistics = node.session.statistics()
     position = node.session.position
     done, total = node.promotion.commit.statistics if node.promotion.commit is not None else (0, 0)
@@ -42,12 +45,15 @@ async def status_of(node: SecondaryNode) -> dict[str, Any]:
         "generation": history[-1].number if history else 0,
         "buffer": {
             "bytes": hidden + active,
-            "percent": 100.0 * (hidden + active) / capacity,
+            "percent": 100.0 * (hidden + active - spilled) / capacity,
             "capacity_bytes": capacity,
             "hidden_bytes": hidden,
             "active_bytes": active,
             "block_size": block,
             "directory": node.buffer.directory,
+            "spilled_bytes": spilled,
+            "spill_capacity_bytes": sum(spill.slots for spill in spills) * block,
+            "spill_trouble": next((spill.trouble for spill in spills if spill.trouble), None),
         },
         "commit": {
             "active": node.promotion.committing,

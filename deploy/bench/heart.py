@@ -322,7 +322,7 @@ def measure_copies() -> Figures:
     with heart(64 * MIB) as made:
         layer = made.buffer.volumes[0].hidden
         fd = os.open(layer.path, os.O_RDONLY)
-        start = layer.pool_at
+        start = layer.geometry.pool_at
         target = memoryview(bytearray(MIB))
         layer.pool[: 32 * MIB] = bytes(32 * MIB)
         position = 0

@@ -214,6 +214,7 @@ def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: s
             pair.rejoin()
 
 
+@pytest.mark.soak  # test_spill has the harder case
 def test_failover_in_the_middle_of_a_resync_gives_the_exact_checkpoint(short_dir: Path) -> None:
     overrides = {**QUICK, "resync_rate": 8 * MIB}
     with running(short_dir / "p", PairOptions(size=SIZE, overrides=overrides)) as pair:

@@ -149,8 +149,10 @@ def _pause(pair: Pair) -> None:
     os.kill(pair.status()["secondary"]["pid"], signal.SIGSTOP)
 
 
+@pytest.mark.soak  # test_spill has the same with a file system that is full
 def test_a_resync_larger_than_the_pool_gives_the_checkpoint_up(short_dir: Path) -> None:
-    options = PairOptions(size=SIZE, buffer_bytes=40 * MIB, overrides=QUICK)
+    overrides = {**QUICK, "buffer": {"spill_bytes": 0}}
+    options = PairOptions(size=SIZE, buffer_bytes=40 * MIB, overrides=overrides)
     with running(short_dir / "p", options) as pair:
         write(pair, 0, random_bytes(1, 40 * MIB))
         pair.checkpoint()

@@ -37,6 +37,8 @@ class Options:
     """How it ends: a failover to this target somewhere in the second half; empty: none."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
+    spill: float = 1.0
+    """Part of a side's disks that a resync may put into spill files."""
 
     def describe(self) -> str:
         """One line, what is not the default."""
@@ -69,4 +71,5 @@ def draw(chance: random.Random) -> Options:
         failover=chance.choice(("", "", "latest", "checkpoint")),
         troubles=frozenset(name for name in TROUBLES if chance.random() < share),
         tempo_s=chance.choice((0.002, 0.02, 0.1, 0.5)),
+        spill=chance.choice((0.0, 0.3, 1.0)),
     )

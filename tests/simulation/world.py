@@ -98,7 +98,10 @@ class Host:
                 heartbeat_s=HEARTBEAT_S,
                 peer_timeout_s=PEER_TIMEOUT_S,
             ),
-            buffer=BufferSettings(f"{self.directory}/memory", world.buffer_bytes, options.block_size),
+            buffer=BufferSettings(
+                f"{self.directory}/memory", world.buffer_bytes, options.block_size,
+                spill_bytes=int(options.spill * sum(world.sizes)),
+            ),
             mode="sync" if options.sync else "async",
             checkpoint_interval_s=options.interval_s,
             initial_sync="assume" if options.assume else "full",
