@@ -30,7 +30,7 @@ from common.port import (
     Frame,
     Watcher,
 )
-from common.zmtp import MORE, Inbox, ZmtpError, prefix
+from common.zmtp import Inbox, ZmtpError
 
 LARGEST_FRAME: Final = limits.MAX_BATCH_PAYLOAD + limits.MAX_HEADER
 SOCKET_BUFFER: Final = limits.MIB
@@ -89,13 +89,7 @@ class Connection:
         """
         if not self.ready or self._broken or len(self._queue) > 2 * QUEUED_MESSAGES:
             return False
-        pieces: list[Frame] = []
-        following = len(frames)
-        for frame in frames:
-            following -= 1
-            pieces.append(prefix(len(frame), MORE if following else 0))
-            pieces.append(frame)
-        self._put(pieces)
+        self._put(zmtp.pieces(frames))
         return True
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ more, so what is done with at once always comes into the same memory, which the 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from common import limits
@@ -71,6 +72,17 @@ def prefix(size: int, flags: int = 0) -> bytes:
     if size < 256:
         return _SHORT[size] if not flags else _SHORT_MORE[size] if flags == MORE else bytes((flags, size))
     return _long.pack(flags | LONG, size)
+
+
+def pieces(frames: Sequence[Frame]) -> list[Frame]:
+    """A message as it goes on the wire, the frames themselves among the pieces: for ``sendmsg``."""
+    found: list[Frame] = []
+    following = len(frames)
+    for frame in frames:
+        following -= 1
+        found.append(prefix(len(frame), MORE if following else 0))
+        found.append(frame)
+    return found
 
 
 def peer_type(content: memoryview) -> bytes:

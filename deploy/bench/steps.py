@@ -11,22 +11,23 @@ import asyncio
 import contextlib
 import gc
 import os
+import select
 import socket
 import statistics
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import zmq
 
-from common import nbd, wire
+from common import nbd, wire, zmtp
 from common.disk import FileDisk
 from common.limits import MIB
 from common.nbd_transmission import REPLY_HEADER, Transmission, batch_replies
+from common.plain import LARGEST_FRAME, SOCKET_BUFFER
 from common.settings import BufferSettings
 from deploy.bench import scratch
 from secondary.backup import PairBackup
@@ -45,7 +46,7 @@ class Step:
     process: str
     what: str
     nature: str
-    """``system call``, ``ZeroMQ``, ``hash``, ``Python``, or several of them."""
+    """``system call``, ``hash``, ``Python``, or several of them."""
     us: float
 
 
@@ -91,18 +92,31 @@ def turn_us() -> float:
     return asyncio.run(turns())
 
 
-@contextlib.contextmanager
-def _zmq_pair(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A DEALER and the ROUTER that it reached, as between primary and secondary."""
-    context = zmq.Context()
-    dealer, router = context.socket(zmq.DEALER), context.socket(zmq.ROUTER)
-    try:
-        router.bind(f"ipc://{path}")
-        dealer.connect(f"ipc://{path}")
-        dealer.send(b"hello")
-        yield dealer, router
-    finally:
-        context.destroy(0)
+class Stream:
+    """One direction of the replication stream: ZMTP over a socket, as ``common.plain`` has it."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._out, self._in = socket.socketpair()
+        for end in (self._out, self._in):
+            stack.callback(end.close)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        self._inbox = zmtp.Inbox(LARGEST_FRAME)
+        self._out.sendall(zmtp.greeting())
+        self.receive()
+
+    def send(self, frames: Sequence[zmtp.Frame]) -> None:
+        pieces = zmtp.pieces(frames)
+        sent = self._out.sendmsg(pieces)
+        assert sent == sum(map(len, pieces)), "the socket has room for a batch"
+
+    def receive(self) -> list[list[memoryview]]:
+        """The messages that one ``recv`` brings; it waits for the first byte."""
+        return self._inbox.received(self._in.recv_into(self._inbox.room()))
+
+    def empty(self) -> None:
+        """Forget what was sent and not received."""
+        while select.select([self._in], [], [], 0)[0]:
+            self.receive()
 
 
 class Workbench:
@@ -124,8 +138,7 @@ class Workbench:
         for end in (self._client, self._server):
             stack.callback(end.close)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
-        self._dealer, self._router = stack.enter_context(_zmq_pair(directory / "z.sock"))
-        self._peer = self._router.recv_multipart()[0]
+        self._batches, self._acks = Stream(stack), Stream(stack)
         self._random = np.random.default_rng(1)
 
     def steps(self, count: int) -> list[Step]:
@@ -168,19 +181,6 @@ class Workbench:
             for _, offset, length, position, _ in transmission.operations:
                 self._disk.write(offset, view[position : position + length])
 
-        def empty_router() -> None:
-            while self._router.poll(0):
-                self._router.recv_multipart(copy=False)
-
-        def prepare_ack() -> None:
-            self._router.send_multipart([self._peer, ack])
-            while not self._dealer.poll(1000):
-                pass
-
-        def send_batch() -> None:
-            self._dealer.send(header, zmq.SNDMORE)
-            self._dealer.send(span, 0, copy=True)
-
         def process(what: str, nature: str, us: float) -> Step:
             return Step("primary", what, nature, us)
 
@@ -194,12 +194,12 @@ class Workbench:
             process("pack the extents", "Python", timed(lambda: self._extents(transmission))),
             process("hash the payload", "hash", timed(lambda: wire.payload_check(span))),
             process("make the message's header", "Python", timed(lambda: wire.encode_batch(1, 2, 0, extents, check))),
-            process("hand it to ZeroMQ, copied", "ZeroMQ", timed(send_batch, empty_router)),
+            process("send it", "system call", timed(lambda: self._batches.send((header, span)), self._batches.empty)),
             process(f"write to the primary disk, {count} pwrite", "system call", timed(write)),
             process("wake up for the acknowledgement", "system call, Python", turn),
             process(
-                "receive and read it", "ZeroMQ, Python",
-                timed(lambda: wire.ack_of(self._dealer.recv_multipart()), prepare_ack),
+                "receive and read it", "system call, Python",
+                timed(lambda: wire.ack_of(self._acks.receive()[0]), lambda: self._acks.send((ack,))),
             ),
             process(
                 "make the replies", "Python",
@@ -210,7 +210,7 @@ class Workbench:
                 timed(lambda: self._server.send(reply), lambda: self._drain(self._client)),
             ),
         ]  # fmt: skip
-        empty_router()
+        self._batches.empty()
         return steps
 
     def _drain(self, end: socket.socket) -> None:
@@ -251,14 +251,6 @@ class Workbench:
             assert request is not None, "nobody else is here"
             table.release(request)
 
-        def prepare_batch() -> None:
-            self._dealer.send_multipart(frames)
-            while not self._router.poll(1000):
-                pass
-
-        def receive() -> None:
-            self._router.recv_multipart(copy=False)
-
         def process(what: str, nature: str, us: float) -> Step:
             return Step("secondary", what, nature, us)
 
@@ -269,7 +261,10 @@ class Workbench:
         ack = wire.encode_ack(1, 2, 2, 2, 2, 1000)
         return [
             process("wake up: a turn of the loop", "system call, Python", turn),
-            process("receive the batch", "ZeroMQ", timed(receive, prepare_batch)),
+            process(
+                "receive the batch", "system call, Python",
+                timed(self._batches.receive, lambda: self._batches.send(frames)),
+            ),
             process("check and decode it", "hash, Python", timed(lambda: wire.decode(frames))),
             process("check its extents", "Python", timed(lambda: wire.unpack_extents(extents, len(span), [SIZE]))),
             process("COW: find the new blocks", "Python", known),
@@ -278,14 +273,10 @@ class Workbench:
             process("COW: slots, stamps, the rest", "Python", max(0.0, first_touch - known - locks - reads)),
             process(f"write to the secondary disk, {count} pwrite", "system call", timed(write)),
             process(
-                "make and send the acknowledgement", "ZeroMQ, Python",
-                timed(lambda: self._router.send_multipart([self._peer, ack]), lambda: self._forget_acks()),
+                "send the acknowledgement", "system call, Python",
+                timed(lambda: self._acks.send((ack,)), self._acks.empty),
             ),
         ]  # fmt: skip
-
-    def _forget_acks(self) -> None:
-        while self._dealer.poll(0):
-            self._dealer.recv_multipart()
 
 
 def measure(directory: Path, counts: list[int]) -> list[list[Step]]:
