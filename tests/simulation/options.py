@@ -37,8 +37,11 @@ class Options:
     """How it ends: a failover to this target somewhere in the second half; empty: none."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
-    spill: float = 1.0
-    """Part of a side's disks that a resync may put into spill files."""
+
+    @property
+    def spill(self) -> float:
+        """Part of a side's disks that a resync may put into spill files. Not drawn: seeds stay what they were."""
+        return (1.0, 0.0, 0.3)[sum(self.blocks) % 3]
 
     def describe(self) -> str:
         """One line, what is not the default."""
@@ -71,5 +74,4 @@ def draw(chance: random.Random) -> Options:
         failover=chance.choice(("", "", "latest", "checkpoint")),
         troubles=frozenset(name for name in TROUBLES if chance.random() < share),
         tempo_s=chance.choice((0.002, 0.02, 0.1, 0.5)),
-        spill=chance.choice((0.0, 0.3, 1.0)),
     )
