@@ -90,6 +90,11 @@ def volumes(value: Any) -> tuple[tuple[str, int], ...]:
     return tuple((NAME(name), U63(size)) for name, size in pairs)
 
 
+def sizes(value: Any) -> tuple[int, ...]:
+    """Bytes of each volume."""
+    return tuple(U63(size) for size in _tuple(value, 1, limits.MAX_VOLUMES, "the sizes of the volumes"))
+
+
 def history(value: Any) -> History:
     """A history of generations."""
     entries = [_tuple(entry, 3, 3, "a generation") for entry in _tuple(value, 0, MAX_HISTORY, "a generation history")]

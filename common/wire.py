@@ -6,10 +6,10 @@ seeded with the xxh3-64 of the payload. So every bit of both frames is covered, 
 hashes its header again but not its payload.
 
 ``session`` (u64) names one connection: the high half the primary's process, the low half its count of connections.
-``sequence`` numbers what must stay in order. Primary to secondary: BATCH, CHECKPOINT, RESYNC, SYNCED and VERIFY count
-on across sessions, for as long as the stream (u64, in HELLO) lives. Secondary to primary: ACK, CHECKPOINTED, PRESSURE,
-VERIFIED and FAILED count from 1 in every session. PING has the sequence of the last message before it, so that one that
-was lost is missed even if nothing follows. Everything else has sequence 0.
+``sequence`` numbers what must stay in order. Primary to secondary: BATCH, CHECKPOINT, RESYNC, SYNCED, VERIFY and RESIZE
+count on across sessions, for as long as the stream (u64, in HELLO) lives. Secondary to primary: ACK, CHECKPOINTED,
+PRESSURE, VERIFIED, RESIZED and FAILED count from 1 in every session. PING has the sequence of the last message before
+it, so that one that was lost is missed even if nothing follows. Everything else has sequence 0.
 
 Extents travel packed, 24 bytes each (``EXTENT``). ``position`` is where an extent's bytes are in the payload frame: the
 payload is the span of the receive buffer as it came from the NBD client, request headers between the data included.
@@ -74,6 +74,8 @@ SYNCED: Final = 13
 VERIFY: Final = 14
 VERIFIED: Final = 15
 FAILED: Final = 16
+RESIZE: Final = 17
+RESIZED: Final = 18
 
 FLUSH: Final = 1
 """Batch flag: make everything up to here durable and say so in an ACK."""
@@ -162,6 +164,8 @@ class Welcome:
     syncing: bool
     standing: Standing
     own: bytes = b""
+    sizes: tuple[int, ...] = ()
+    """Bytes of the volumes here, in their order: a resize that was interrupted left one side smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +294,33 @@ class Failed:
     sentence: str
 
 
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The volumes shall have ``sizes`` bytes from here on: ``exact``, or as many of them as there are."""
+
+    session: int
+    sequence: int
+    sizes: tuple[int, ...]
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """Answer to the RESIZE at sequence ``barrier``: the volumes have ``sizes`` bytes here, durably.
+
+    ``sentence``: why it was refused; empty if it was not.
+    """
+
+    session: int
+    sequence: int
+    barrier: int
+    sizes: tuple[int, ...]
+    sentence: str
+
+
 Message = (
     Hello | Welcome | Refuse | Batch | Checkpoint | Ack | Checkpointed | Pressure | Ping | Pong | Bye | Resync | Synced
-    | Verify | Verified | Failed
+    | Verify | Verified | Failed | Resize | Resized
 )
 
 # ---------------------------------------------------------------------------------------------- hot path, by hand
@@ -385,7 +413,7 @@ def _decode_ack(header: Frame) -> Ack:
 _LAYOUT: Final[dict[int, tuple[type[Any], tuple[terms.Check, ...]]]] = {
     HELLO: (Hello, (terms.integer(32), terms.I64, terms.I64, terms.volumes, terms.standing)),
     WELCOME: (Welcome, (terms.integer(32), *[terms.I64] * 6, terms.U63, terms.U63, terms.block_size, terms.flag,
-                        terms.flag, terms.standing, terms.packed_records(24))),
+                        terms.flag, terms.standing, terms.packed_records(24), terms.sizes)),
     REFUSE: (Refuse, (terms.text(64), terms.SENTENCE)),
     CHECKPOINT: (Checkpoint, (terms.I64,)),
     CHECKPOINTED: (Checkpointed, (terms.I64, terms.I64, terms.seconds)),
@@ -399,6 +427,8 @@ _LAYOUT: Final[dict[int, tuple[type[Any], tuple[terms.Check, ...]]]] = {
     VERIFIED: (Verified, (terms.I64, terms.packed_records(1))),
     FAILED: (Failed, (terms.word("apply", "flush", "stream", "checkpoint"), terms.I64, terms.integer(32),
                       terms.SENTENCE)),
+    RESIZE: (Resize, (terms.sizes, terms.flag)),
+    RESIZED: (Resized, (terms.I64, terms.sizes, terms.SENTENCE)),
 }
 _CODE: Final = {cls: code for code, (cls, _) in _LAYOUT.items()}
 for _cls, _checks in _LAYOUT.values():

@@ -322,6 +322,26 @@ def resync(directory: Path, as_json: bool, full: bool) -> None:
 @main.command()
 @directory_option
 @json_option
+@click.option("--volume", help="Only this one.  [default: all]")
+@click.option("--size", type=SIZE, help="The new size.  [default: what both disks have]")
+@reporting
+def resize(directory: Path, as_json: bool, volume: str | None, size: int | None) -> None:
+    """Grow volumes while guests write, after both disks were grown.
+
+    Images that the pair made are grown to --size by this command. Clients that connect from now on see the new size.
+    """
+    done = Pair(directory).resize(volume, size)
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    for told in done["volumes"]:
+        was = "" if told["before"] == told["size"] else f", {told['before']} before"
+        console.print(f"{told['name']}: {told['size']} bytes{was}.", highlight=False)
+
+
+@main.command()
+@directory_option
+@json_option
 @click.option(
     "--to",
     type=click.Choice(["latest", "checkpoint"]),

@@ -251,6 +251,17 @@ class PairDirectory:
         images = {role: [self.path / side / f"disk{i}.raw" for i in range(count)] for role, side in SIDES.items()}
         return images, options.size * count
 
+    def grow_images(self, volume: str, size: int) -> None:
+        """Make the images of a volume that ``create`` made ``size`` bytes long, where they are shorter. DiskError."""
+        for role, settings in self.settings().items():
+            for index, named in enumerate(settings.volumes):
+                path = self.path / SIDES[role] / f"disk{index}.raw"
+                if named.name == volume and Path(named.disk) == path and disk_size(path) < size:
+                    try:
+                        os.truncate(path, size)
+                    except OSError as error:
+                        raise DiskError(f"{path} cannot be grown: {error.strerror}.") from error
+
     def differences(self, options: PairOptions) -> list[str]:
         """Where options given for an existing pair contradict its configuration."""
         found: list[str] = []

@@ -39,6 +39,7 @@ __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
 
 COMMAND_TIMEOUT_S: Final = 120.0
 START_TIMEOUT_S: Final = 120.0
+RESIZE_TIMEOUT_S: Final = 120.0
 VERIFY_TIMEOUT_S: Final = 30 * 24 * 3600.0
 """A verification takes as long as the disks are large and guests let it."""
 PEER_LOSS_TIMEOUT_S: Final = 30.0
@@ -271,6 +272,30 @@ class Pair:
         not resynchronises by itself.
         """
         return self.client(self.leader(), VERIFY_TIMEOUT_S).call("resync", full=full)
+
+    def resize(self, volume: str | None = None, size: int | None = None) -> dict[str, Any]:
+        """Grow a volume (or all) to ``size``, or to what both disks have since they were grown, while guests write.
+
+        Returns "volumes": "name", "size", "before" of each. Image files that the pair made are grown to ``size`` first.
+        Existing connections keep the old size; new ones see the new one, on both exports, on return. OperationFailed
+        unless the pair is protected, or with the side whose disk is too small; nothing ever shrinks.
+        """
+        client = self.client(self.leader(), RESIZE_TIMEOUT_S)
+        now = client.call("status")
+        if size is not None and now["state"] == "protected":
+            for told in now["volumes"]:
+                if volume in (None, told["name"]) and size > told["size"]:
+                    self.directory.grow_images(told["name"], size)
+        done = client.call("resize", volume=volume, size=size)
+        wanted = [told["size"] for told in done["volumes"]]
+        with contextlib.suppress(NotRunning):  # the other side may be elsewhere
+            follower = self.client(self.follower())
+            deadline = time.monotonic() + RESIZE_TIMEOUT_S
+            while [told["size"] for told in follower.call("status")["volumes"]] != wanted:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"The secondary does not show the new size within {RESIZE_TIMEOUT_S:g} s.")
+                time.sleep(0.01)
+        return done
 
     def rejoin(self, *, discard: Side | None = None, dry_run: bool = False) -> dict[str, Any]:
         """Make the side that was left behind the secondary of the one that leads, and start what does not run.

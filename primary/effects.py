@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from common.wire import CHECKPOINT, VERIFY, Frames, Welcome
+from common.wire import CHECKPOINT, RESIZE, VERIFY, Frames, Welcome
 from primary.window import BODY, KIND, SEQUENCE, Entry, Unacknowledged
 
 
@@ -100,6 +100,23 @@ class Verified(NamedTuple):
     differing: bytes | None
 
 
+class Resized(NamedTuple):
+    """Answer to ``resize``: the secondary's volumes have ``sizes`` bytes, durably; ``sentence``: why not more, if it
+    refused. Make room for them here, then call ``grown``. ``sizes`` None: the answer was lost, or nobody gave one; what
+    happened shows at the next handshake."""
+
+    token: Any
+    sizes: tuple[int, ...] | None
+    sentence: str
+
+
+class Outgrown(NamedTuple):
+    """The secondary's volumes are larger: an earlier resize was interrupted here. Make room for ``sizes`` and call
+    ``grown``; the session greets again and again until then. If that cannot be: ``refuse``."""
+
+    sizes: tuple[int, ...]
+
+
 class WindowOpen(NamedTuple):
     """Exports may read again."""
 
@@ -131,7 +148,7 @@ class Refused(NamedTuple):
 
 Effect = (
     Send | Reconnect | Acknowledged | FlushFailed | CheckpointDone | CheckpointFailed | Pressure | Starved | Established
-    | ResyncNeeded | Verified | WindowOpen | Cut | Lost | Refused
+    | ResyncNeeded | Verified | Resized | Outgrown | WindowOpen | Cut | Lost | Refused
 )
 
 
@@ -156,6 +173,8 @@ def answers(
                 effects.append(CheckpointFailed(body[1], "The secondary could not take the checkpoint."))
                 continue
             effects.append(checkpoint_done(body, entry[SEQUENCE], 0.0, now))
+        elif body is not None and entry[KIND] == RESIZE:
+            effects.append(Resized(body.token, *(body.answer or (None, "the answer was lost"))))
         elif body is not None:
             effects.append(Verified(body[1], None))
     return effects
@@ -169,4 +188,6 @@ def disappointments(controls: list[Entry], reason: str) -> list[Effect]:
             effects.append(CheckpointFailed(entry[BODY][1], f"The checkpoint was not taken: {reason}."))
         elif entry[KIND] == VERIFY:
             effects.append(Verified(entry[BODY][1], None))
+        elif entry[KIND] == RESIZE:
+            effects.append(Resized(entry[BODY].token, None, reason))
     return effects

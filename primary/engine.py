@@ -51,13 +51,16 @@ from primary.effects import (
     Established,
     FlushFailed,
     Lost,
+    Outgrown,
     Pressure,
     Refused,
+    Resized,
     ResyncNeeded,
     Starved,
     Verified,
     WindowOpen,
 )
+from primary.growth import Growth
 from primary.knowledge import Knowledge
 from primary.link import Link, describe
 from primary.mirror import Mirror
@@ -125,6 +128,9 @@ class Engine:
         self.checkpoints = Checkpoints(self.session, self.link, record.value.checkpoint)
         self.alignment = Alignment(
             settings, self.mirror, self.knowledge, self.session, self.link, self, self._nearly_in_line
+        )
+        self.growth = Growth(
+            settings, record, self.mirror, self.knowledge, self.session, self.link, self.alignment, self
         )
 
     def _make_session(self) -> PrimarySession:
@@ -206,6 +212,7 @@ class Engine:
                 self._set_state("syncing" if self.session.syncing else "protected", "")
                 if not self.session.syncing:
                     self._in_one_generation()
+                    self.growth.compare()
             case ResyncNeeded():
                 self._resync(effect)
             case Cut(reason=reason):
@@ -228,6 +235,11 @@ class Engine:
                 self._starved()
             case Verified(token=token, differing=differing):
                 token.answered(differing)
+            case Resized():
+                self.growth.answered(effect)
+            case Outgrown():
+                self.alignment.stop()
+                self.growth.outgrown(effect)
             case Pressure():
                 pass
 
@@ -381,9 +393,10 @@ class Engine:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
         self.alignment.stop()
         in_line = self.session.idle and self.session.attached and self.state == "protected"
-        clean = self.serving and in_line and not any(self.mirror.bitmaps)
+        clean = self.serving and in_line and not any((*self.mirror.bitmaps, *self.knowledge.suspects))
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self.growth.close()
         last = self.session.last_sequence
         self._closing = True
         self.link.perform(self.session.close("the primary stops"))

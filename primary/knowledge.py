@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +51,8 @@ class Knowledge:
         self._record = record
         self._unfinished = make_suspects(mirror)
         """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
+        self._replacing = asyncio.Lock()
+        """The intent file is being cleared, or replaced by a larger one."""
         self._bases = dict(record.value.bases)
         self.base = record.value.base
         self._open_intents()
@@ -116,6 +118,19 @@ class Knowledge:
         for bitmap in self._unfinished:
             bitmap.clear_all()
 
+    async def grow(self, sizes: Sequence[int]) -> None:
+        """The volumes have ``sizes`` bytes from now on. What is new may differ: marked durably, then in memory.
+        DiskError if it cannot be."""
+        if self.mirror.guard is not None:
+            async with self._replacing:
+                await self.mirror.guard.grow(sizes)
+        self.ledger.grow(sizes)
+        for suspects, unfinished, size in zip(self.suspects, self._unfinished, sizes, strict=True):
+            before = suspects.size
+            suspects.grow(size)
+            unfinished.grow(size)
+            suspects.set_range(before, size - before)
+
     # Forgetting
 
     async def forget_now_and_then(self, protected: Callable[[], bool], failed: Callable[[str, OSError], None]) -> None:
@@ -127,7 +142,8 @@ class Knowledge:
             if not protected():
                 continue
             try:
-                await self._forget(guard)
+                async with self._replacing:
+                    await self._forget(guard)
             except OSError as error:
                 failed("flush", error)
 

@@ -177,6 +177,12 @@ class Mirror:
         self._on_disk_error = on_disk_error
         self._held: list[tuple[MirroredDisk, WriteBatch]] = []
 
+    def grow(self, sizes: Sequence[int]) -> None:
+        """The volumes have ``sizes`` bytes from now on: bitmaps, and what exports tell whoever connects."""
+        for volume, bitmap, size in zip(self.volumes, self.bitmaps, sizes, strict=True):
+            bitmap.grow(size)
+            volume.size = size
+
     # The way of a write
 
     def submit(self, volume: MirroredDisk, batch: WriteBatch) -> None:

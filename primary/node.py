@@ -56,6 +56,7 @@ class PrimaryNode:
                 "checkpoint": engine.checkpoints.command,
                 "verify": engine.alignment.verify_command,
                 "resync": engine.alignment.resync_command,
+                "resize": engine.growth.command,
                 "clear_error": self._clear_error,
                 "redial": self._redial,
                 "stop": self._stop,

@@ -36,7 +36,7 @@ from typing import Any, Final, Literal
 from common import wire
 from common.errors import OperationFailed, WireError
 from common.generation import Standing
-from common.wire import BATCH, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
+from common.wire import BATCH, FLUSH, RESIZE, RESYNC, SYNCED, VERIFY, Frame, Frames
 from primary.effects import (
     Acknowledged,
     CheckpointFailed,
@@ -45,6 +45,7 @@ from primary.effects import (
     Established,
     FlushFailed,
     Lost,
+    Outgrown,
     Pressure,
     Reconnect,
     Refused,
@@ -65,6 +66,7 @@ from primary.window import (
     KIND,
     Ledger,
     PrimaryStatistics,
+    ResizeQuestion,
     Window,
     barrier_entry,
     batch_entry,
@@ -74,6 +76,10 @@ from primary.window import (
 RETRY_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses before the first, second, ... attempt to reconnect; the last one repeats."""
 REFUSED_RETRY_S: Final = 10.0
+
+
+Report = wire.Checkpointed | wire.Pressure | wire.Verified | wire.Resized | wire.Failed
+"""What the secondary tells in order."""
 
 
 class State(enum.Enum):
@@ -137,6 +143,7 @@ class PrimarySession:
         self.peer: wire.Welcome | None = None
         self._window = Window(config.window_bytes, next_sequence, ledger, config.checkpoint_on_pressure)
         self._window.checkpoint = checkpoint
+        self._sizes = tuple(size for _, size in config.volumes)
         self._bases = bases or {}
         self._broken = broken
         self._instance = instance
@@ -247,6 +254,33 @@ class PrimarySession:
         self._window.wait(control_entry(VERIFY, (questions, token), now))
         return self._pump(now)
 
+    # ------------------------------------------------------------------------------------------------- the sizes
+
+    def resize(self, sizes: tuple[int, ...], token: Any, now: float, *, exact: bool) -> list[Frames]:
+        """Ask the secondary to grow the volumes to ``sizes``, or with ``exact`` False to as many of them as it has;
+        ``token`` comes back in Resized.
+
+        Nothing may be sent beyond the old sizes before ``grown``. OperationFailed as in ``checkpoint``.
+        """
+        if not self.attached or self.syncing or self.state is State.WELCOMED:
+            raise OperationFailed("Nothing can be resized while the secondary is not connected and in line.")
+        self._window.wait(control_entry(RESIZE, ResizeQuestion(sizes, token, exact=exact), now))
+        return self._pump(now)
+
+    def grown(self, sizes: tuple[int, ...]) -> None:
+        """This side has ``sizes``, durably."""
+        assert all(size >= before for size, before in zip(sizes, self._sizes, strict=True))
+        self._sizes = sizes
+
+    def refuse(self, sentence: str, now: float) -> list[Effect]:
+        """The volumes of the secondary are larger, and this side has no room for that."""
+        return self._refuse("size", sentence, now)
+
+    def _outgrown(self, sizes: tuple[int, ...], now: float) -> list[Effect]:
+        if len(sizes) != len(self._sizes) or any(there < here for there, here in zip(sizes, self._sizes, strict=True)):
+            raise WireError(f"it welcomes a primary with volumes of {self._sizes} bytes, and has {sizes}")
+        return [*self._cut("its volumes are larger", now), Outgrown(sizes)]
+
     # ------------------------------------------------------------------------------------------------- the resync
 
     def begin_resync(self, *, full: bool, keep_checkpoint: bool, now: float) -> list[Effect]:
@@ -299,8 +333,11 @@ class PrimarySession:
         self._retry_at = None
         self.state = State.GREETING
         hello = wire.Hello(self._session, 0, wire.PROTOCOL_VERSION, self.stream, self._window.next_sequence,
-                           self.config.volumes, self.standing)
+                           self._volumes(), self.standing)
         return [Send(wire.encode(hello))]
+
+    def _volumes(self) -> tuple[tuple[str, int], ...]:
+        return tuple((name, size) for (name, _), size in zip(self.config.volumes, self._sizes, strict=True))
 
     def disconnected(self, reason: str, now: float) -> list[Effect]:
         """The shell knows that the connection is gone."""
@@ -445,14 +482,12 @@ class PrimarySession:
                 return [*self._cut(reason, now), *self._lose(reason, now)]
             case wire.Failed() if self.state is State.GREETING:
                 return self._cut(message.sentence, now)
-            case wire.Checkpointed() | wire.Pressure() | wire.Verified() | wire.Failed():
+            case wire.Checkpointed() | wire.Pressure() | wire.Verified() | wire.Resized() | wire.Failed():
                 return self._on_report(message, now) if self._in_order(message.sequence) else []
             case _:
                 raise WireError(f"a primary takes no {type(message).__name__}")
 
-    def _on_report(
-        self, message: wire.Checkpointed | wire.Pressure | wire.Verified | wire.Failed, now: float
-    ) -> list[Effect]:
+    def _on_report(self, message: Report, now: float) -> list[Effect]:
         match message:
             case wire.Checkpointed(barrier=barrier, number=number):
                 body = self._window.asked.get(barrier)
@@ -466,6 +501,15 @@ class PrimarySession:
                     raise WireError(f"it answers a VERIFY at {barrier} that was not asked")
                 del self._window.asked[barrier]
                 return [Verified(body[1], differing)]
+            case wire.Resized(barrier=barrier, sizes=sizes, sentence=sentence):
+                body = self._window.asked.get(barrier)
+                if not isinstance(body, ResizeQuestion) or len(sizes) != len(self._sizes) or any(
+                    not here <= there <= max(here, asked)
+                    for here, there, asked in zip(self._sizes, sizes, body.sizes, strict=True)
+                ):
+                    raise WireError(f"it says that volumes have {sizes} bytes now, at {barrier}, which was not asked")
+                body.answer = sizes, sentence
+                return []
             case wire.Pressure():
                 return self._on_pressure(message, now)
             case wire.Failed():
@@ -505,7 +549,6 @@ class PrimarySession:
 
     def _on_welcome(self, welcome: wire.Welcome, now: float) -> list[Effect]:
         window = self._window
-        wire.unpack_ranges(welcome.own, [size for _, size in self.config.volumes])
         # without a ledger the caller's bitmaps know what was handed back, and nothing of what was applied
         base = window.applied if window.ledger is None else window.recorded
         verdict = judge(Here(self.standing, self.stream, window.next_sequence, window.applied, base, self._broken,
@@ -513,6 +556,9 @@ class PrimarySession:
         if isinstance(verdict, Refusal):
             bye = Send(wire.encode(wire.Bye(self._session, 0, verdict.sentence)))
             return [bye, *self._refuse(verdict.code, verdict.sentence, now)]
+        if welcome.sizes != self._sizes:
+            return self._outgrown(welcome.sizes, now)
+        wire.unpack_ranges(welcome.own, self._sizes)
         self.peer = welcome
         self._refusal = ""
         self._established_at = now

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from common import wire
 from common.batch import WRITE
-from common.wire import BATCH, CHECKPOINT, FLUSH, RESYNC, SYNCED, VERIFY, Frame, Frames
+from common.wire import BATCH, CHECKPOINT, FLUSH, RESIZE, RESYNC, SYNCED, VERIFY, Frame, Frames
 
 # (sequence, kind, flags, blocks, cost in bytes, extents or body, payload, payload's hash, pin, time of acceptance)
 Entry = tuple[int, int, int, int, int, Any, Frame, int, Any, float]
@@ -41,6 +41,19 @@ PIN: Final = 8
 QUEUED_AT: Final = 9
 
 _OVERHEAD: Final = wire.BATCH_OVERHEAD
+
+
+class ResizeQuestion:
+    """Body of a RESIZE. ``answer``: (sizes, sentence) as in RESIZED, which counts once the ACK that covers it is there:
+    with that comes how many blocks may be sent to larger volumes."""
+
+    __slots__ = ("answer", "exact", "sizes", "token")
+
+    def __init__(self, sizes: tuple[int, ...], token: Any, *, exact: bool) -> None:
+        self.sizes = sizes
+        self.exact = exact
+        self.token = token
+        self.answer: tuple[tuple[int, ...], str] | None = None
 
 
 class Unacknowledged(NamedTuple):
@@ -130,7 +143,7 @@ class Window:
         self.peer_syncing = False
         """Whether the secondary, at ``applied``, stands between RESYNC and SYNCED."""
         self.asked: dict[int, Any] = {}
-        """Bodies of the CHECKPOINTs and VERIFYs sent and not answered, by sequence."""
+        """Bodies of the CHECKPOINTs, VERIFYs and RESIZEs sent and not answered, by sequence."""
         self.ledger = ledger
 
     @property
@@ -222,8 +235,11 @@ class Window:
         if kind == SYNCED:
             self.sync_open = False
             return wire.encode(wire.Synced(session, sequence, body))
-        assert kind == VERIFY
         self.asked[sequence] = body
+        if kind == RESIZE:
+            body.answer = None
+            return wire.encode(wire.Resize(session, sequence, body.sizes, body.exact))
+        assert kind == VERIFY
         return wire.encode(wire.Verify(session, sequence, body[0]))
 
     def acknowledge(self, applied: int, durable: int, recorded: int, free: int) -> tuple[list[Any], list[Entry]]:

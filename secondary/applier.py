@@ -41,7 +41,9 @@ from secondary.session import (
     Checkpoint,
     Effect,
     EndResync,
+    Grow,
     Point,
+    Resize,
     SecondarySession,
     Verify,
     Work,
@@ -65,6 +67,12 @@ class Ledger(Protocol):
     def resync_begun(self, stream: int, sequence: int, *, keep_checkpoint: bool) -> None: ...
 
     def resync_ended(self, history: History) -> None: ...
+
+    def resize(self, sizes: Sequence[int], *, exact: bool) -> tuple[tuple[int, ...], str]:
+        """Grow the volumes; the sizes that they have then, and why these are not what was asked for."""
+
+    def grow(self, sizes: Sequence[int]) -> tuple[str, bytes]:
+        """Follow a primary that has larger volumes; why that cannot be, and what this side may have written alone."""
 
     def checkpointed(self, number: int) -> None:
         """Note a checkpoint; called on the loop, must not block."""
@@ -157,7 +165,7 @@ class Applier:
             self._copy(work, wait=False)
             self._write(work)
             self._applied(work)
-        elif self._void:
+        elif self._void and not isinstance(work, Grow):
             self.session.applied(work.sequence)
         elif isinstance(work, Checkpoint):
             started = time.perf_counter()
@@ -216,6 +224,12 @@ class Applier:
                 return None
             case Verify():
                 return self._compare(work.questions)
+            case Resize():
+                answer = self._ledger.resize(work.sizes, exact=work.exact)
+                self._header.applied_sequence = work.sequence
+                return answer
+            case Grow():
+                return self._ledger.grow(work.sizes)
 
     def _back(self, work: Work, done: asyncio.Future[Any]) -> None:
         self._busy = False
@@ -248,6 +262,11 @@ class Applier:
             case Verify(sequence=sequence):
                 self._header.applied_sequence = sequence
                 self._send(session.verified(sequence, result))
+            case Resize(sequence=sequence):
+                self._send(session.resized(sequence, *result))
+            case Grow(sizes=sizes):
+                problem, session.own = result
+                session.grown(sizes, problem)
 
     def _missed(self, work: Checkpoint, error: TimedOut) -> None:
         """Somebody holds a request and does not let go: no checkpoint this time. Everything else goes on."""

@@ -280,21 +280,19 @@ class VolumeBuffer:
             finally:
                 os.close(fd)
 
-    def announce(self, size: int, read: Callable[[int, memoryview], None]) -> None:
-        """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first. Under a request
-        on all blocks.
-
-        The last block may have been a short one. ``read`` of the disk completes it where the buffer holds it.
-        """
+    def complete(self, size: int, read: Callable[[int, memoryview], None]) -> None:
+        """The last block may have been a short one: ``read`` of the disk fills the rest of it where the buffer holds
+        it. Under a request on all blocks, before ``announce``."""
         least = self.header.epoch << 32
-        block = self.size >> self.shift
-        end = min((block + 1) << self.shift, size)
-        if self.size < end and self.size & (self.block_size - 1):
-            for layer in (self.hidden, self.active):
-                position = layer.position(block, least)
-                if position >= 0:
-                    at = position + (self.size & (self.block_size - 1))
-                    read(self.size, layer.pool[at : at + end - self.size])
+        inside = self.size & (self.block_size - 1)
+        end = min(self.size - inside + self.block_size, size)
+        for layer in (self.hidden, self.active) if inside else ():
+            position = layer.position(self.size >> self.shift, least)
+            if position >= 0:
+                read(self.size, layer.pool[position + inside : position + inside + end - self.size])
+
+    def announce(self, size: int) -> None:
+        """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first."""
         self.header.words[self.base + h.V_SIZE] = size
         self.follow()
 
@@ -302,7 +300,8 @@ class VolumeBuffer:
         """To the size of ``disk``, with all that belongs to it; under a request on all blocks, or before there are
         any. NoSpaceError if there is no room for the maps."""
         self.allocate(disk.size)
-        self.announce(disk.size, disk.read_into)
+        self.complete(disk.size, disk.read_into)
+        self.announce(disk.size)
 
     def follow(self) -> bool:
         """Take over the size in the header. True if it had grown; from any thread."""

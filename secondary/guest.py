@@ -100,6 +100,7 @@ class GuestProcess:
             "checkpoint": self._checkpoint,
             "verify": self._verify,
             "resync": self._resync,
+            "resize": self._resize,
             "redial": self._redial,
             "clear_error": self._clear_error,
         }
@@ -140,9 +141,13 @@ class GuestProcess:
         self._stack.callback(record.close)
         context = self._stack.enter_context(zmq_context())
         self.intents.close()
+        for disk, (_, size) in zip(self.disks, stored.volumes, strict=True):
+            disk.use(size)
+        self._grown()  # a crash came between the metadata and the header
         names = [volume.name for volume in settings.volumes]
         engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
         engine.checkpoints.number = self.buffer.header.checkpoint.number
+        engine.growth.on_grown = self._grown
         await engine.knowledge.remember_start()
         engine.start(self.server, alone="this side was promoted")
         return engine
@@ -160,6 +165,15 @@ class GuestProcess:
 
     async def _resync(self, args: dict[str, Any]) -> dict[str, Any]:
         return await self._leader().alignment.resync_command(args)
+
+    async def _resize(self, args: dict[str, Any]) -> dict[str, Any]:
+        return await self._leader().growth.command(args)
+
+    def _grown(self) -> None:
+        """The disks, and the metadata, have new sizes; the disk buffer follows."""
+        for layers, disk in zip(self.buffer.volumes, self.disks, strict=True):
+            if disk.size > layers.size:
+                layers.grow(disk)
 
     async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._leader().link.redial()

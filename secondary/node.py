@@ -21,6 +21,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,7 @@ from secondary.attach import BUFFER_LINK
 from secondary.backup import PairBackup
 from secondary.buffer import BufferVolume, DiskBuffer
 from secondary.exporter import Exporter
+from secondary.growth import Growth
 from secondary.header import Failure, Stage
 from secondary.link import Link
 from secondary.promotion import Promotion
@@ -57,7 +59,7 @@ RECORD_INTERVAL_S: Final = 5.0
 """How often the applied position is made durable together with the disks, so that a crash of the host costs a small
 resync."""
 
-LEADING_COMMANDS: Final = ("checkpoint", "verify", "resync", "redial")
+LEADING_COMMANDS: Final = ("checkpoint", "verify", "resync", "redial", "resize")
 """What a promoted side's export process answers."""
 
 log = logging.getLogger("secondary")
@@ -109,6 +111,7 @@ class SecondaryNode:
         if position.syncing and not self.buffer.header.syncing:
             await asyncio.to_thread(self.backup.begin_spill)
         self._begin(metadata, found, position)
+        self.growth = Growth(settings, self.record, self.buffer, self.disks, self.backup)
         self._link_buffer()
         await self.record.update_async(clean=False, disks=fingerprints(settings, running=True))
         self.promotion = Promotion(settings, self.record, self.buffer, self.disks, self.backup, self.exporter)
@@ -268,6 +271,14 @@ class SecondaryNode:
         self.record.update(history=history, syncing=False)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.settings.directory}/{INTENT_FILE}")
+
+    def resize(self, sizes: Sequence[int], *, exact: bool) -> tuple[tuple[int, ...], str]:
+        """The volumes grow in the stream."""
+        return self.growth.resize(sizes, exact=exact)
+
+    def grow(self, sizes: Sequence[int]) -> tuple[str, bytes]:
+        """This side has to follow a primary whose volumes are larger."""
+        return self.growth.follow(sizes), self._own_writes()
 
     def checkpointed(self, number: int) -> None:
         """A checkpoint was taken; it may be noted late."""

@@ -86,6 +86,24 @@ class Verify(NamedTuple):
     questions: bytes
 
 
+class Resize(NamedTuple):
+    """Grow the volumes to ``sizes``, none of which is smaller than now; if not ``exact``, as far as the disks go.
+    Durably. Done: ``resized``."""
+
+    sequence: int
+    sizes: tuple[int, ...]
+    exact: bool
+
+
+class Grow(NamedTuple):
+    """The primary's volumes are larger: it grew while this side was away. Make room, and mark what is new as possibly
+    differing, durably; the primary comes back until that is done. Done: ``grown``."""
+
+    sizes: tuple[int, ...]
+    sequence: int = 0
+    """Of no message."""
+
+
 class Connected(NamedTuple):
     """A session began. ``again``: the primary came back with the same stream; else expect a BeginResync."""
 
@@ -109,7 +127,7 @@ class Refused(NamedTuple):
     sentence: str
 
 
-Work = Apply | Checkpoint | BeginResync | EndResync | Verify
+Work = Apply | Checkpoint | BeginResync | EndResync | Verify | Resize | Grow
 Effect = Send | Work | Connected | Disconnected | Refused
 
 
@@ -179,6 +197,10 @@ class SecondarySession:
         self._exact = position.exact
         self._syncing = position.syncing
         self._sizes = tuple(size for _, size in config.volumes)
+        self._growing: wire.Hello | None = None
+        """Asks for more than there is; room is being made."""
+        self._unfit: tuple[tuple[int, ...], str] = ((), "")
+        """Sizes for which there is no room, and why."""
         self._told = (position.applied, position.durable, position.recorded, free_blocks)
         """What the last ACK said, or would have said: a free count belongs to exactly one applied."""
         self._received = position.applied
@@ -257,16 +279,16 @@ class SecondarySession:
                 return [Disconnected(f"the primary left: {message.sentence}", True)]
             case wire.Resync():
                 return self._on_resync(message)
-            case wire.Checkpoint() | wire.Synced() | wire.Verify():
+            case wire.Checkpoint() | wire.Synced() | wire.Verify() | wire.Resize():
                 return self._on_ordered(message)
             case _:
                 raise WireError(f"a secondary takes no {type(message).__name__}")
 
-    def _on_ordered(self, message: wire.Checkpoint | wire.Synced | wire.Verify) -> list[Effect]:
+    def _on_ordered(self, message: wire.Checkpoint | wire.Synced | wire.Verify | wire.Resize) -> list[Effect]:
         sequence = message.sequence
         if not self._in_order(sequence):
             return []
-        work: Checkpoint | EndResync | Verify
+        work: Checkpoint | EndResync | Verify | Resize
         match message:
             case wire.Checkpoint(number=number):
                 if number <= self._checkpoint_received:
@@ -280,6 +302,10 @@ class SecondarySession:
             case wire.Verify(questions=questions):
                 wire.check_questions(questions, self._sizes)
                 work = Verify(sequence, questions)
+            case wire.Resize(sizes=sizes, exact=exact):
+                if len(sizes) != len(self._sizes):
+                    raise WireError(f"{len(sizes)} volumes were to be resized, and there are {len(self._sizes)}")
+                work = Resize(sequence, sizes, exact)
         self._hand_out(sequence)
         return [work]
 
@@ -325,7 +351,11 @@ class SecondarySession:
         if problem is not None:
             code, sentence = problem
             refusal = Send(peer, wire.encode(wire.Refuse(hello.session, 0, code, sentence)))
+            self._unfit = ((), "")  # the disk may have grown when it asks again
             return [refusal, Refused(peer, code, sentence)]
+        if any(size > own for (_, size), own in zip(hello.volumes, self._sizes, strict=True)):
+            later = wire.Failed(hello.session, 1, "stream", 0, 0, "the secondary has to grow its volumes first")
+            return [Send(peer, wire.encode(later)), *self._make_room(hello)]
         effects: list[Effect] = []
         if self._session:
             effects.append(Disconnected("the primary began a new session", True))
@@ -339,7 +369,7 @@ class SecondarySession:
         welcome = wire.Welcome(
             hello.session, 0, wire.PROTOCOL_VERSION, self._stream, applied, self._received, durable, recorded,
             self._checkpoint_received, free, self.config.pool_blocks, self.config.block_size, self._exact,
-            self._syncing, self.standing, self.own,
+            self._syncing, self.standing, self.own, self._sizes,
         )
         return [*effects, self._send(welcome), Connected(peer, hello, self._aligned)]
 
@@ -355,13 +385,22 @@ class SecondarySession:
         if theirs != mine:
             return "volumes", (f"the primary has the volumes {', '.join(theirs)}, the secondary {', '.join(mine)}: "
                                "they must have the same names in the same order")
-        for (name, size), (_, own) in zip(hello.volumes, self.config.volumes, strict=True):
-            if size != own:
-                return "size", f"volume {name} has {size} bytes on the primary and {own} bytes on the secondary"
+        sizes = tuple(size for _, size in hello.volumes)
+        for (name, size), own in zip(hello.volumes, self._sizes, strict=True):
+            if size != own and (not self.standing.history or (size > own and sizes == self._unfit[0])):
+                why = f": {self._unfit[1]}" if sizes == self._unfit[0] else ""
+                return "size", f"volume {name} has {size} bytes on the primary and {own} bytes on the secondary{why}"
         decision = decide(self.standing, hello.standing)
         if not isinstance(decision, InSync | PrimaryAhead):
             return CODES[type(decision)], decision.sentence
         return None
+
+    def _make_room(self, hello: wire.Hello) -> list[Effect]:
+        """A primary that this side has to follow has larger volumes: it is welcome once there is room for them."""
+        if self._growing is not None:
+            return []
+        self._growing = hello
+        return [Grow(tuple(max(size, own) for (_, size), own in zip(hello.volumes, self._sizes, strict=True)))]
 
     def _tell_off(self, peer: bytes, message: wire.Message) -> list[Effect]:
         """Something for another session: its sender has to greet again. Once for each, and never in answer to a BYE."""
@@ -426,6 +465,25 @@ class SecondarySession:
         if not self._session or not counted:
             return []
         return [self._send(wire.Verified(self._session, self._next(), sequence, differing))]
+
+    def resized(self, sequence: int, sizes: tuple[int, ...], sentence: str) -> list[Effect]:
+        """A Resize is done: the volumes have ``sizes`` bytes, durably. ``sentence``: why not those asked for. Goes out
+        before the ACK that covers it."""
+        counted = self.applied(sequence)
+        self._sizes = sizes
+        if not self._session or not counted:
+            return []
+        return [self._send(wire.Resized(self._session, self._next(), sequence, sizes, sentence))]
+
+    def grown(self, sizes: tuple[int, ...], problem: str) -> None:
+        """A Grow is done: there is room for ``sizes``; or there is none, because of ``problem``."""
+        hello, self._growing = self._growing, None
+        if problem:
+            self._unfit = tuple(size for _, size in hello.volumes) if hello is not None else (), problem
+            return
+        self._sizes, self._unfit = sizes, ((), "")
+        if hello is not None and hello.stream == self._stream:
+            self._exact = False  # it was to grow in the stream, and that is not what happened here
 
     def point(self) -> Point:
         """Take this before an fdatasync of all disks, and give it to ``durable`` after."""
@@ -503,6 +561,7 @@ class SecondarySession:
         self._uncounted = 0
         self._received = self._applied
         self._checkpoint_received = self._checkpoint
+        self._growing = None
 
     # -------------------------------------------------------------------------------------------------------- time
 

@@ -37,7 +37,7 @@ def welcome(session: PrimarySession, **changes: Any) -> wire.Frames:
     """A WELCOME that lets ``session`` go on, but for ``changes``."""
     applied = changes.get("applied", session.last_sequence)
     plain = wire.Welcome(session._session, 0, 1, STREAM, applied, applied, 0, 0, 0, 100, 100, 4096, True, False,
-                         SECONDARY)
+                         SECONDARY, sizes=tuple(size for _, size in VOLUMES))
     return wire.encode(replace(plain, **changes))
 
 
@@ -91,7 +91,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("code", "changes", "words"), REFUSALS, ids=[row[0] for row in REFUSALS])
 def test_who_does_not_belong_is_refused_with_both_values(code: str, changes: dict[str, Any], words: str) -> None:
-    standing = SECONDARY._replace(history=(Generation(0, 1, "a"), *HISTORY)) if code == "rejoin" else SECONDARY
+    history = {"rejoin": (Generation(0, 1, "a"), *HISTORY), "size": ()}.get(code, HISTORY)
+    standing = SECONDARY._replace(history=history)
     session = secondary(standing=standing)
     effects = session.receive(PEER, hello(**changes), 0.0)
     assert kinds(effects) == ["Send", "Refused"]

@@ -24,7 +24,7 @@ def extent(offset: int, length: int, position: int = 0, volume: int = 0, kind: i
 
 SAMPLES: list[wire.Message] = [
     wire.Hello(1, 0, wire.PROTOCOL_VERSION, 2**64 - 1, 3, (("root", 2**40), ("data", 512)), STANDING),
-    wire.Welcome(1, 0, 1, 2, 3, 4, 2, 1, 9, 10, 100, 4096, True, False, STANDING),
+    wire.Welcome(1, 0, 1, 2, 3, 4, 2, 1, 9, 10, 100, 4096, True, False, STANDING, b"", (1 << 40, 5)),
     wire.Refuse(1, 0, "pair", "the primary belongs to another pair"),
     wire.Batch(1, 2, wire.FLUSH, extent(0, 3), memoryview(b"abc")),
     wire.Batch(2**64 - 1, 2**64 - 1, 0, extent(0, 4096, kind=1) * 20, memoryview(b"")),
@@ -41,6 +41,8 @@ SAMPLES: list[wire.Message] = [
     wire.Verify(1, 7, b"q" * 48),
     wire.Verified(1, 4, 7, b"\0\1"),
     wire.Failed(1, 5, "apply", 3, 5, "the disk gave an I/O error"),
+    wire.Resize(1, 8, (1 << 40, 5), True),
+    wire.Resized(1, 6, 8, (5,), "side b's disk is too small"),
 ]
 IDS = [f"{index}-{type(sample).__name__}" for index, sample in enumerate(SAMPLES)]
 
