@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from deploy.layout import PairOptions
 from deploy.pair import Pair
 from secondary.attach import attach
 from tests.conftest import wait_until
+from tests.nbd_tools import nbdinfo
 from tests.pairs import (
     MIB,
     QUICK,
@@ -53,6 +55,8 @@ def sizes(pair: Pair) -> tuple[int, int]:
     for uri in (primary_uri(pair), guest_uri(pair)):
         with NbdClient(uri) as client:
             found.append(client.size)
+        if shutil.which("nbdinfo"):
+            assert nbdinfo(uri)["export-size"] == found[-1]
     return found[0], found[1]
 
 
@@ -100,7 +104,7 @@ def asked(pair: Pair) -> None:
     wait_until(busy, 20, "RESIZE on its way")
 
 
-@pytest.mark.parametrize("target", ["latest", "checkpoint"])
+@pytest.mark.parametrize("target", ["checkpoint", pytest.param("latest", marks=pytest.mark.soak)])
 def test_grows_under_load_and_fails_over_with_every_byte(short_dir: Path, target: str) -> None:
     with running(short_dir / "p", PairOptions(size=OLD, overrides=QUICK)) as pair:
         with (
@@ -231,6 +235,7 @@ def test_the_primary_dies_when_the_secondary_has_grown(short_dir: Path) -> None:
         compared(pair)
 
 
+@pytest.mark.soak
 def test_the_primary_dies_and_the_larger_side_takes_over(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=OLD, overrides=QUICK)) as pair:
         put(primary_uri(pair), 0, random_bytes(1, MIB))
