@@ -54,6 +54,8 @@ def parse_size(value: object) -> int:
     if match is None:
         raise ValueError(f'{value!r} is no size; write bytes or something like "4K", "256MiB", "1G"')
     size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if size >= 1 << 63:
+        raise ValueError(f"{value!r} is more than any disk has")
     if size != int(size):
         raise ValueError(f"{value!r} is not a whole number of bytes")
     return int(size)

@@ -8,6 +8,7 @@ stdout too.
 from __future__ import annotations
 
 import functools
+import getpass
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ from deploy import __version__
 from deploy.bench.command import bench
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.hosts_commands import RATE, hosts, redirect, wrap
-from deploy.layout import PairOptions
+from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.render import deployment
 from deploy.snapshot import snapshot
@@ -86,12 +87,12 @@ class ListenType(click.ParamType):  # type: ignore[type-arg]  # as above
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn a TandemDiskError into its sentence and its exit code."""
+    """Turn a TandemDiskError into its sentence and its exit code; a path that cannot be used is one, too."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            return _without_os_errors(functools.partial(command, *args, **kwargs))
         except TandemDiskError as error:
             if kwargs.get("as_json"):
                 click.echo(json.dumps({"error": error_to_dict(error)}))
@@ -101,6 +102,26 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(error.exit_code)
 
     return wrapped
+
+
+def _without_os_errors(command: Callable[[], R]) -> R:
+    """The command; an OSError that names a file becomes a ConfigError. Any other is a mistake of ours, and is shown."""
+    try:
+        return command()
+    except OSError as error:
+        if error.filename is None:
+            raise
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        raise ConfigError(
+            f"Cannot use {path}: {error.strerror}.", hint=f"The command ran as {_user()}: see that this user may, or give another path."
+        ) from error
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no name is known for the number
+        return f"user {os.geteuid()}"
 
 
 directory_option = click.option(
@@ -147,8 +168,8 @@ def main() -> None:
 @click.option(
     "--hosts",
     "where",
-    metavar="local|netns[:TAG]",
-    help="Where the sides run: here, or in two network namespaces (root).",
+    metavar="local|netns[:TAG]|FILE",
+    help="Where the sides run: here, in two network namespaces (root), or on the hosts that a pair file names.",
 )
 @click.option("--rate", type=RATE, help="What the cable between the namespaces carries.  [default: unlimited]")
 @click.option("--plaintext", is_flag=True, help="No CURVE between the namespaces.")
@@ -216,8 +237,11 @@ def up(
 def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
     told = pair.create_or_resume(options, detach=detach)
     children = told["children"]
+    placement = placement_of(options)
     try:
-        if children.get("primary", {}).get("alive"):
+        if placement is not None and placement.elsewhere:
+            console.print("\n".join(placement.instructions()), markup=False, highlight=False, soft_wrap=True)
+        elif children.get("primary", {}).get("alive"):
             watch_resync(pair, console)
         elif "primary" in children:
             console.print("The old primary stays down: the secondary leads since a failover.", style="yellow")

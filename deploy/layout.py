@@ -26,6 +26,7 @@ from common.errors import ConfigError, DiskError
 from common.keys import generate_keys
 from common.settings import Compression, Mode, NodeSettings, Role
 from deploy.hosts import REPLICATION_PORT, NetnsHosts, Side, parse_rate, require_root
+from deploy.placement import Placement, names_a_file
 
 SIDES: Final[dict[Role, Side]] = {"primary": "a", "secondary": "b"}
 ROLES: Final[tuple[Role, Role]] = ("secondary", "primary")
@@ -53,7 +54,8 @@ class PairOptions:
     """TCP address of the primary's export, beside its Unix socket."""
     hosts: str | None = None
     """``local``: both sides on this machine; ``netns``: each in a network namespace of its own, with a cable between
-    them; ``netns:TAG``: in namespaces that ``tandemdisk hosts up`` made. None: as $TANDEMDISK_HOSTS says, or local.
+    them; ``netns:TAG``: in namespaces that ``tandemdisk hosts up`` made; a path: where that pair file says. None: as
+    $TANDEMDISK_HOSTS says, or local.
     """
     rate: str | None = None
     """What the cable carries (``100mbit``); None: no limit."""
@@ -145,21 +147,29 @@ class PairDirectory:
 
     def create(self, options: PairOptions) -> dict[Role, NodeSettings]:
         """Make directories, images and configurations. On any error nothing stays behind."""
-        hosts = _hosts(options)
-        plan = self._plan(options, hosts)
+        placement = placement_of(options)
+        if placement is not None:
+            hosts = placement.hosts(parse_rate(options.rate) if options.rate else None)
+            plan = placement.settings(self.path)
+        else:
+            hosts = _hosts(options)
+            plan = self._plan(options, hosts)
         existed = self.path.exists()
         if existed and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for side in SIDES.values():
-                (self.path / side).mkdir(mode=0o700)
+            for settings in plan.values():
+                (self.path / settings.side).mkdir(mode=0o700)
             if hosts is not None:
                 self.hosts_file.write_text(json.dumps({"tag": hosts.tag, "rate": hosts.rate}))
-                if options.encrypt:
-                    plan = self._with_keys(plan)
-            for role in ROLES:
-                settings = plan[role]
+            if placement is not None:
+                for path, key in placement.key_files(self.path).items():
+                    path.write_bytes(key)
+                    path.chmod(0o600)
+            elif hosts is not None and options.encrypt:
+                plan = self._with_keys(plan)
+            for role, settings in plan.items():
                 if options.size is not None:
                     for volume in settings.volumes:
                         _make_image(Path(volume.disk), options.size)
@@ -266,7 +276,12 @@ class PairDirectory:
         """Where options given for an existing pair contradict its configuration."""
         found: list[str] = []
         hosts = self.hosts()
-        if options.hosts is not None and (options.hosts == "local") != (hosts is None):
+        placement = placement_of(options)
+        if placement is not None:
+            ids = {settings.pair_id for settings in self.settings().values()}
+            if ids != {placement.pair.pair_id}:
+                found.append(f"{options.hosts} describes the pair {placement.pair.pair_id}, here is {', '.join(ids)}")
+        elif options.hosts is not None and (options.hosts == "local") != (hosts is None):
             found.append(f"--hosts {options.hosts} was given, {self.path} says {'local' if hosts is None else NETNS}")
         for role, settings in self.settings().items():
             disks = options.primary_disks if role == "primary" else options.secondary_disks
@@ -289,6 +304,31 @@ class PairDirectory:
         return list(dict.fromkeys(found))
 
 
+def placement_of(options: PairOptions) -> Placement | None:
+    """The pair file that ``options`` name, if they do. ConfigError for options that it contradicts, and if no host in
+    it is here."""
+    if options.hosts is None or not names_a_file(options.hosts):
+        return None
+    if left := [name for name, value in _said_by_a_file(options).items() if value]:
+        raise ConfigError(f"{options.hosts} says what the pair is.", hint=f"Leave {', '.join(left)} out.")
+    placement = Placement.load(Path(options.hosts))
+    if not placement.here:
+        raise ConfigError(
+            f"No host in {options.hosts} is this machine: nothing can be started here.",
+            hint="\n".join(placement.instructions()),
+        )
+    return placement
+
+
+def _said_by_a_file(options: PairOptions) -> dict[str, object]:
+    return {
+        "--size": options.size, "--primary-disk": options.primary_disks, "--secondary-disk": options.secondary_disks,
+        "--volumes": options.volumes, "--assume-synced": options.assume_synced, "--mode": options.mode,
+        "--checkpoint-interval": options.checkpoint_interval_s, "--block-size": options.block_size,
+        "--buffer-size": options.buffer_bytes, "--listen": options.listen, "--compression": options.compression,
+    }  # fmt: skip
+
+
 def _hosts(options: PairOptions) -> NetnsHosts | None:
     """The hosts that ``options`` ask for, not made yet. ConfigError for a word that names none."""
     word = options.hosts or os.environ.get(HOSTS_VARIABLE) or "local"
@@ -298,7 +338,7 @@ def _hosts(options: PairOptions) -> NetnsHosts | None:
             raise ConfigError("--rate limits the cable between two hosts.", hint="Give --hosts netns with it.")
         return None
     if kind != NETNS:
-        raise ConfigError(f"--hosts {word!r} names no hosts.", hint="Use local, netns, or netns:TAG.")
+        raise ConfigError(f"--hosts {word!r} names no hosts.", hint="Use local, netns, netns:TAG, or a pair file.")
     require_root()
     try:
         return NetnsHosts(tag or None, parse_rate(options.rate) if options.rate else None)

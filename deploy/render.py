@@ -50,7 +50,7 @@ class RenderedFile:
 def render(pair: PairFile, name: str, keys: Path, command: str = COMMAND) -> Iterator[RenderedFile]:
     """All files of host ``name``. Keys come from the directory ``keys``; those that are missing are made there."""
     host, peer = pair.host(name), pair.peer(name)
-    _make_keys(pair, keys)
+    make_keys(pair, keys)
     yield RenderedFile(
         ETC / f"{pair.pair_id}.toml", format_config(host.settings, host.role), 0o640, "root:tandemdisk"
     )
@@ -65,7 +65,7 @@ def render(pair: PairFile, name: str, keys: Path, command: str = COMMAND) -> Ite
     yield RenderedFile(Path(f"/etc/nftables.d/tandemdisk-{pair.pair_id}.nft"), _firewall(pair, host, peer))
 
 
-def _make_keys(pair: PairFile, directory: Path) -> None:
+def make_keys(pair: PairFile, directory: Path) -> None:
     """Keys of both hosts in ``directory``. ConfigError if those that are there cannot be used."""
     for name in pair.hosts:
         secret, public = directory / f"{name}{SECRET_SUFFIX}", directory / f"{name}{PUBLIC_SUFFIX}"

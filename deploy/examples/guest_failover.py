@@ -1,6 +1,6 @@
-"""A guest that lives on while its primary's host dies: `python -m deploy.examples.guest_failover` (root).
+"""A guest that lives on while its primary's host dies: `python -m deploy.examples.guest_failover [--haproxy]` (root).
 
-    files, fsync ──▶ ext4 ──▶ loop ──▶ FUSE ──▶ QEMU's NBD client, reconnecting ──▶ redirect ──▶ who leads
+    files, fsync ──▶ ext4 ──▶ loop ──▶ FUSE ──▶ QEMU's NBD client, reconnecting ──▶ redirect or HAProxy ──▶ who leads
 
 Two hosts (network namespaces), a pair between them with CURVE, a file system on its export. A program writes files and
 fsyncs each, as a database would. The primary's host loses power in the midst of it; the operator fails over; the
@@ -30,6 +30,7 @@ from typing import Final
 
 from common.errors import ConfigError, OperationFailed, TandemDiskError, TimedOut
 from common.limits import KIB, MIB
+from deploy.examples.haproxy import Haproxy, require_haproxy
 from deploy.faults import HostGone
 from deploy.hosts import require_root, run
 from deploy.layout import PairOptions
@@ -164,7 +165,7 @@ class Program:
         return len(self.digests)
 
 
-def story(directory: Path, say: Callable[[str], None]) -> Program:
+def story(directory: Path, say: Callable[[str], None], *, haproxy: bool = False) -> Program:
     """The whole example in ``directory``; what the program did."""
     overrides = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 1.0}}
     with contextlib.ExitStack() as stack:
@@ -175,9 +176,10 @@ def story(directory: Path, say: Callable[[str], None]) -> Program:
         pair.wait_protected()
         hosts = pair.directory.hosts()
         assert hosts is not None
-        redirector = stack.enter_context(Redirector(pair))
-        mount = stack.enter_context(mounted(redirector.address, "disk0", directory))
-        say(f"a pair on two hosts; clients go to {redirector.uri()}; ext4 is mounted on it")
+        way: Haproxy | Redirector = Haproxy(pair, directory) if haproxy else Redirector(pair)
+        stack.enter_context(way)
+        mount = stack.enter_context(mounted(way.address, "disk0", directory))
+        say(f"a pair on two hosts; clients go to {way.uri()}; ext4 is mounted on it")
         with Program(mount) as program:
             program.wait_written(30)
             say(f"{program.written} files written")
@@ -198,8 +200,12 @@ def main() -> int:
     begun = time.monotonic()
     try:
         require_tools()
+        haproxy = "--haproxy" in sys.argv[1:]
+        if haproxy:
+            require_haproxy()
         with tempfile.TemporaryDirectory(prefix="td-", dir="/tmp") as directory:
-            story(Path(directory), lambda line: print(f"{time.monotonic() - begun:6.2f} s  {line}", flush=True))
+            story(Path(directory), lambda line: print(f"{time.monotonic() - begun:6.2f} s  {line}", flush=True),
+                  haproxy=haproxy)  # fmt: skip
     except TandemDiskError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

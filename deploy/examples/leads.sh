@@ -1,5 +1,5 @@
 #!/bin/sh
-# Does this host's side of the pair lead? "up" or "down", for HAProxy's agent check (see haproxy.cfg).
+# Does this host's side of the pair lead? "ready up" or "down", for HAProxy's agent check (see haproxy.cfg).
 #
 #   leads.sh /var/lib/tandemdisk/mail
 #
@@ -26,6 +26,6 @@ for process in ("primary", "secondary"):
     except (OSError, ValueError, KeyError):
         continue
     if told["role"] == "primary" and told["state"] not in UNABLE:
-        answer = "up"
+        answer = "ready up"
 print(answer)
 PYTHON

@@ -5,6 +5,7 @@ process.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_version_and_help() -> None:
     [
         (["--size", "1X"], "is no size"),
         (["--size", "0"], "more than nothing"),
+        (["--size", "9999999T"], "more than any disk"),
         (["--size", "1000"], "multiple of 512"),
         (["--size", "1M", "--block-size", "3000"], "power of two"),
         (["--size", "1M", "--mode", "fast"], "fast"),
@@ -49,6 +51,30 @@ def test_bad_usage_is_exit_code_2_and_touches_nothing(short_dir: Path, options: 
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert not (short_dir / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["up --size 1M", "keygen", "deploy render deploy/examples/pair.toml --host east --keys /dev/null/x"],
+)
+def test_a_path_that_cannot_be_used_is_a_sentence(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    directory = [] if "--keys" in command else ["--dir", "/dev/null/x"]
+    result = run(*command.split(), *directory)
+    assert result.exit_code == 2, result.output
+    assert "Not a directory" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_directory_of_somebody_else(short_dir: Path) -> None:
+    """Root may read everything, so this is for the others: every command says so in one sentence."""
+    (short_dir / "p").mkdir(mode=0o000)
+    if os.access(short_dir / "p", os.R_OK):
+        pytest.skip("this user may read everything")
+    for command in ("up", "up --size 1M", "status", "checkpoint", "verify", "failover", "rejoin", "switchover", "down"):
+        result = run(*command.split(), "--dir", short_dir / "p")
+        assert result.exit_code == 2, (command, result.output)
+        assert "Permission denied" in result.stderr
 
 
 def test_disks_that_are_missing_or_differ(short_dir: Path) -> None:
