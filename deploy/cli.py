@@ -113,7 +113,8 @@ def _without_os_errors(command: Callable[[], R]) -> R:
             raise
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         raise ConfigError(
-            f"Cannot use {path}: {error.strerror}.", hint=f"The command ran as {_user()}: see that this user may, or give another path."
+            f"Cannot use {path}: {error.strerror}.",
+            hint=f"The command ran as {_user()}: see that this user may, or give another path.",
         ) from error
 
 
