@@ -101,11 +101,12 @@ class CommitJob:
         buffer: DiskBuffer,
         disks: Sequence[Disk],
         *,
+        prepare: Callable[[], None] | None = None,
         on_write: Callable[[int, int, int], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``on_write(volume, offset, length)`` comes before a write to a secondary disk, ``progress(done, total)`` in
-        blocks after it.
+        """``prepare`` comes before anything is moved, and the commit fails with it. ``on_write(volume, offset,
+        length)`` comes before a write to a secondary disk, ``progress(done, total)`` in blocks after it.
         """
         self.buffer = buffer
         self.header = buffer.header
@@ -113,6 +114,7 @@ class CommitJob:
             VolumeView(volume, disk, overlay=True) for volume, disk in zip(buffer.volumes, disks, strict=True)
         ]
         self.disks = list(disks)
+        self.prepare = prepare
         self.on_write = on_write
         self.progress = progress
         self.stopping = threading.Event()
@@ -130,6 +132,8 @@ class CommitJob:
             raise OperationFailed(f"Nothing to commit in stage {header.stage.name}.")
         header.store_state(Stage.FAILOVER, header.epoch, syncing=False)
         try:
+            if self.prepare is not None:
+                self.prepare()
             held = [_held_blocks(volume) for volume in self.buffer.volumes]
             for volume, blocks in zip(self.buffer.volumes, held, strict=True):
                 header.words[volume.base + h.V_COMMIT_DONE] = 0

@@ -189,8 +189,7 @@ class Promotion:
             else:
                 await asyncio.to_thread(lambda: failover_latest(self._backup, force=force))
         if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and self._committing is None:
-            await asyncio.to_thread(self._note_held)
-            self.commit = CommitJob(self._buffer, self._disks)
+            self.commit = CommitJob(self._buffer, self._disks, prepare=self._note_held)
             self._committing = self._loop.create_task(self._run_commit(self.commit), name="commit")
         elif header.stage is Stage.DONE:
             await asyncio.to_thread(self._backup.end_spill)

@@ -13,18 +13,19 @@ import sys
 import pytest
 
 from tests.simulation.bugs import BUGS
+from tests.simulation.nth_fault import PHASES
 from tests.simulation.regressions import REGRESSIONS
 from tests.simulation.scenarios import SCENARIOS
 
 SEEDS = 150
 
 
-def simulate(*arguments: str) -> str:
+def simulate(*arguments: str, timeout_s: float = 110) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.simulation", *arguments],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -78,3 +79,19 @@ def hunts() -> str:
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found_within_the_stated_seeds_and_without_it_they_pass(name: str, hunts: str) -> None:
     assert re.search(rf"^ok +{name}: seed \d+ of {BUGS[name].seeds}: ", hunts, re.MULTILINE), hunts
+
+
+def nth_faults(every: int) -> set[str]:
+    """The phases in which no call that failed did harm."""
+    text = simulate("--nth-fault", "--every", str(every), timeout_s=600)
+    return set(re.findall(r"^ok     (\w+): [1-9]\d* calls, \d+ runs, once", text, re.MULTILINE))
+
+
+def test_any_call_of_a_phase_may_fail_once_and_from_then_on() -> None:
+    """Every ninth call here; the soak has them all."""
+    assert nth_faults(9) == set(PHASES)
+
+
+@pytest.mark.soak
+def test_every_call_of_a_phase_fails_once_and_from_then_on() -> None:
+    assert nth_faults(1) == set(PHASES)

@@ -4,6 +4,8 @@
 --minutes M             as many seeds as that takes
 --seed S [--log]        one seed, with its trace
 --scenario NAME         a story; without a name: all of them
+--nth-fault [PHASE]     every call of a phase fails once, and from then on; without a phase: of all of them
+                        (--every K: every K-th; --number N [--from-then-on] [--log]: the N-th only)
 --bug [NAME]            how soon a planted bug is found; without a name: all of them
 """
 
@@ -28,10 +30,16 @@ def main() -> int:
     parser.add_argument("--log", action="store_true", help="print the trace")
     parser.add_argument("--scenario", nargs="?", const="")
     parser.add_argument("--bug", nargs="?", const="")
+    parser.add_argument("--nth-fault", nargs="?", const="", metavar="PHASE")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--from-then-on", action="store_true")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args()
     if arguments.scenario is not None:
         return scenarios(arguments.scenario)
+    if arguments.nth_fault is not None:
+        return nth_faults(arguments)
     if arguments.bug is not None:
         return bugs(arguments.bug)
     if arguments.seed is not None:
@@ -114,6 +122,30 @@ def bugs(name: str) -> int:
     for found in hunts:
         print(found.describe())
     return 0 if all(found.good for found in hunts) else 1
+
+
+def nth_faults(arguments: argparse.Namespace) -> int:
+    from tests.simulation.nth_fault import PHASES, fail, loop
+
+    names = [arguments.nth_fault] if arguments.nth_fault else list(PHASES)
+    if arguments.number is not None:
+        outcome = fail(names[0], arguments.number, sticky=arguments.from_then_on, keep_log=arguments.log)
+        print("\n".join(outcome.result.log))
+        print(outcome.describe())
+        return 1 if outcome.result.failure is not None else 0
+    runs = failed = 0
+    for name in names:
+        for sticky in (False, True):
+            outcomes = list(loop(name, sticky=sticky, every=arguments.every))
+            bad = [outcome for outcome in outcomes if outcome.result.failure is not None]
+            runs += len(outcomes)
+            failed += len(bad)
+            kind = "from then on" if sticky else "once"
+            print(f"{'FAILED' if bad else 'ok    '} {name}: {outcomes[-1].calls} calls, {len(outcomes)} runs, {kind}")
+            for outcome in bad:
+                print(outcome.describe())
+    print(f"{runs} runs, {failed} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Clients:
             world.oracle.starts[index], world.sizes[index], world.most_blocks
         )
         host = process.host
-        batch = world.oracle.submitted(extents, fua, process, risky="disk_primary" in world.options.troubles)
+        batch = world.oracle.submitted(extents, fua, process, risky=world.disk_may_fail)
         world.own_operations.append(operations)
         self._count += 1
         number = self._count
@@ -234,7 +234,7 @@ class Clients:
                 process.run(world.loop.run_in_executor, None, later)
             return
         except OSError as error:
-            if world.oracle.view is not None and not process.host.faults.any():
+            if world.oracle.view is not None and not (process.host.faults.any() or world.countdown.armed):
                 world.guard(_raise, "I1", f"the guest gets {error} where there is a checkpoint")
             return
         except BaseException:

@@ -36,6 +36,8 @@ class Faults:
     write: float = 0.0
     flush: float = 0.0
     save: float = 0.0
+    intents: float = 0.0
+    """A write of the write-intent file."""
     cold: float = 0.0
     """A read that must not wait would have to."""
     kill: float = 0.0
@@ -52,28 +54,32 @@ class Faults:
         raise Killed
 
     def any(self) -> bool:
-        return bool(self.read or self.write or self.flush or self.save or self.kill)
+        return bool(self.read or self.write or self.flush or self.save or self.intents or self.kill)
 
 
 class Countdown:
-    """For n-th-fault loops: counts calls, and lets one of them (or every one from it on) fail."""
+    """For n-th-fault loops: counts calls while it is ``armed``, and lets one of them fail; if it is ``sticky``, all
+    later ones of the same device, too."""
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.fail_at = 0
+        self.armed = False
         self.sticky = False
-        self.kinds: frozenset[str] = frozenset()
-        self.hits: list[str] = []
+        self.fail_at = 0
+        """Number of the call that fails, from 1; 0: none does."""
+        self.calls = 0
+        self.hit = ""
+        """What failed first: "device call"."""
+        self._device = ""
 
-    def strikes(self, kind: str) -> bool:
-        """Count a call of ``kind``; True if it has to fail."""
-        if self.kinds and kind not in self.kinds:
+    def strikes(self, device: str, call: str) -> bool:
+        """Count a call; True if it has to fail."""
+        if not self.armed:
             return False
         self.calls += 1
-        hit = self.fail_at and (self.calls == self.fail_at or (self.sticky and self.calls >= self.fail_at))
-        if hit:
-            self.hits.append(kind)
-        return bool(hit)
+        if self.calls == self.fail_at:
+            self._device, self.hit = device, f"{device} {call}"
+            return True
+        return self.sticky and device == self._device
 
 
 class Platter:
@@ -91,6 +97,8 @@ class Platter:
         self.chance = chance
         self.faults = faults
         self.countdown = Countdown()
+        self.device = name
+        """What ``countdown`` calls it."""
         self.changed: Callable[[], None] = lambda: None
         self.forgot: Callable[[], None] = lambda: None
         self.between: Callable[[Platter, str], None] = lambda _platter, _kind: None
@@ -141,7 +149,7 @@ class Platter:
         faults = self.faults
         if faults.kill and self.chance.random() < faults.kill:
             faults.die()
-        if self.countdown.strikes(f"{self.name} {kind}") or (likelihood and self.chance.random() < likelihood):
+        if self.countdown.strikes(self.device, kind) or (likelihood and self.chance.random() < likelihood):
             raise OSError(faults.code, os.strerror(faults.code))
 
 
@@ -253,6 +261,8 @@ class MetadataFile:
     name: str = ""
 
     def load(self, path: str) -> Metadata | None:
+        if PROCESS.get() is not None and self.countdown.strikes(self.name, "load"):
+            raise DiskError(f"The metadata file {path} cannot be read: {os.strerror(self.faults.code)}.")
         return parse(self.now, path) if self.now is not None else None
 
     def save(self, path: str, metadata: Metadata) -> None:
@@ -265,7 +275,7 @@ class MetadataFile:
             if self.chance.random() < 0.5:
                 self.now = self.stable = data
             faults.die()
-        if self.countdown.strikes(f"{self.name} save") or (faults.save and self.chance.random() < faults.save):
+        if self.countdown.strikes(self.name, "save") or (faults.save and self.chance.random() < faults.save):
             if self.chance.random() < 0.3:
                 # renamed, and then the directory could not be synced: what a loss of power leaves is open
                 self.now = data

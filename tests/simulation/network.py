@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation.clock import PROCESS, Process, VirtualLoop
+from tests.simulation.disk import Countdown
 
 Message = tuple[bytes, ...]
 TO_LISTENER, TO_DIALER = 0, 1
@@ -52,6 +53,9 @@ class Connection:
 
     def send(self, direction: int, frames: Sequence[Any]) -> None:
         network = self.network
+        if network.countdown.strikes("stream", "send"):
+            self.break_()
+            return
         message: Message = tuple(bytes(frame) for frame in frames)
         network.sent += 1
         network.trace(direction, message)
@@ -247,6 +251,7 @@ class Network:
 
     def __init__(self, loop: VirtualLoop, chance: random.Random, trace: Callable[[int, Message], None]) -> None:
         self.loop = loop
+        self.countdown = Countdown()
         self.chance = chance
         self.trace = trace
         self.manners = Manners()

@@ -353,4 +353,25 @@ async def the_guest_asks_before_a_failover_and_hears_after_it(sim: Simulation) -
     await sim.pause(3.0)
 
 
+@scenario()
+async def a_commit_whose_blocks_cannot_be_noted(sim: Simulation) -> None:
+    """n-th fault, failover_to_checkpoint: side b had taken over durably, and could not mark in its write-intent file
+    what the commit moves. No commit began, and the failover could not be repeated: it had been done already."""
+    await born(sim)
+    await writes(sim, 10)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.2)
+    sim.failover("checkpoint", force=True)
+    await at_the_moment(sim, lambda: generation(sim, "b") == 2, 10, "the promotion")
+    sim.b.faults.intents = 1.0
+    await sim.pause(1.0)
+    sim.b.faults.intents = 0.0
+    answer = await told(sim, "failover", to="checkpoint")
+    expect(not isinstance(answer, Exception), f"refused: {answer}")
+    await sim.until(lambda: sim.leading is sim.b, 30, "the lead of side b")
+    sim.watched = ["a", "b"]
+    await sim.rest()
+
+
 REGRESSIONS = [name for name in SCENARIOS if name not in _OLDER]

@@ -409,7 +409,8 @@ class Simulation:
         world.network.manners = Manners(stale=world.network.manners.stale, delay_s=world.network.manners.delay_s)
         for host in world.hosts.values():
             faults = host.faults
-            faults.read = faults.write = faults.flush = faults.save = faults.cold = faults.kill = 0.0
+            faults.read = faults.write = faults.flush = faults.save = faults.intents = 0.0
+            faults.cold = faults.kill = 0.0
             for process in host.processes.values():
                 if process.alive and process.stopped:
                     world.loop.resume(process)

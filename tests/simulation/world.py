@@ -40,6 +40,7 @@ import secondary.node
 import secondary.requests
 from common import limits
 from common.errors import DiskError, TandemDiskError
+from common.intent import IntentFile
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
 from primary.resync import ResyncLimits
 from secondary.buffer import DiskBuffer
@@ -47,7 +48,7 @@ from secondary.header import PairHeader
 from secondary.replica import GuestVolume
 from secondary.requests import Description, RequestTable
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
-from tests.simulation.disk import Faults, MetadataFile, Platter, SimDisk
+from tests.simulation.disk import Countdown, Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
 from tests.simulation.oracle import Oracle, Violation
@@ -83,7 +84,9 @@ class Host:
             platter.changed = world.disk_changed
             platter.forgot = lambda: world.disk_forgot(side)
             platter.between = world.between
-        self.metadata = MetadataFile(self.chance, self.faults, name=f"{side} metadata")
+            platter.countdown = world.countdown
+            platter.device = f"{side} {Path(platter.name).stem}"
+        self.metadata = MetadataFile(self.chance, self.faults, countdown=world.countdown, name=f"{side} metadata")
         self.rate = self.offset = 0.0
         self.settings = NodeSettings(
             pair_id="simulated",
@@ -99,7 +102,9 @@ class Host:
                 peer_timeout_s=PEER_TIMEOUT_S,
             ),
             buffer=BufferSettings(
-                f"{self.directory}/memory", world.buffer_bytes, options.block_size,
+                f"{self.directory}/memory",
+                world.buffer_bytes,
+                options.block_size,
                 spill_bytes=int(options.spill * sum(world.sizes)),
             ),
             mode="sync" if options.sync else "async",
@@ -124,7 +129,9 @@ class World:
         self.chance = chance
         self.directory = directory
         self.loop = VirtualLoop(random.Random(chance.getrandbits(64)))
+        self.countdown = Countdown()
         self.network = Network(self.loop, random.Random(chance.getrandbits(64)), self._traced)
+        self.network.countdown = self.countdown
         block = options.block_size
         self.sizes = [count * block - (512 if options.odd_end else 0) for count in options.blocks]
         slots = [min(count, options.small_pool or count) for count in options.blocks]
@@ -270,6 +277,7 @@ class World:
             init(buffer, *args, **options)
 
         self._never_wait(undo)
+        self._fail_intents(undo)
         self._set(undo, PairHeader, "store_state", store_state)
         self._set(undo, GuestVolume, "apply", guest_apply)
         self._set(undo, DiskBuffer, "__init__", buffer_init)
@@ -297,6 +305,19 @@ class World:
 
         self._set(undo, secondary.requests._Wait, "result", wait)
         self._set(undo, RequestTable, "wait_byte", wait_byte)
+
+    def _fail_intents(self, undo: list[Callable[[], None]]) -> None:
+        """Writes of the write-intent file may fail, too."""
+        world, write = self, IntentFile._write
+
+        def counted(file: IntentFile, pages: Any, *, durable: bool) -> None:
+            host = next(host for host in world.hosts.values() if file.path.startswith(host.directory))
+            bad = host.faults.intents and host.chance.random() < host.faults.intents
+            if world.countdown.strikes(f"{host.side} intents", "write") or bad:
+                raise DiskError(f"The write-intent file {file.path} cannot be written: Input/output error.")
+            write(file, pages, durable=durable)
+
+        self._set(undo, IntentFile, "_write", counted)
 
     def _note_nodes(self, undo: list[Callable[[], None]], cls: Any) -> None:
         make = cls.__init__
@@ -458,6 +479,11 @@ class World:
             self.check_secondary()
         if self.violation is not None:
             self.loop.stop()
+
+    @property
+    def disk_may_fail(self) -> bool:
+        """The primary disk may refuse a write that comes now."""
+        return "disk_primary" in self.options.troubles or self.countdown.armed
 
     def secondary_host(self) -> Host:
         """The side that is, or was, the secondary."""
