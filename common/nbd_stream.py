@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 from typing import Final
@@ -56,6 +57,11 @@ class NbdStream:
         if not ready:
             raise TimedOut(f"The NBD server at {self.uri} did not answer within {self.timeout_s:g} s.")
         return ready[0][1]
+
+    def interrupt(self) -> None:
+        """Break the connection, from any thread: whoever waits for an answer gets an NbdError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def option(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """Send an option; its replies as (type, data), the final one last."""

@@ -31,6 +31,7 @@ from common.keys import generate_keys
 from common.settings import Role
 from deploy import __version__
 from deploy.bench.command import bench
+from deploy.chaos.entry import chaos
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.hosts_commands import RATE, hosts, redirect, wrap
 from deploy.layout import PairOptions, placement_of
@@ -509,7 +510,7 @@ def demo(size: int) -> None:
 
 bench.callback = reporting(bench.callback) if bench.callback is not None else None
 main.add_command(bench)
-for group in (hosts, redirect, deployment, snapshot):
+for group in (chaos, hosts, redirect, deployment, snapshot):
     main.add_command(wrap(group, reporting))
 
 

@@ -1,0 +1,124 @@
+"""What a chaos run breaks, beyond ``deploy.faults``: the cable of a pair that has none of its own, and its files.
+
+A pair on this machine as it is replicates through two faulty proxies (``deploy.proxy``), one a direction of dialling; a
+pair between namespaces has a cable that nftables and tbf break. ``FileLimit`` makes every write(2) of a process to a
+file fail beyond a size (EFBIG), metadata and logs included: RLIMIT_FSIZE, taken away again by ``heal``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from common.config import write_config
+from deploy.faults import Cut, Fault, OneWayCut, SlowLink
+from deploy.hosts import NetnsHosts
+from deploy.layout import ROLES
+from deploy.pair import Pair
+from deploy.proxy import Direction, Proxy
+
+
+class ProxyCut(Fault):
+    """What goes one way, or both, stays in the proxies."""
+
+    def __init__(self, proxies: list[Proxy], direction: Direction) -> None:
+        self.proxies, self.direction = proxies, direction
+
+    def begin(self) -> None:
+        for proxy in self.proxies:
+            proxy.cut(self.direction)
+
+    def heal(self) -> None:
+        for proxy in self.proxies:
+            proxy.heal()
+
+
+class ProxySlow(Fault):
+    """Few bytes a second, and late."""
+
+    def __init__(self, proxies: list[Proxy]) -> None:
+        self.proxies = proxies
+
+    def begin(self) -> None:
+        for proxy in self.proxies:
+            proxy.rate, proxy.delay_s = 256 * 1024, 0.02
+
+    def heal(self) -> None:
+        for proxy in self.proxies:
+            proxy.heal()
+
+
+class ProxyReset(Fault):
+    """Every connection breaks once."""
+
+    def __init__(self, proxies: list[Proxy]) -> None:
+        self.proxies = proxies
+
+    def begin(self) -> None:
+        for proxy in self.proxies:
+            proxy.reset()
+
+    def heal(self) -> None:
+        return None
+
+
+class FileLimit(Fault):
+    """Files of process ``pid`` do not grow beyond ``size`` bytes, and cannot be written there."""
+
+    def __init__(self, pid: int, size: int) -> None:
+        self.pid, self.size = pid, size
+
+    def begin(self) -> None:
+        self._limit(self.size)
+
+    def heal(self) -> None:
+        self._limit(resource.RLIM_INFINITY)
+
+    def _limit(self, size: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (hard if size == resource.RLIM_INFINITY else size, hard))
+
+
+@contextlib.contextmanager
+def cable(pair: Pair) -> Iterator[dict[str, Fault]]:
+    """What can happen to the pair's cable, by name; proxies are put into the configuration of a pair without one."""
+    hosts: NetnsHosts | None = pair.directory.hosts()
+    if hosts is not None:
+        yield {
+            "cut": Cut(hosts), "cut to a": OneWayCut(hosts, "a"), "cut to b": OneWayCut(hosts, "b"),
+            "slow link": SlowLink(hosts, "2mbit"),
+        }  # fmt: skip
+        return
+    with contextlib.ExitStack() as stack:
+        proxies: list[Proxy] = []
+        for role in ROLES:
+            settings = pair.settings(role)
+            address = settings.replication.connect
+            assert address is not None
+            proxy = stack.enter_context(Proxy(address.removeprefix("ipc://")))
+            proxies.append(proxy)
+            host, port = proxy.address
+            changed = replace(settings, replication=replace(settings.replication, connect=f"tcp://{host}:{port}"))
+            write_config(changed, pair.directory.config(role), role)
+        yield {
+            "cut": ProxyCut(proxies, "both"), "cut forward": ProxyCut(proxies, "forward"),
+            "cut backward": ProxyCut(proxies, "backward"), "slow link": ProxySlow(proxies),
+            "reset": ProxyReset(proxies),
+        }  # fmt: skip
+
+
+def new_tracebacks(directory: Path, seen: dict[Path, int]) -> str:
+    """What the logs say of errors that nobody caught, since the last call with the same ``seen``."""
+    for path in (directory / "a" / "log", directory / "b" / "log", directory / "supervisor.log"):
+        if not path.exists():
+            continue
+        text = path.read_bytes()
+        start, seen[path] = seen.get(path, 0), len(text)
+        at = text.find(b"Traceback (most recent call last)", start)
+        if at >= 0:
+            return f"{path}: {text[at : at + 3000].decode(errors='replace')}"
+    return ""

@@ -1,0 +1,367 @@
+"""Cycles of chaos: load, faults at random moments, heal, recover, compare every byte.
+
+A run is a row of pairs, each with options of its own (swarm testing) and some cycles of life. A cycle ends when the
+pair is protected again and everything was read: the leader's export against the expectation, the follower's disk and
+its guest's view against the leader's.
+
+Who may take over is what an operator who looks at both hosts would decide: the follower, if both sides stand in the
+same generation; a primary that had gone on alone is started again instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import NbdError, NeedsForce, NotRunning, OperationFailed, TandemDiskError
+from common.metadata import load
+from common.nbd_client import NbdClient
+from common.settings import Mode, Role
+from deploy.chaos.breakage import FileLimit, cable, new_tracebacks
+from deploy.chaos.expectation import BLOCK, Expectation, Numbers, Wrong
+from deploy.chaos.tally import Tally
+from deploy.chaos.writer import Writer
+from deploy.faults import Fault, Killed, Paused
+from deploy.layout import SIDES
+from deploy.pair import Pair, PairOptions
+from deploy.roles import judge
+
+HEARTBEAT_S: Final = 0.1
+PEER_TIMEOUT_S: Final = 0.8
+CONVERGE_S: Final = 40.0
+CYCLES_A_PAIR: Final = 40
+READ: Final = 1 << 20
+
+KINDS: Final = {
+    "kill leader": 30, "kill follower": 20, "kill export": 10, "kill both": 4, "pause leader": 4, "pause follower": 5,
+    "cable": 12, "full leader": 3, "full follower": 3, "checkpoint": 20, "switchover": 5,
+}  # fmt: skip
+"""Faults and commands, and how often each is drawn."""
+
+
+class Breach(Exception):
+    """Something that must not be. ``lost``: writes that were acknowledged are gone."""
+
+    def __init__(self, sentence: str, lost: int = 0) -> None:
+        super().__init__(sentence)
+        self.lost = lost
+
+
+class PairUnderChaos:
+    """One pair and its cycles."""
+
+    def __init__(self, directory: Path, seed: int, chance: random.Random, mode: Mode, hosts: str, tally: Tally) -> None:
+        self.chance, self.tally, self.mode = chance, tally, mode
+        blocks = chance.choice((256, 512, 1024))
+        options = PairOptions(
+            size=blocks * BLOCK,
+            mode=mode,
+            hosts=hosts,
+            block_size=chance.choice((512, 4096, 4096, 65536)),
+            checkpoint_interval_s=chance.choice((0.0, 0.0, 0.05)),
+            overrides={
+                "on_peer_loss": chance.choice(("continue", "continue", "block")),
+                "replication": {"heartbeat_s": HEARTBEAT_S, "peer_timeout_s": PEER_TIMEOUT_S},
+            },
+        )
+        self.pair = Pair.create(directory, options)
+        self.expectation = Expectation(directory.with_suffix(".expected"), blocks)
+        self.writer = Writer(self.expectation, seed, self._generation_of)
+        self.cable: dict[str, Fault] = {}
+        self._known: tuple[int, Numbers, Numbers] | None = None
+        """The last checkpoint that was asked for: its number, what was acknowledged before and sent until then."""
+        self._logs: dict[Path, int] = {}
+        self._tick = threading.Event()
+
+    def _generation_of(self, side: str) -> int | None:
+        metadata = load(str(self.pair.directory.path / side / "metadata"))
+        if metadata is None or metadata.role != "primary" or not metadata.history:
+            return None
+        return metadata.history[-1].identity
+
+    def live(self, proceed: Callable[[], bool]) -> None:
+        """Up, cycles while ``proceed``, down."""
+        with cable(self.pair) as self.cable:
+            try:
+                with self.pair:
+                    self.pair.up()
+                    self.pair.wait_protected(CONVERGE_S)
+                    for _ in range(CYCLES_A_PAIR):
+                        if not proceed():
+                            break
+                        self._cycle()
+                        self.tally.cycles += 1
+            finally:
+                self.writer.close()
+                self.tally.acknowledged += self.writer.acknowledged
+                self.tally.refused_writes += self.writer.errors
+                self.tally.generations += len(self.writer.writers)
+                self.tally.two_writers += sum(len(sides) > 1 for sides in self.writer.writers.values())
+
+    # A cycle
+
+    def _cycle(self) -> None:
+        self._errors = self.writer.errors
+        self._aim()
+        self._pause(0.0, 0.05)
+        faults: list[Fault] = []
+        try:
+            for _ in range(self.chance.choice((1, 1, 2, 3))):
+                kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
+                with contextlib.suppress(TandemDiskError, ProcessLookupError):  # it hit a pair that is broken already
+                    fault = self._begin(kind)
+                    if fault is not None:
+                        faults.append(fault)
+                self._pause(0.0, 0.08)
+            if any(isinstance(fault, Paused) or fault in self.cable.values() for fault in faults):
+                self._pause(0.0, 2 * PEER_TIMEOUT_S if self.chance.random() < 0.4 else 0.1)
+        finally:
+            for fault in faults:
+                fault.heal()
+        self._recover()
+        self._compare()
+
+    def _pause(self, least: float, most: float) -> None:
+        self._tick.wait(self.chance.uniform(least, most))
+
+    def _aim(self) -> None:
+        side = SIDES[self.pair.leader()]
+        self.writer.aim(side, self._uri(side))
+
+    def _uri(self, side: str) -> str:
+        return f"nbd+unix:///disk0?socket={self.pair.directory.path}/{side}/nbd.sock"
+
+    def _begin(self, kind: str) -> Fault | None:
+        leader = self.pair.leader()
+        follower: Role = "secondary" if leader == "primary" else "primary"
+        verb, _, what = kind.partition(" ")
+        if kind == "checkpoint":
+            self._checkpoint()
+        elif kind == "switchover":
+            self._switchover()
+        elif kind == "cable":
+            kind = self.chance.choice(sorted(self.cable))
+        else:
+            return self._break_process(kind, verb, what, leader, follower)
+        self.tally.faults[kind] += 1
+        if kind in self.cable:
+            fault = self.cable[kind]
+            fault.begin()
+            return fault
+        return None
+
+    def _break_process(self, kind: str, verb: str, what: str, leader: Role, follower: Role) -> Fault | None:
+        now = self.pair.status()
+        if what == "export":
+            pids = [now[role].get("export_pid") for role in (leader, follower)]
+        elif what == "both":
+            pids = [now[role]["pid"] for role in (leader, follower)]
+        else:
+            pids = [now[leader if what == "leader" else follower]["pid"]]
+        fault: Fault | None = None
+        for pid in pids:
+            if pid is None:
+                continue
+            self.tally.faults[kind] += 1
+            if verb == "full":
+                fault = FileLimit(pid, self.chance.choice((0, 4096, self.expectation.blocks * BLOCK // 2)))
+            else:
+                fault = Killed(pid) if verb == "kill" else Paused(pid)
+            fault.begin()
+        return fault
+
+    def _checkpoint(self) -> None:
+        low, _ = self.expectation.snapshot()
+        number = self.pair.checkpoint().number
+        self._known = (number, low, self.expectation.snapshot()[1])
+
+    def _switchover(self) -> None:
+        if self.pair.status()["state"] != "protected":
+            raise OperationFailed("not now")
+        self.writer.rest()
+        self.pair.switchover()
+        self._aim()
+
+    # Recovery
+
+    def _recover(self) -> None:
+        """All is healed; whatever is dead is started again, or taken over from."""
+        deadline = time.monotonic() + CONVERGE_S
+        now = self.pair.status()
+        leader = self.pair.leader()
+        if now[leader]["pid"] is None and self.chance.random() < 0.75 and self._may_take_over(now, leader):
+            self._fail_over()
+        while True:
+            try:
+                if any(self.pair.status()[role]["pid"] is None for role in SIDES):
+                    self.tally.recoveries["restart"] += 1
+                    self.pair.up()
+                self.pair.wait_for(
+                    lambda now: now["state"] == "protected" or None in (now["primary"]["pid"], now["secondary"]["pid"]),
+                    "protected", max(0.1, deadline - time.monotonic()),
+                )  # fmt: skip
+                if self.pair.status()["state"] == "protected":
+                    return
+            except TandemDiskError as error:
+                if time.monotonic() > deadline:
+                    raise Breach(f"The pair does not recover: {error}") from error
+                self._pause(0.02, 0.05)
+
+    def _may_take_over(self, now: dict[str, Any], leader: Role) -> bool:
+        follower: Role = "secondary" if leader == "primary" else "primary"
+        standings = judge(self.pair.directory.settings()).standings
+        return (
+            now[follower]["pid"] is not None
+            and len(standings) == 2
+            and standings[leader].history == standings[follower].history
+        )
+
+    def _fail_over(self) -> None:
+        target = self.chance.choice(("latest", "latest", "latest", "checkpoint"))
+        new = "b" if SIDES[self.pair.leader()] == "a" else "a"
+        self.writer.rest(abandon=True)
+        started = time.monotonic()
+        try:
+            done = self.pair.failover(target)
+        except (OperationFailed, NeedsForce, NotRunning):
+            self.tally.recoveries["failover refused"] += 1
+            self._aim()
+            return
+        with self._client(new) as client:
+            number, data = self.expectation.begin(0, 1)
+            client.write(0, data)
+            self.expectation.acknowledge(number, 0, 1)
+            self.tally.failover_s.append(time.monotonic() - started)
+            self.tally.recoveries[f"failover to {target}"] += 1
+            found = self._read(client)
+        self.expectation.log.pop()
+        self._judge_failover(target, int(done["checkpoint"]), found, probe=number)
+        self.expectation.settle(found)
+        self._known = None
+        self.writer.aim(new, self._uri(new))
+        self._pause(0.0, 0.05)
+        self.pair.rejoin()
+        self.tally.recoveries["rejoin"] += 1
+
+    def _judge_failover(self, target: str, number: int, found: npt.NDArray[np.int64], *, probe: int) -> None:
+        """Block 0 holds the probe; the others what the target promises."""
+        expectation = self.expectation
+        missing = found < expectation.acknowledged.astype(np.int64)
+        if target == "checkpoint":
+            self.tally.rolled_back += int(np.count_nonzero(missing))
+            if self._known is not None and number >= self._known[0]:
+                _, low, high = self._known
+                if number > self._known[0]:
+                    high = expectation.snapshot()[1]
+                high[0] = probe
+                self._none(expectation.out_of_range(found, low, high), f"after a failover to checkpoint {number}")
+            return
+        if self.writer.errors == self._errors:
+            seen = found.copy()
+            seen[0] = expectation.log[-1][0] if expectation.log else 0
+            newest = int(found[1:].max())
+            seen[0] = min(int(seen[0]), newest)
+            self._none(expectation.not_a_beginning(seen), "after a failover to latest: no beginning of the order")
+        if self.mode == "async":
+            left = int(np.count_nonzero(missing)) * BLOCK
+            self.tally.lost_async_bytes = max(self.tally.lost_async_bytes, left)
+            bound = self.pair.settings("primary").replication.window_bytes
+            if left > bound:
+                raise Breach(f"{left} bytes were left behind, more than the window of {bound}.", left // BLOCK)
+            return
+        self._none(expectation.wrong(found), "after a failover to latest")
+
+    # Comparison
+
+    def _compare(self) -> None:
+        self._aim()
+        self._pause(0.0, 0.01)
+        self.writer.rest()
+        if self.writer.trouble is not None:
+            raise Breach(f"The load hung: {self.writer.trouble}")
+        deadline = time.monotonic() + CONVERGE_S
+        while True:
+            try:
+                self._checkpoint()
+                break
+            except TandemDiskError as error:
+                if time.monotonic() > deadline:
+                    raise Breach(f"No checkpoint can be taken: {error}") from error
+                self._recover()
+        leader = self.pair.leader()
+        with self._client(SIDES[leader]) as client:
+            found = self._read(client)
+        self._none(self.expectation.wrong(found), "in the leader's export")
+        follower: Role = "secondary" if leader == "primary" else "primary"
+        for role in (leader, follower):
+            disk = Path(self.pair.settings(role).volumes[0].disk).read_bytes()
+            different = np.flatnonzero(self.expectation.decode(disk) != found)
+            if len(different):
+                at = int(different[0])
+                there = int(self.expectation.decode(disk)[at])
+                raise Breach(
+                    f"{len(different)} blocks of the {'leader' if role == leader else 'follower'}'s disk differ from "
+                    f"what its leader exports, block {at} holds write {there} instead of {int(found[at])}.",
+                    len(different),
+                )
+        self.expectation.settle(found)
+        self._known = self._known and (self._known[0], *self.expectation.snapshot())
+        self.tally.comparisons += 1
+        if trace := new_tracebacks(self.pair.directory.path, self._logs):
+            raise Breach(f"An error that nobody caught, in {trace}")
+
+    def _client(self, side: str) -> NbdClient:
+        """A connection to the export of ``side``, whose process may be about to be started again."""
+        deadline = time.monotonic() + CONVERGE_S
+        while True:
+            try:
+                return NbdClient(self._uri(side))
+            except (NotRunning, NbdError) as error:
+                if time.monotonic() > deadline:
+                    raise Breach(f"The export of side {side} does not come back: {error}") from error
+                self._pause(0.005, 0.02)
+
+    def _read(self, client: NbdClient) -> npt.NDArray[np.int64]:
+        data = bytearray(client.size)
+        pieces = ((at, min(READ, client.size - at)) for at in range(0, client.size, READ))
+        for offset, piece in client.read_many(pieces, depth=4):
+            data[offset : offset + len(piece)] = piece
+        return self.expectation.decode(data)
+
+    def _none(self, wrong: list[Wrong], where: str) -> None:
+        if wrong:
+            first = wrong[0]
+            raise Breach(
+                f"{len(wrong)} blocks are wrong {where}: block {first.block} holds write {first.found}, write "
+                f"{first.acknowledged} was due.",
+                len(wrong),
+            )
+
+
+def campaign(directory: Path, seed: int, mode: Mode, hosts: str, tally: Tally, proceed: Callable[[], bool]) -> None:
+    """Pair after pair while ``proceed``; a Breach goes into ``tally`` and ends the run, its directory kept."""
+    number = 0
+    while proceed() and not tally.failure:
+        chance = random.Random(f"{seed}/{number}")
+        home = directory / str(number)
+        subject = PairUnderChaos(home, seed + number, chance, mode, hosts, tally)
+        tally.pairs += 1
+        try:
+            subject.live(proceed)
+        except Breach as breach:
+            tally.lost += breach.lost
+            tally.failure = f"pair {number}: {breach}"
+        except TandemDiskError as error:
+            tally.failure = f"pair {number}: {error}"
+        else:
+            subject.pair.directory.remove()
+            home.with_suffix(".expected").unlink()
+        number += 1

@@ -1,0 +1,71 @@
+"""``tandemdisk chaos``: options, and what becomes of a run."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from deploy.chaos.campaign import campaign
+from deploy.chaos.tally import Tally
+
+LOST: Final = 12
+"""Exit code of a run in which acknowledged writes were lost, or a generation had two writers."""
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@click.command()
+@click.option("--minutes", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="How long.")
+@click.option("--cycles", type=click.IntRange(1), help="End after so many cycles, if that is sooner.")
+@click.option("--seed", type=click.IntRange(0), help="All choices follow from it.  [default: a random one]")
+@click.option("--mode", type=click.Choice(["sync", "async"]), default="sync", show_default=True)
+@click.option("--hosts", type=click.Choice(["local", "netns"]), default="local", show_default=True)
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there, as JSON.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Where pairs live.")
+def chaos(
+    minutes: float, cycles: int | None, seed: int | None, mode: Any, hosts: str, report: Path | None,
+    directory: Path | None,
+) -> None:  # fmt: skip
+    """Break a pair of real processes under verified load, heal it, compare every byte.
+
+    Exit code 12 if anything that was acknowledged is lost, 1 if the pair failed otherwise; the directory with its logs
+    is kept then.
+    """
+    console = Console()
+    seed = secrets.randbits(31) if seed is None else seed
+    home = Path(tempfile.mkdtemp(prefix="tdc-")) if directory is None else directory
+    home.mkdir(parents=True, exist_ok=True)
+    console.print(f"seed {seed}, in {home}", highlight=False, soft_wrap=True)
+    tally = Tally(seed, mode, hosts)
+    end = time.monotonic() + 60 * minutes
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        campaign(
+            home, seed, mode, hosts, tally,
+            lambda: time.monotonic() < end and (cycles is None or tally.cycles < cycles),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    console.print(tally.table())
+    if report is not None:
+        report.write_text(json.dumps(tally.report(), indent=2) + "\n")
+    if tally.failure or tally.two_writers:
+        console.print(f"Seed {seed}; kept in {home}: {tally.failure}", style="red", markup=False, soft_wrap=True)
+        sys.exit(LOST if tally.lost or tally.two_writers else 1)
+    if directory is None:
+        shutil.rmtree(home, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""What each block of the disk may hold: the oracle of a chaos run, in a file outside of the pair.
+
+Every write has a number, and fills its blocks with that number and the block's own. The file holds two numbers a block:
+the write that was acknowledged last, and the one that was sent last, stored before it is sent. A write without an
+acknowledgement leaves its blocks in doubt: they may hold it or not, until somebody has looked (``settle``); from then
+on what was seen stays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK: Final = 4096
+_WORDS: Final = BLOCK // 16
+
+Numbers = npt.NDArray[np.uint64]
+
+
+class Wrong(NamedTuple):
+    """A block that holds what it may not: ``found`` instead of write number ``acknowledged``; -1: torn or alien."""
+
+    block: int
+    found: int
+    acknowledged: int
+
+
+class Expectation:
+    """One thread writes at a time; ``snapshot`` may be called from any."""
+
+    def __init__(self, path: Path, blocks: int) -> None:
+        self.blocks = blocks
+        self._file = np.memmap(path, np.uint64, "w+", shape=(2, blocks))
+        self.acknowledged: Numbers = self._file[0]
+        self.sent: Numbers = self._file[1]
+        self.doubt: dict[int, set[int]] = {}
+        self.number = 0
+        self.log: list[tuple[int, int, int]] = []
+        """(number, first block, count) of all writes since ``settle``, in the order in which they were sent."""
+        self.answered_bytes = 0
+
+    def begin(self, first: int, count: int) -> tuple[int, bytes]:
+        """Note a write that is about to be sent; its number and contents."""
+        self.number += 1
+        number = self.number
+        self.sent[first : first + count] = number
+        self.log.append((number, first, count))
+        for block in range(first, first + count):
+            self.doubt.setdefault(block, set()).add(number)
+        data = np.empty((count, _WORDS, 2), np.uint64)
+        data[:, :, 0] = number
+        data[:, :, 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
+        return number, data.tobytes()
+
+    def acknowledge(self, number: int, first: int, count: int) -> None:
+        """The write was answered well: nothing older may be found there from now on."""
+        self.acknowledged[first : first + count] = number
+        self.answered_bytes += count * BLOCK
+        for block in range(first, first + count):
+            newer = {other for other in self.doubt.get(block, ()) if other > number}
+            if newer:
+                self.doubt[block] = newer
+            else:
+                self.doubt.pop(block, None)
+
+    def snapshot(self) -> tuple[Numbers, Numbers]:
+        """Copies of the numbers that were acknowledged and sent."""
+        return np.array(self.acknowledged), np.array(self.sent)
+
+    def decode(self, data: bytes | bytearray | memoryview) -> npt.NDArray[np.int64]:
+        """The write that each block holds, whole; 0: none ever, -1: no write of ours, or two of them."""
+        cells = np.frombuffer(data, np.uint64).reshape(self.blocks, _WORDS, 2)
+        numbers = cells[:, 0, 0]
+        own = np.where(numbers != 0, np.arange(self.blocks, dtype=np.uint64), np.uint64(0))
+        whole = np.all(cells[:, :, 0] == numbers[:, None], axis=1) & np.all(cells[:, :, 1] == own[:, None], axis=1)
+        return np.where(whole & (numbers <= self.number), numbers.astype(np.int64), -1)
+
+    def wrong(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
+        """Blocks that hold neither what was acknowledged nor a write in doubt."""
+        suspects = np.flatnonzero(found != self.acknowledged.astype(np.int64)).tolist()
+        return [
+            Wrong(block, int(found[block]), int(self.acknowledged[block]))
+            for block in suspects
+            if int(found[block]) not in self.doubt.get(block, ()) and not (found[block] == -1 and block in self.doubt)
+        ]
+
+    def out_of_range(self, found: npt.NDArray[np.int64], low: Numbers, high: Numbers) -> list[Wrong]:
+        """Blocks that hold anything older than ``low`` or newer than ``high``."""
+        bad = np.flatnonzero((found < low.astype(np.int64)) | (found > high.astype(np.int64))).tolist()
+        return [Wrong(block, int(found[block]), int(low[block])) for block in bad]
+
+    def not_a_beginning(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
+        """Blocks that lack a write although a later one is there: what was found is no beginning of the order."""
+        newest = int(found.max())
+        wrong: list[Wrong] = []
+        for number, first, count in self.log:
+            if number >= newest:
+                break
+            part = found[first : first + count]
+            wrong += [Wrong(first + int(i), int(part[i]), number) for i in np.flatnonzero(part < number)]
+        return wrong
+
+    def settle(self, found: npt.NDArray[np.int64]) -> None:
+        """Nothing is in flight, and this was read: it stays, whatever was in doubt."""
+        self.acknowledged[:] = found.astype(np.uint64)
+        self.sent[:] = self.acknowledged
+        self.doubt.clear()
+        self.log.clear()

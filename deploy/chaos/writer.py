@@ -1,0 +1,123 @@
+"""The load of a chaos run: writes at random over one connection to whichever side leads, each noted before and after.
+
+No two writes in flight touch the same block, so what NBD leaves open about their order does not matter. A connection
+that breaks leaves its writes in doubt; the writer comes back as soon as somebody listens there.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from common.errors import NbdError, NotRunning, TandemDiskError, TimedOut
+from common.nbd_client import NbdClient
+from deploy.chaos.expectation import Expectation
+
+SAMPLE_S: Final = 0.02
+"""Pause between looks at which generation the writes are acknowledged in."""
+PAUSE_S: Final = 0.003
+REST_S: Final = 40.0
+
+
+class Writer:
+    """``aim`` at an export, ``rest`` before anybody reads, ``aim`` again. ``trouble``: what must not be."""
+
+    def __init__(self, expectation: Expectation, seed: int, witness: Callable[[str], int | None]) -> None:
+        self.expectation = expectation
+        self.acknowledged = 0
+        self.errors = 0
+        """Writes that the server refused, all of them in doubt."""
+        self.writers: dict[int, set[str]] = {}
+        """By generation: the sides that acknowledged writes in it."""
+        self.trouble: TandemDiskError | None = None
+        self._witness = witness
+        self._chance = random.Random(seed)
+        self._target: tuple[str, str] | None = None
+        self._client: NbdClient | None = None
+        self._changed = threading.Condition()
+        self._idle = True
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def aim(self, side: str, uri: str) -> None:
+        """Write to the export ``uri`` of ``side`` from now on."""
+        with self._changed:
+            self._target = (side, uri)
+            self._idle = False
+            self._changed.notify_all()
+
+    def rest(self, *, abandon: bool = False) -> None:
+        """No more writes; returns when none is in flight. With ``abandon`` answers are not waited for. TimedOut."""
+        with self._changed:
+            self._target = None
+            if abandon and self._client is not None:
+                self._client.interrupt()
+            if not self._changed.wait_for(lambda: self._idle, REST_S):
+                raise TimedOut(f"Writes were not answered within {REST_S:g} s although all was healed.")
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._ending, self._target = True, None
+            if self._client is not None:
+                self._client.interrupt()
+            self._changed.notify_all()
+        self._thread.join(REST_S)
+
+    def _run(self) -> None:
+        while not self._ending:
+            with self._changed:
+                target = self._target
+                if target is None:
+                    self._idle = True
+                    self._changed.notify_all()
+                    self._changed.wait()
+                    continue
+            try:
+                self._client = NbdClient(target[1], timeout_s=REST_S)
+                with self._client:
+                    self._write(self._client, target)
+            except TimedOut as error:
+                self.trouble = error
+            except (NotRunning, NbdError):
+                time.sleep(PAUSE_S)
+            except TandemDiskError:  # an export that refuses for now
+                time.sleep(PAUSE_S)
+            finally:
+                self._client = None
+
+    def _write(self, client: NbdClient, target: tuple[str, str]) -> None:
+        expectation, chance = self.expectation, self._chance
+        flying: dict[int, tuple[int, int, int]] = {}
+        busy: set[int] = set()
+        depth = chance.choice((1, 4, 16, 32))
+        sample = (self._witness(target[0]), time.monotonic())
+        while self._target == target or flying:
+            while self._target == target and len(flying) < depth:
+                count = min(chance.choice((1, 1, 1, 2, 8)), expectation.blocks)
+                first = chance.randrange(expectation.blocks - count + 1)
+                cells = range(first, first + count)
+                if busy.intersection(cells):
+                    break
+                number, data = expectation.begin(first, count)
+                flying[client.submit_write(first * 4096, data)] = (number, first, count)
+                busy.update(cells)
+            for completion in client.collect(max(1, len(flying) // 2)):
+                number, first, count = flying.pop(completion.cookie)
+                busy.difference_update(range(first, first + count))
+                if completion.error is None:
+                    expectation.acknowledge(number, first, count)
+                    self.acknowledged += 1
+                else:
+                    self.errors += 1
+                    time.sleep(PAUSE_S)
+            if time.monotonic() - sample[1] > SAMPLE_S:
+                now = self._witness(target[0])
+                if now is not None and now == sample[0]:
+                    self.writers.setdefault(now, set()).add(target[0])
+                sample = (now, time.monotonic())
+            time.sleep(0.0005)  # the processes under test need the machine more
