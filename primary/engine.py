@@ -391,12 +391,12 @@ class Engine:
 
     async def close(self) -> None:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
+        await self.growth.stop()
         self.alignment.stop()
         in_line = self.session.idle and self.session.attached and self.state == "protected"
         clean = self.serving and in_line and not any((*self.mirror.bitmaps, *self.knowledge.suspects))
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await self.growth.close()
         last = self.session.last_sequence
         self._closing = True
         self.link.perform(self.session.close("the primary stops"))

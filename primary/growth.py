@@ -61,6 +61,7 @@ class Growth:
         self._loop = asyncio.get_running_loop()
         self._growing = asyncio.Lock()
         self._asking = False
+        self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -190,6 +191,8 @@ class Growth:
             sizes = tuple(max(size, now) for size, now in zip(sizes, self.sizes, strict=True))
             if sizes == self.sizes:
                 return
+            if self._closing:
+                raise OperationFailed("This side is about to stop.", hint="It grows when it meets the secondary again.")
             log.info("growing from %s to %s bytes", _listed(self.sizes), _listed(sizes))
             for volume, size in zip(mirror.volumes, sizes, strict=True):
                 if volume.disk.capacity() < size:
@@ -210,7 +213,7 @@ class Growth:
     def compare(self) -> None:
         """While the pair is protected: what the secondary may have otherwise where it has grown. Goes on after a cut;
         a resync does it, too."""
-        if self._engine.state == "protected" and any(self._knowledge.suspects):
+        if self._engine.state == "protected" and not self._closing and any(self._knowledge.suspects):
             task = self._loop.create_task(self._compare(), name="comparison")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -221,10 +224,11 @@ class Growth:
         except OperationFailed as error:
             log.info("what was added is still to be compared: %s", error)
 
-    async def close(self) -> None:
-        """Wait for what is being made durable."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+    async def stop(self) -> None:
+        """Let what is being made durable become so, and begin nothing more: a clean stop has to know what is marked."""
+        self._closing = True
+        async with self._growing:
+            pass
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -193,3 +193,17 @@ def test_a_delayed_disk_lets_nobody_by_before_the_gate_opens(image: Path) -> Non
     thread.join(10)
     assert done == [b"\x00\x01"]
     disk.close()
+
+
+def test_a_disk_that_was_grown_is_used_when_that_is_said(image: Path) -> None:
+    disk = FileDisk(str(image))
+    before = disk.size
+    os.truncate(image, before + 8192)
+    assert (disk.size, disk.capacity()) == (before, before + 8192)
+    disk.use(before + 4096)
+    disk.write(before, b"x" * 4096)
+    assert disk.size == before + 4096
+    with pytest.raises(DiskError, match=f"has {before + 8192} bytes, and {before + 8193} are needed"):
+        disk.use(before + 8193)
+    assert disk.size == before + 4096
+    disk.close()
