@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(short_dir: Path) -> None:
         assert pair.resize()["volumes"][0]["size"] == NEW
         kill(pair.status()["secondary"]["pid"])
         wait_until(lambda: client.call("status")["state"] != "protected", 20, "noticing it")
-        with pytest.raises(OperationFailed, match="only while the pair is protected; this side is (reconnect|alone)"):
+        with pytest.raises(OperationFailed, match=r"only while the pair is protected; this side is (reconnect|alone)"):
             client.call("resize", size=2 * NEW)
 
 
