@@ -283,6 +283,8 @@ class PairDirectory:
                 found.append(f"{options.hosts} describes the pair {placement.pair.pair_id}, here is {', '.join(ids)}")
         elif options.hosts is not None and (options.hosts == "local") != (hosts is None):
             found.append(f"--hosts {options.hosts} was given, {self.path} says {'local' if hosts is None else NETNS}")
+        if options.rate is not None and hosts is None:
+            found.append(f"--rate {options.rate} was given, and both sides of {self.path} run on this machine")
         for role, settings in self.settings().items():
             disks = options.primary_disks if role == "primary" else options.secondary_disks
             wanted: list[tuple[str, object, object]] = [

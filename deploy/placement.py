@@ -25,7 +25,7 @@ from deploy.hosts import ADDRESSES, NetnsHosts
 from deploy.pairfile import PairFile, PairHost, load_pair_file
 from deploy.render import make_keys
 
-ANSWER_TIMEOUT_S: Final = 2.0
+ANSWER_TIMEOUT_S: Final = 1.0
 
 
 def names_a_file(word: str) -> bool:
