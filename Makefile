@@ -1,14 +1,16 @@
 # make demo    a pair on this machine, its primary killed, the disk alive: needs Python >= 3.11, no root
 # make test    the tests; clients that are not installed (qemu-io, fio, nbdcopy …) are named and skipped
 # make soak    copy-before-write under readers, guests, checkpoints and kills, against a model: millions of operations
+# make chaos   a pair of real processes, broken at random for MINUTES under verified load, compared byte by byte
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= 2
 TESTS   ?= tests
 OPERATIONS ?= 3000000
+MINUTES ?= 5
 SOURCES := $(shell find common primary secondary deploy -name '*.py') pyproject.toml
 
-.PHONY: demo test soak lint types check clean
+.PHONY: demo test soak chaos lint types check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tandemdisk demo
@@ -18,6 +20,9 @@ test: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak_cow --operations $(OPERATIONS)
+
+chaos: $(VENV)/.test
+	$(BIN)/tandemdisk chaos --minutes $(MINUTES)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

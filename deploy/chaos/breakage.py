@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from common.config import write_config
 from deploy.faults import Cut, Fault, OneWayCut, SlowLink
 from deploy.hosts import NetnsHosts
@@ -78,9 +80,13 @@ class FileLimit(Fault):
         self._limit(resource.RLIM_INFINITY)
 
     def _limit(self, size: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (hard if size == resource.RLIM_INFINITY else size, hard))
+        """Of the process and of what it started meanwhile, which inherits the limit."""
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process = psutil.Process(self.pid)
+            for one in (process, *process.children(recursive=True)):
+                _, hard = resource.prlimit(one.pid, resource.RLIMIT_FSIZE)
+                soft = hard if size == resource.RLIM_INFINITY else size
+                resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager

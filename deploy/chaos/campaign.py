@@ -41,7 +41,7 @@ CYCLES_A_PAIR: Final = 40
 READ: Final = 1 << 20
 
 KINDS: Final = {
-    "kill leader": 30, "kill follower": 20, "kill export": 10, "kill both": 4, "pause leader": 4, "pause follower": 5,
+    "kill leader": 30, "kill follower": 20, "kill export": 4, "kill both": 4, "pause leader": 4, "pause follower": 5,
     "cable": 12, "full leader": 3, "full follower": 3, "checkpoint": 20, "switchover": 5,
 }  # fmt: skip
 """Faults and commands, and how often each is drawn."""
@@ -296,6 +296,8 @@ class PairUnderChaos:
                 if time.monotonic() > deadline:
                     raise Breach(f"No checkpoint can be taken: {error}") from error
                 self._recover()
+        if self.writer.errors != self._errors:
+            self._repair(deadline)
         leader = self.pair.leader()
         with self._client(SIDES[leader]) as client:
             found = self._read(client)
@@ -317,6 +319,18 @@ class PairUnderChaos:
         self.tally.comparisons += 1
         if trace := new_tracebacks(self.pair.directory.path, self._logs):
             raise Breach(f"An error that nobody caught, in {trace}")
+
+    def _repair(self, deadline: float) -> None:
+        """What the leader's disk refused and the follower's took differs, by design, until a resync or a repair."""
+        while True:
+            try:
+                self.pair.verify(repair=True)
+                self._checkpoint()
+                return
+            except TandemDiskError as error:
+                if time.monotonic() > deadline:
+                    raise Breach(f"A repair is not possible: {error}") from error
+                self._recover()
 
     def _client(self, side: str) -> NbdClient:
         """A connection to the export of ``side``, whose process may be about to be started again."""
