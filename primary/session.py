@@ -471,6 +471,8 @@ class PrimarySession:
             case wire.Refuse():
                 return self._refuse(message.code, message.sentence, now)
             case wire.Ping():
+                if self.state is State.GREETING:
+                    raise WireError("it asks for a sign of life where its WELCOME was due")
                 if message.sequence != self._peer_sequence:
                     raise WireError(f"it has sent {message.sequence} messages, and {self._peer_sequence} arrived")
                 return [Send(wire.encode(wire.Pong(self._session, 0, message.clock)))]
