@@ -188,6 +188,10 @@ class Engine:
             log.warning("the secondary does not answer address=%s", self.link.address)
             if not self.session.attached:
                 self._go_alone("alone", "the secondary does not answer", [])
+        self.check_refusal()
+
+    def check_refusal(self) -> None:
+        """Raise PeerRefused if the secondary has refused this primary."""
         if self._refusal:
             raise PeerRefused(f"The secondary refused this primary: {self._refusal}.")
 

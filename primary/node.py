@@ -71,8 +71,9 @@ class PrimaryNode:
         engine.start(self.server)
         await engine.settle()
         await engine.knowledge.remember_start()
-        await self.server.listen(settings.export)
+        engine.check_refusal()  # it may have come since
         engine.serving = True
+        await self.server.listen(settings.export)
 
     def _remember(self, disks: list[FileDisk]) -> Record:
         settings = self.settings
