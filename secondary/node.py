@@ -43,7 +43,7 @@ from common.process import Lifecycle
 from common.record import Record, check_metadata, disks_changed, fingerprints, initial_metadata
 from common.settings import NodeSettings, VolumeSettings
 from common.wire import pack_ranges
-from secondary.applier import Applier
+from secondary.applier import NOWHERE, Applier
 from secondary.attach import BUFFER_LINK
 from secondary.backup import PairBackup
 from secondary.buffer import BufferVolume, DiskBuffer
@@ -202,8 +202,8 @@ class SecondaryNode:
             header = self.buffer.header
             recorded = metadata.sequence if metadata.stream == header.stream_id else 0
             return Position(
-                header.stream_id, header.applied_sequence, recorded, recorded, header.checkpoint.number, True,
-                metadata.syncing,
+                header.stream_id, header.applied_sequence, recorded, recorded, header.checkpoint.number,
+                header.stream_id != NOWHERE, metadata.syncing,
             )  # fmt: skip
         sequence = metadata.sequence
         return Position(
@@ -293,7 +293,9 @@ class SecondaryNode:
             if self.session.point().sequence != self.record.value.sequence:
                 await self._record_now()
 
-    async def _record_now(self, **changes: Any) -> None:
+    async def _record_now(self, *, clean: bool = False, **changes: Any) -> None:
+        """Make durable what is applied, and note it. A disk that is not exact holds what was noted last, and nobody
+        knows what else: nothing more is claimed for it, and its end is never clean."""
         point = self.session.point()
         try:
             for disk in self.disks:
@@ -305,7 +307,9 @@ class SecondaryNode:
             return
         if self.promoted:
             return  # meanwhile: the metadata is, or soon will be, the engine's
-        await self.record.update_async(stream=point.stream, sequence=point.sequence, **changes)
+        if self.session.position.exact:
+            changes |= {"stream": point.stream, "sequence": point.sequence, "clean": clean}
+        await self.record.update_async(**changes)
         self.session.recorded(point)
 
     # Commands
