@@ -37,11 +37,18 @@ RUN_BYTES: Final = 256 * 1024
 """Committed under one request: as long as a guest's read of one of these blocks may have to wait."""
 
 
-def failover_latest(pair: PairBackup, *, force: bool = False, timeout_s: float | None = None) -> None:
+def _nothing() -> None:
+    pass
+
+
+def failover_latest(
+    pair: PairBackup, *, force: bool = False, timeout_s: float | None = None, durably: Callable[[], None] = _nothing
+) -> None:
     """Keep what the secondary has applied, drop the buffer. Raises NeedsForce if guest writes, or a synchronisation,
     stand against it.
 
-    OperationFailed if another failover was begun already.
+    OperationFailed if another failover was begun already. ``durably`` is called when nothing stands against it, and
+    nobody can write meanwhile: what it raises ends the failover with nothing done.
     """
     header = pair.header
     with pair.stopped(wait=True, timeout_s=timeout_s):
@@ -59,15 +66,18 @@ def failover_latest(pair: PairBackup, *, force: bool = False, timeout_s: float |
                 "The secondary's guest has written to the active disk since the last checkpoint; latest drops that.",
                 hint="Use --to checkpoint, or --force.",
             )
+        durably()
         checkpoint = header.checkpoint
         header.record_checkpoint(header.epoch + 1, checkpoint.number, checkpoint.sequence)
         header.store_state(Stage.DONE, header.epoch + 1, syncing=False)
 
 
-def failover_checkpoint(pair: PairBackup, *, timeout_s: float | None = None) -> None:
+def failover_checkpoint(
+    pair: PairBackup, *, timeout_s: float | None = None, durably: Callable[[], None] = _nothing
+) -> None:
     """Keep the guest's view; the export is writable on return, ``CommitJob.run`` does the rest in the background.
 
-    OperationFailed if there is no checkpoint. Nothing to do if it was begun already.
+    OperationFailed if there is no checkpoint. Nothing to do if it was begun already. ``durably`` as above.
     """
     header = pair.header
     with pair.stopped(wait=True, timeout_s=timeout_s):
@@ -78,6 +88,7 @@ def failover_checkpoint(pair: PairBackup, *, timeout_s: float | None = None) -> 
                 "There is no checkpoint to fail over to: the secondary disk is still being synchronised.",
                 hint="Wait for the primary to come back, or use --to latest --force.",
             )
+        durably()
         header.store_state(Stage.FAILOVER, header.epoch, syncing=False)
 
 

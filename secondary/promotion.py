@@ -1,7 +1,8 @@
 """How a secondary becomes a primary: decided, made durable, committed, and handed to the export process to lead.
 
-    decide ─▶ stream held, applier stopped ─▶ generation durable ─▶ commit in the background ─▶ the export process leads
-                                              (the promotion)        (``checkpoint`` only)
+    decide ─▶ stream held, applier stopped ─▶ generation durable, ─▶ commit in background ─▶ the export process leads
+                                              stage switched         (``checkpoint`` only)
+                                              (the promotion)
 
 What is left to do once the promotion is durable is also done after a crash in the middle: ``finish`` finds the stage in
 the header of the disk buffer, and the target in the metadata.
@@ -132,7 +133,7 @@ class Promotion:
             self._link.hold()
             await self._applier.stop()
             try:
-                history = await self._note_promotion(target)
+                history = await self._switch(target, force=force)
             except TandemDiskError as error:
                 self._withdraw_soon(error)
                 raise
@@ -141,17 +142,29 @@ class Promotion:
         await self.finish(force=force)
         return header.checkpoint.number
 
-    async def _note_promotion(self, target: Target) -> History:
-        """Durably: from now on this side decides. The history with its new generation."""
+    async def _switch(self, target: Target, *, force: bool) -> History:
+        """Durably, and at once for everybody who reads and writes here: from now on this side decides. The history with
+        its new generation.
+
+        Both in one step under the requests of all blocks: a guest's write between them would be dropped by a failover
+        to ``latest`` after it was decided that there is none.
+        """
         past = self._record.value.history
         history = extend(past, random_number(64), self._settings.side)
         await asyncio.to_thread(self._begin_intents, target)
         point = self._session.point()
-        await self._record.update_async(
-            role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
-            checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
-            bases=((point.stream, point.sequence),),
-        )  # fmt: skip
+
+        def note() -> None:
+            self._record.update(
+                role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
+                checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
+                bases=((point.stream, point.sequence),),
+            )  # fmt: skip
+
+        if target == "checkpoint":
+            await asyncio.to_thread(failover_checkpoint, self._backup, durably=note)
+        else:
+            await asyncio.to_thread(failover_latest, self._backup, force=force, durably=note)
         return history
 
     def _withdraw_soon(self, error: TandemDiskError) -> None:
