@@ -90,7 +90,7 @@ class Clients:
             world.oracle.starts[index], world.sizes[index], world.most_blocks
         )
         host = process.host
-        batch = world.oracle.submitted(extents, fua, process, risky=world.disk_may_fail)
+        batch = world.oracle.submitted(extents, fua, process, risky=world.disk_may_fail or host.faults.troubled)
         world.own_operations.append(operations)
         self._count += 1
         number = self._count

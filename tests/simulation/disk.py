@@ -44,6 +44,9 @@ class Faults:
     """The process dies in the middle of a call."""
     code: int = errno.EIO
 
+    troubled: bool = False
+    """The disks failed, or will, in this life: a write may be refused whenever it comes to it."""
+
     killer: Callable[[Process], None] = lambda _process: None
 
     def die(self) -> None:
@@ -101,6 +104,8 @@ class Platter:
         """What ``countdown`` calls it."""
         self.changed: Callable[[], None] = lambda: None
         self.forgot: Callable[[], None] = lambda: None
+        self.lost: Callable[[list[int], list[int]], None] = lambda _sectors, _versions: None
+        """Called when the contents of sectors, of these versions, are lost."""
         self.between: Callable[[Platter, str], None] = lambda _platter, _kind: None
         """Called in the middle of an operation: something else may happen now."""
         self.read_only_view = memoryview(self.contents)
@@ -128,7 +133,7 @@ class Platter:
                 if chance.random() < keep:
                     self.stable[offset + start : offset + start + SECTOR] = data[start : start + SECTOR]
         self.journal.clear()
-        self.contents[:] = self.stable
+        self._back_to_stable()
         self.changed()
 
     def forget_cache(self) -> None:
@@ -138,11 +143,15 @@ class Platter:
                 where = slice(offset + start, offset + start + SECTOR)
                 if self.chance.random() < 0.5:
                     self.stable[where] = data[start : start + SECTOR]
-                else:
-                    self.contents[where] = self.stable[where]
         self.journal.clear()
-        self.contents[:] = self.stable
+        self._back_to_stable()
         self.forgot()
+
+    def _back_to_stable(self) -> None:
+        before = self.versions.copy()
+        self.contents[:] = self.stable
+        sectors = np.flatnonzero(before != self.versions)
+        self.lost(sectors.tolist(), before[sectors].tolist())
 
     def trouble(self, kind: str, likelihood: float) -> None:
         """Die or fail here, if that is to be."""

@@ -6,7 +6,9 @@ docstring is the one that found the bug, on the commits before its fix.
 
 from __future__ import annotations
 
+from common.wire import Welcome, decode
 from tests.simulation.clients import Clients
+from tests.simulation.network import TO_DIALER
 from tests.simulation.oracle import Violation
 from tests.simulation.processes import Running
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
@@ -30,14 +32,16 @@ async def takes_over(sim: Simulation, target: str = "latest") -> None:
     await sim.until(lambda: sim.leading is taking, 30, "the lead of the other side")
 
 
-async def at_the_moment(sim: Simulation, condition: object, seconds: float, what: str) -> None:
-    """``until``, looking every half a millisecond."""
+async def at_the_moment(
+    sim: Simulation, condition: object, seconds: float, what: str, *, step_s: float = 0.0005
+) -> None:
+    """``until``, looking every ``step_s``."""
     assert callable(condition)
     deadline = sim.world.loop.now + seconds
     while not condition():
         if sim.world.loop.now > deadline:
             raise Violation("scenario", f"{what} did not come within {seconds:g} s")
-        await sim.pause(0.0005)
+        await sim.pause(step_s)
 
 
 def generation(sim: Simulation, side: str) -> int:
@@ -307,6 +311,7 @@ async def a_primary_comes_while_its_secondary_takes_over(sim: Simulation) -> Non
 async def a_reader_dies_in_the_middle_of_its_read(sim: Simulation) -> None:
     """Seed 2940: its request was ended by nobody, and the secondary waited for it."""
     await born(sim)
+    sim.healing = True  # the secondary may die as well, and is started again
     for _ in range(5):
         while sim.export is None or not sim.export.lifecycle.is_ready:
             sim.supervise()  # it may have been the secondary process that died
@@ -371,6 +376,100 @@ async def a_commit_whose_blocks_cannot_be_noted(sim: Simulation) -> None:
     expect(not isinstance(answer, Exception), f"refused: {answer}")
     await sim.until(lambda: sim.leading is sim.b, 30, "the lead of side b")
     sim.watched = ["a", "b"]
+
+
+async def the_guest_writes_while_a_failover_is_noted(sim: Simulation) -> None:
+    """Seeds 7922, 8634, 10595, 14275: there were no writes of the guest when a failover to latest was decided, there
+    were when it was durable, and then it was refused: a side that was neither the one nor the other."""
+    await born(sim)
+    sim.checkpoint()
+    await sim.pause(0.1)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.2)
+    sim.world.loop.slowness = 0.05
+    answers: list[object] = []
+    sim.command(sim.secondary, "failover", answers.append, to="latest")
+    for _ in range(100):
+        await sim.pause(0.003)
+        if sim.export is not None:
+            sim.clients.guest_write(sim.export)
+    await sim.until(lambda: answers, 30, "an answer to the failover")
+    if isinstance(answers[0], Exception):
+        expect(generation(sim, "b") == 1, "refused, and noted")
+        await takes_over(sim, "checkpoint")
+    await sim.until(lambda: sim.leading is sim.b, 30, "the lead of side b")
+    await sim.until(sim.write, 10, "a client of side b")
+    await sim.pause(2.0)
+
+
+@scenario()
+async def the_welcome_gets_lost(sim: Simulation) -> None:
+    """Seeds 7640, 8091: the secondary was in session, the primary was not, and each took the other's signs of life for
+    a reason to wait."""
+    await born(sim)
+    network = sim.world.network
+    sim.kill(sim.primary, 1000)
+    await sim.pause(0.2)
+    sim.start("a")
+    lost = 0
+    for _ in range(3000):
+        for queue in (connection.queues[TO_DIALER] for connection in network.connections):
+            for item in [item for item in queue if isinstance(decode(item[1]), Welcome)]:
+                queue.remove(item)
+                lost += 1
+        await sim.pause(0.0001)
+    expect(lost, "nobody was welcomed")
+    await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_refusal_comes_while_the_primary_starts(sim: Simulation) -> None:
+    """Seed 11281: between the greeting and the first client the other side was promoted, and the primary served its
+    clients alone, in a generation that both had."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    await sim.pause(0.2)
+    sim.world.loop.slowness = 2.0
+    sim.start("a")
+    process = sim.a.process("primary")
+    assert process is not None
+    await at_the_moment(sim, lambda: process.node is not None and process.node.engine.state == "syncing", 10, "a start",
+                        step_s=0.0001)  # fmt: skip
+    sim.world.loop.slowness = 0.002  # what the primary is about to note takes its time; all else does not
+    sim.failover("checkpoint", force=True)
+    for _ in range(500):
+        if process.alive:
+            sim.clients.write(process)
+        await sim.pause(0.01)
+    expect(not process.alive, "a primary that was refused serves clients")
+    await sim.rest()
+
+
+@scenario()
+async def a_disk_that_lost_writes_is_stopped_in_good_order(sim: Simulation) -> None:
+    """Seed 14802: and was noted as clean, at a point that it did not hold; its next process believed that."""
+    await born(sim)
+    sim.b.faults.flush = 1.0
+    for _ in range(5):
+        await writes(sim, 3)
+        sim.act("flush")
+        await sim.pause(0.05)
+    sim.b.faults.flush = 0.0
+    sim.world.network.set_cut(True, True)
+    position = sim.b.process("secondary").node.session.position  # type: ignore[union-attr]
+    expect(not position.exact, "no flush has failed")
+    operator_stops(sim.b.process("secondary"))
+    await sim.until(lambda: sim.b.process("secondary") is None, 30, "the end of the secondary")
+    metadata = sim.world.oracle.metadata(sim.b.metadata)
+    assert metadata is not None
+    expect(not metadata.clean, "a disk that lost writes is noted as clean")
+    sim.start("b")
+    await sim.pause(1.0)
+    answer = await told(sim, "failover", to="latest", force=True)
+    expect(isinstance(answer, Exception), "a disk that lost writes took over")
+    sim.world.network.set_cut(False, False)
     await sim.rest()
 
 

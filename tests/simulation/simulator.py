@@ -327,6 +327,7 @@ class Simulation:
 
     def _disk_trouble(self, host: Host) -> None:
         chance, faults = self.chance, host.faults
+        faults.troubled = True
         faults.code = chance.choice((5, 28))
         kind = chance.choice(("read", "write", "flush", "all"))
         likelihood = chance.choice((0.05, 0.5, 1.0))
@@ -489,7 +490,7 @@ class Simulation:
         """By the primary's own word, and nothing in flight."""
         process = self.primary
         engine = process.node.__dict__.get("engine") if process is not None and process.node is not None else None
-        if engine is None or self.secondary is None:
+        if engine is None or self.secondary is None or process is None or process.lifecycle.stop.is_set():
             return False
         return bool(engine.serving and engine.state == "protected" and engine.session.idle)
 

@@ -71,7 +71,7 @@ class Host:
         options = world.options
         self.side = side
         self.chance = random.Random(world.chance.getrandbits(64))
-        self.faults = Faults(killer=world.kill)  # type: ignore[arg-type]
+        self.faults = Faults(killer=world.kill, troubled=side == "a" and "disk_primary" in options.troubles)  # type: ignore[arg-type]
         self.directory = f"{world.directory}/{side}"
         Path(self.directory).mkdir()
         for index in range(len(world.sizes)):
@@ -80,9 +80,10 @@ class Host:
             Platter(f"{self.directory}/disk{index}.raw", size, self.chance, self.faults)
             for index, size in enumerate(world.sizes)
         ]
-        for platter in self.platters:
+        for index, platter in enumerate(self.platters):
             platter.changed = world.disk_changed
-            platter.forgot = lambda: world.disk_forgot(side)
+            platter.forgot = functools.partial(world.disk_forgot, side)
+            platter.lost = functools.partial(world.disk_lost, side, index)
             platter.between = world.between
             platter.countdown = world.countdown
             platter.device = f"{side} {Path(platter.name).stem}"
@@ -458,6 +459,12 @@ class World:
         if side == self.secondary_host().side:
             self.oracle.forgotten = True
             self.oracle.unsure[:] = True
+
+    def disk_lost(self, side: str, volume: int, sectors: list[int], versions: list[int]) -> None:
+        """These were on a disk, and are not any more."""
+        if side == self.secondary_host().side:
+            for sector, version in zip(sectors, versions, strict=True):
+                self.oracle.lost.setdefault(self.oracle.starts[volume] + sector, set()).add(version)
 
     def guard(self, check: Callable[..., None], *args: Any, **options: Any) -> None:
         """Run a check; the first violation ends the run."""
