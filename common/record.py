@@ -13,17 +13,21 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from common.disk import Disk
-from common.errors import DiskError
+from common.errors import DiskError, NeedsForce
 from common.generation import Generation, History
 from common.metadata import Metadata, save
 from common.settings import NodeSettings, Role
+
+SAMPLES: Final = 256
+SAMPLE_BYTES: Final = 4096
+"""Of a device, at a stop in good order: a megabyte."""
 
 
 class Record:
@@ -119,26 +123,74 @@ def check_metadata(settings: NodeSettings, metadata: Metadata, disks: Sequence[D
 
 
 def fingerprints(settings: NodeSettings, *, running: bool) -> tuple[tuple[int, int], ...]:
-    """What tells the disks of a side from others, and, unless they are being written, from themselves at another
-    time."""
+    """What tells the disks of a side from others, and, unless they are being written, from themselves at another time:
+    (inode, time of the last change) of a file, (number, hash of samples) of a device. A device that was restored to an
+    older state that differs in no sample, and anything that changes a disk behind the back of a process that was
+    killed, is not noticed."""
     found: list[tuple[int, int]] = []
     for volume in settings.volumes:
         status = os.stat(volume.disk)
-        device = stat.S_ISBLK(status.st_mode)
-        found.append((status.st_rdev if device else status.st_ino, 0 if running or device else status.st_mtime_ns))
+        if stat.S_ISBLK(status.st_mode):
+            found.append((status.st_rdev, 0 if running else _sample(volume.disk)))
+        else:
+            found.append((status.st_ino, 0 if running else status.st_mtime_ns))
     return tuple(found)
+
+
+def _size_of(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+
+
+def _sample(path: str) -> int:
+    """A hash of the beginning, the end and evenly spread blocks of a device; never 0."""
+    hashed = xxh3_64()
+    size = _size_of(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        last = max(0, size - SAMPLE_BYTES)
+        for number in range(SAMPLES + 1):
+            hashed.update(os.pread(fd, SAMPLE_BYTES, last * number // SAMPLES // SAMPLE_BYTES * SAMPLE_BYTES))
+    finally:
+        os.close(fd)
+    return hashed.intdigest() or 1
 
 
 def disks_changed(settings: NodeSettings, metadata: Metadata) -> str:
     """Why the disks cannot be what this side left; empty if they can. Somebody may have replaced them, or written to
     them."""
-    now = fingerprints(settings, running=False)
-    for volume, (inode, changed), (was, when) in zip(settings.volumes, now, metadata.disks, strict=False):
-        if inode != was:
-            return f"{volume.disk} is another file than before"
-        if when and changed != when:
-            return f"{volume.disk} was written to since this side stopped"
+    for volume, reason, _ in _changes(settings, metadata):
+        return f"{volume} {reason}"
     return ""
+
+
+def check_leading_disks(settings: NodeSettings, metadata: Metadata) -> None:
+    """NeedsForce if a primary has a disk that it did not leave so: an empty one, or an older copy, would overwrite what
+    its secondary has. (Devices are numbered anew when a host starts: that alone says nothing.)"""
+    for volume, reason, certain in _changes(settings, metadata):
+        if certain:
+            raise NeedsForce(
+                f"Side {settings.side} led, and {volume} {reason}: its secondary would be overwritten with it.",
+                hint="Let the other side take over and follow it (`tandemdisk failover`, `tandemdisk rejoin`); or, if "
+                "this disk is the right one, say so with `tandemdisk accept-disk`.",
+            )
+
+
+def _changes(settings: NodeSettings, metadata: Metadata) -> Iterator[tuple[str, str, bool]]:
+    """(disk, what is the matter with it, whether that is certain)"""
+    now = fingerprints(settings, running=False) if metadata.disks else ()
+    sizes = dict(metadata.volumes)
+    for volume, (number, state), (was, when) in zip(settings.volumes, now, metadata.disks, strict=False):
+        device = stat.S_ISBLK(os.stat(volume.disk).st_mode)
+        if when and state != when:
+            written = "does not hold what this side left there" if device else "was written to since this side stopped"
+            grown = number == was and _size_of(volume.disk) > sizes.get(volume.name, 0)  # that touches a file, too
+            yield volume.disk, written if number == was or device else "is another file than before", not grown
+        elif number != was:
+            yield volume.disk, f"is another {'device' if device else 'file'} than before", not device
 
 
 def _names(volumes: tuple[tuple[str, int], ...]) -> str:

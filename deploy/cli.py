@@ -26,7 +26,7 @@ from rich.live import Live
 from common.child import python_command, python_environment, settings_memfd
 from common.config import check_block_size, format_size, load_config, parse_size
 from common.control import error_to_dict
-from common.errors import ConfigError, TandemDiskError
+from common.errors import ConfigError, NeedsForce, TandemDiskError
 from common.keys import generate_keys
 from common.settings import Role
 from deploy import __version__
@@ -37,6 +37,7 @@ from deploy.hosts_commands import RATE, hosts, redirect, wrap
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.render import deployment
+from deploy.roles import accept_disks
 from deploy.snapshot import snapshot
 
 P = ParamSpec("P")
@@ -245,6 +246,8 @@ def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
             console.print("\n".join(placement.instructions()), markup=False, highlight=False, soft_wrap=True)
         elif children.get("primary", {}).get("alive"):
             watch_resync(pair, console)
+        elif children.get("primary", {}).get("exit_code") == NeedsForce.exit_code:
+            console.print(f"The primary stays down: {children['primary']['reason']}", style="yellow", soft_wrap=True)
         elif "primary" in children:
             console.print("The old primary stays down: the secondary leads since a failover.", style="yellow")
         console.print(where_to_connect(pair.status(), str(pair.directory.path)))
@@ -453,6 +456,27 @@ def _tell_down(report: dict[str, Any], directory: Path) -> None:
             console.print(
                 f"`tandemdisk up --dir {directory}` goes on from it; `down --purge` frees it.", soft_wrap=True
             )
+
+
+@main.command("accept-disk")
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), help="The pair's directory.")
+@click.option("--config", type=click.Path(path_type=Path), help="Or the TOML file of one side.")
+@reporting
+def accept_disk(directory: Path | None, config: Path | None) -> None:
+    """Say that the disk of a primary that refuses to start is the right one.
+
+    It is refused when it is another one than the primary left, or was written to: an empty or old disk would overwrite
+    the secondary's. Accepted, the secondary is compared with it as a whole.
+    """
+    if (directory is None) == (config is None):
+        raise ConfigError("Name the side: either --dir or --config.")
+    if config is not None:
+        settings = load_config(config)
+        accept_disks(settings)
+    elif directory is not None:
+        settings = Pair(directory).accept_disks()
+    names = ", ".join(volume.disk for volume in settings.volumes)
+    console.print(f"Accepted {names} as it is; side {settings.side} starts with it.", soft_wrap=True)
 
 
 def _process_command(role: Role) -> click.Command:

@@ -35,7 +35,7 @@ from typing import Any, Final
 
 from common.child import Child, exit_reason
 from common.control import ControlClient, ControlServer
-from common.errors import AddressInUse, OperationFailed, TandemDiskError
+from common.errors import AddressInUse, NeedsForce, OperationFailed, TandemDiskError
 from common.process import Lifecycle, fields, live
 from common.settings import NodeSettings, Role
 from deploy.layout import ROLES, PairDirectory
@@ -84,8 +84,15 @@ class Supervisor:
                     log.info("%s left alone reason='the other side leads'", role)
                     continue
                 self._processes[role] = processes[role]
-                await self._start_one(role)
-                started.append(role)
+                try:
+                    await self._start_one(role)
+                except NeedsForce as error:
+                    if not any(map(self._running, self.settings)):
+                        raise
+                    # the other side may have to take over from this one, and has to run for that
+                    log.warning("%s stays down reason=%r", role, error.sentence)
+                else:
+                    started.append(role)
             return {"started": started, "children": self._describe_children()}
 
     def _left_behind(self) -> Role | None:

@@ -32,7 +32,7 @@ from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_b
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.overview import merge
 from deploy.presence import answers, control_path, process_of, watched
-from deploy.roles import choose_loser, give_up, judge, remembered, save_diverged
+from deploy.roles import accept_disks, choose_loser, give_up, judge, remembered, save_diverged
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -326,6 +326,16 @@ class Pair:
         give_up(sides[loser], judgement.standings[winner].history)
         self._start_all(winner)
         return report
+
+    def accept_disks(self) -> NodeSettings:
+        """The disks of the side that leads are right as they are, though it refuses them; it must not run. Its
+        settings."""
+        leader = self.leader()
+        settings = self.settings(leader)
+        if answers(control_path(settings, leader)):
+            raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
+        accept_disks(settings)
+        return settings
 
     def switchover(self) -> dict[str, Any]:
         """Swap the roles without losing a write: the primary stops with a final checkpoint, the secondary takes over,

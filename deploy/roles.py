@@ -18,7 +18,7 @@ from typing import Final
 
 from common import limits
 from common.disk import HOLE, FileDisk
-from common.errors import DiskError, OperationFailed, PeerRefused
+from common.errors import DiskError, NotRunning, OperationFailed, PeerRefused
 from common.generation import RETURNING, History, Rejoin, SplitBrain, Standing, common_past, decide
 from common.intent import INTENT_FILE, IntentFile
 from common.metadata import Metadata, load, save
@@ -152,6 +152,22 @@ def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -
         stream=metadata.stream if clean else RETURNING, sequence=metadata.sequence if clean else 0,
     )  # fmt: skip
     save(f"{settings.directory}/metadata", changed)
+
+
+def accept_disks(settings: NodeSettings) -> None:
+    """Durably: what the disks of this side, which leads, hold now is right, whatever it left there. Its secondary will
+    be compared with it as a whole. None of its processes may run. NotRunning if it never ran, OperationFailed if it
+    follows."""
+    metadata = remembered(settings)
+    if metadata is None:
+        raise NotRunning(f"Side {settings.side} has never run.", hint="There is nothing that its disks contradict.")
+    if metadata.role != "primary":
+        raise OperationFailed(
+            f"Side {settings.side} is the secondary: its disk follows the other side's.",
+            hint="It is compared as a whole when it was replaced; just start it.",
+        )
+    Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)
+    save(f"{settings.directory}/metadata", replace(metadata, disks=(), clean=False, base=0, bases=()))
 
 
 def save_diverged(settings: NodeSettings) -> list[str]:

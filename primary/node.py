@@ -19,7 +19,7 @@ from common.keys import stream_keys
 from common.metadata import load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_metadata, disks_changed, initial_metadata, random_number
+from common.record import Record, check_leading_disks, check_metadata, disks_changed, initial_metadata, random_number
 from common.settings import NodeSettings
 from primary.doorman import Doorman
 from primary.engine import Engine
@@ -86,6 +86,7 @@ class PrimaryNode:
                 f"Side {settings.side} of pair {settings.pair_id} is the secondary: its disk follows the other side's.",
                 hint="Start it as secondary, or let it take over with `tandemdisk failover`.",
             )
+        check_leading_disks(settings, metadata)
         if reason := disks_changed(settings, metadata):
             log.warning("the whole disk is compared reason=%r", reason)
             Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)

@@ -40,7 +40,7 @@ from common.keys import CurveKeys, stream_keys
 from common.metadata import Metadata, load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_metadata, disks_changed, fingerprints, initial_metadata
+from common.record import Record, check_leading_disks, check_metadata, disks_changed, fingerprints, initial_metadata
 from common.settings import NodeSettings, VolumeSettings
 from common.wire import pack_ranges
 from secondary.applier import NOWHERE, Applier
@@ -138,7 +138,10 @@ class SecondaryNode:
     def _check_disks(self, metadata: Metadata) -> Metadata:
         """A disk that is not as this side left it may differ anywhere: say so, durably, and trust no buffer."""
         settings = self.settings
-        reason = disks_changed(settings, metadata) if metadata.role == "secondary" else ""
+        if metadata.role == "primary":
+            check_leading_disks(settings, metadata)
+            return metadata
+        reason = disks_changed(settings, metadata)
         if not reason:
             return metadata
         log.warning("the whole disk is compared reason=%r", reason)
