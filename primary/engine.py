@@ -70,6 +70,8 @@ from primary.session import PrimaryConfig, PrimarySession
 from primary.window import Unacknowledged
 
 EIO: Final = 5
+IDLE_S: Final = 0.5
+"""How long a stop waits for the last acknowledgements."""
 
 log = logging.getLogger("primary")
 
@@ -393,10 +395,17 @@ class Engine:
         """What ``status`` shows of a primary, without its export."""
         return status_of(self)
 
+    async def _wait_idle(self) -> None:
+        """A checkpoint is told before it is acknowledged: let the acknowledgement come, or the stop is not clean."""
+        deadline = self._loop.time() + IDLE_S
+        while self.state == "protected" and not self.session.idle and self._loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
     async def close(self) -> None:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
         await self.growth.stop()
         self.alignment.stop()
+        await self._wait_idle()
         in_line = self.session.idle and self.session.attached and self.state == "protected"
         clean = self.serving and in_line and not any((*self.mirror.bitmaps, *self.knowledge.suspects))
         if self._tasks:
