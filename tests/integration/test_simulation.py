@@ -39,6 +39,11 @@ def test_seeds_lose_nothing_and_converge() -> None:
     assert int(acknowledged[1]) > 50 * SEEDS, "the simulated clients were hardly served"
 
 
+def test_seeds_with_a_compressed_stream() -> None:
+    text = simulate("--compress", "--seeds", "40", "--start", "5000")
+    assert re.search(r"^40 seeds .* 0 failed$", text, re.MULTILINE), text
+
+
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
     """How each story ended: what is printed for it."""

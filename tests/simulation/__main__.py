@@ -3,6 +3,7 @@
 --seeds N [--start S]   N seeds from S on; the first failure is shrunk and shown
 --minutes M             as many seeds as that takes
 --seed S [--log]        one seed, with its trace
+--compress              with any of these: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
 --nth-fault [PHASE]     every call of a phase fails once, and from then on; without a phase: of all of them
                         (--every K: every K-th; --number N [--from-then-on] [--log]: the N-th only)
@@ -12,10 +13,13 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
+from tests.simulation.options import Options, draw
 from tests.simulation.runner import Result, run, shrink
 
 
@@ -26,6 +30,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--compress", action="store_true", help="the same lives, the stream compressed")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--log", action="store_true", help="print the trace")
     parser.add_argument("--scenario", nargs="?", const="")
@@ -43,12 +48,17 @@ def main() -> int:
     if arguments.bug is not None:
         return bugs(arguments.bug)
     if arguments.seed is not None:
-        return one(arguments.seed, arguments.log)
+        return one(arguments.seed, arguments.log, compress=arguments.compress)
     return many(arguments)
 
 
-def one(seed: int, log: bool) -> int:
-    result = run(seed, keep_log=log)
+def options_of(seed: int, *, compress: bool) -> Options | None:
+    """None: as the seed draws them."""
+    return replace(draw(random.Random(seed)), compress=True) if compress else None
+
+
+def one(seed: int, log: bool, *, compress: bool) -> int:
+    result = run(seed, options_of(seed, compress=compress), keep_log=log)
     for line in result.log:
         print(line)
     print(
@@ -74,7 +84,7 @@ def many(arguments: argparse.Namespace) -> int:
                 break
         elif done == arguments.seeds:
             break
-        result = run(seed)
+        result = run(seed, options_of(seed, compress=arguments.compress))
         seed += 1
         done += 1
         acknowledged += result.acknowledged

@@ -263,7 +263,7 @@ def time_of(loop: VirtualLoop) -> Any:
 
     return SimpleNamespace(
         monotonic=monotonic, perf_counter=monotonic, time=wall, sleep=lambda _seconds: None,
-        time_ns=lambda: int(wall() * 1e9), monotonic_ns=lambda: int(monotonic() * 1e9),
+        thread_time=monotonic, time_ns=lambda: int(wall() * 1e9), monotonic_ns=lambda: int(monotonic() * 1e9),
         strftime=lambda *_args: "", gmtime=lambda *_args: None,
     )  # fmt: skip
 

@@ -35,6 +35,8 @@ class Options:
     guest: bool = True
     failover: str = ""
     """How it ends: a failover to this target somewhere in the second half; empty: none."""
+    compress: bool = False
+    """The stream is compressed wherever that makes it shorter, in turn by the loop and by a thread. Not drawn."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
 

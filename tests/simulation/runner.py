@@ -48,8 +48,9 @@ class Result:
 
     def describe(self) -> str:
         """For a person: the failure, where it came from and how to see it again."""
+        compress = " --compress" * self.options.compress
         lines = [f"seed {self.seed}: {self.what}: {self.failure}", f"  options: {self.options.describe()}",
-                 f"  again:   python -m tests.simulation --seed {self.seed}"]  # fmt: skip
+                 f"  again:   python -m tests.simulation --seed {self.seed}{compress}"]  # fmt: skip
         if self.failure is not None and not isinstance(self.failure, Violation):
             lines += ["".join(traceback.format_exception(self.failure))]
         return "\n".join(lines)
