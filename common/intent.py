@@ -67,7 +67,9 @@ class IntentFile:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 self.found = self._load()
-            except OSError:
+            except (OSError, DiskError):
+                if not os.fstat(self._file).st_size:
+                    os.unlink(path)  # an empty file would say that it is there, and that nothing was written
                 os.close(self._file)
                 raise
         except OSError as error:
@@ -161,8 +163,10 @@ class IntentFile:
             before = self._sizes, self._first, self._pages, self._bits
             try:
                 self._take_over(self.ranges(), before[0], sizes)
-            except OSError as error:
+            except (OSError, DiskError) as error:
                 self._sizes, self._first, self._pages, self._bits = before
+                if isinstance(error, DiskError):
+                    raise
                 raise DiskError(f"The write-intent file {self.path} cannot be replaced: {error.strerror}.") from error
 
     def _take_over(self, marked: Sequence[tuple[int, int, int]], old: Sequence[int], sizes: Sequence[int]) -> None:
@@ -173,6 +177,10 @@ class IntentFile:
             for index in range(offset // self.region, -(-min(offset + length, sizes[volume]) // self.region)):
                 bit = self._first[volume] + index
                 self._bits[bit >> 3] |= 1 << (bit & 7)
+        self._replace()
+
+    def _replace(self) -> None:
+        """Put a file of the bits in memory in the place of the one that is open; whole or not at all."""
         pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
         temporary = f"{self.path}.new"
         kept = self._file
@@ -181,6 +189,7 @@ class IntentFile:
             self._write(pages, durable=False)
             os.pwrite(self._file, self._header(), 0)
             os.fsync(self._file)
+            self.synchronous_writes += 1
             os.replace(temporary, self.path)
         except BaseException:
             os.close(self._file)
@@ -218,11 +227,7 @@ class IntentFile:
             return True
         if found or self._everything:
             self._bits[:] = b"\xff" * len(self._bits)
-        os.ftruncate(self._file, 0)
-        pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
-        self._write(pages, durable=True)
-        os.pwrite(self._file, self._header(), 0)
-        os.fsync(self._file)
+        self._replace()
         return False
 
     def _resized(self) -> bool:

@@ -104,7 +104,7 @@ def own_bytes(settings: NodeSettings, metadata: Metadata) -> int:
         return 0
     if not os.path.exists(f"{settings.directory}/{INTENT_FILE}"):
         return sum(sizes)
-    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes)
+    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes, everything=True)
     try:
         return sum(length for _, _, length in file.ranges())
     finally:
@@ -142,7 +142,7 @@ def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -
     intent = Path(f"{settings.directory}/{INTENT_FILE}")
     if clean:
         intent.unlink(missing_ok=True)
-    elif not intent.exists():
+    else:
         IntentFile(str(intent), [size for _, size in metadata.volumes], everything=True).close()
     if DiskBuffer.exists(settings.buffer.directory):
         DiskBuffer.remove(settings.buffer.directory)
@@ -178,7 +178,7 @@ def save_diverged(settings: NodeSettings) -> list[str]:
     intent = f"{settings.directory}/{INTENT_FILE}"
     ranges = [(index, 0, size) for index, size in enumerate(sizes)]
     if os.path.exists(intent):
-        file = IntentFile(intent, sizes)
+        file = IntentFile(intent, sizes, everything=True)
         ranges = file.ranges()
         file.close()
     paths: list[str] = []

@@ -159,7 +159,7 @@ class SecondaryNode:
         if self.promoted or not os.path.exists(path):
             return b""
         sizes = [disk.size for disk in self.disks]
-        file = IntentFile(path, sizes)
+        file = IntentFile(path, sizes, everything=True)
         ranges = file.ranges()
         file.close()
         if len(ranges) > limits.MAX_BATCH_EXTENTS:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,53 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="cannot be written"):
         intent.set_ranges([(0, 0, 1)])
     assert not intent.covers(0, 0, 1)
+
+
+@contextmanager
+def no_room_in_files() -> Iterator[None]:
+    """No file may have a byte more than a page; the kernel says EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_cannot_be_made_whole_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "intent"
+    with no_room_in_files(), pytest.raises(DiskError):
+        IntentFile(str(path), SIZES, REGION, everything=True)
+    assert not path.exists()
+    again = IntentFile(str(path), SIZES, REGION, everything=True)
+    assert not again.found
+    assert marked(again) == [[(0, 1 << 20)], [(0, 300_000)]]
+    again.close()
+
+
+def test_a_file_that_was_never_written_says_nothing_of_what_was_not(tmp_path: Path) -> None:
+    path = tmp_path / "intent"
+    path.touch()  # as the loss of power leaves it
+    file = IntentFile(str(path), SIZES, REGION, everything=True)
+    assert marked(file) == [[(0, 1 << 20)], [(0, 300_000)]]
+    file.close()
+
+
+def test_a_file_of_another_layout_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "intent"
+    IntentFile(str(path), SIZES, REGION).close()
+    before = path.read_bytes()
+    with no_room_in_files(), pytest.raises(DiskError):
+        IntentFile(str(path), SIZES, 2 * REGION)
+    assert path.read_bytes() == before
+
+
+def test_growing_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "intent"
+    file = IntentFile(str(path), SIZES, REGION)
+    file.set_ranges([(0, 0, 1)])
+    before = marked(file)
+    with no_room_in_files(), pytest.raises(DiskError):
+        file.grow((1 << 21, 300_000))
+    assert marked(file) == before
+    file.close()
