@@ -2,6 +2,7 @@
 
 --seeds N [--start S]   N seeds from S on; the first failure is shrunk and shown
 --minutes M             as many seeds as that takes
+--soak [--jobs J]       the same over several processes, on and on: seeds, simulated writes and hours, failures
 --seed S [--log]        one seed, with its trace
 --compress              with any of these: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -21,17 +23,22 @@ from dataclasses import replace
 
 from tests.simulation.options import Options, draw
 from tests.simulation.runner import Result, run, shrink
+from tests.simulation.soak import soak
+
+SEEDS = 1000
 
 
 def main() -> int:
     """See the module; the exit code is 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--compress", action="store_true", help="the same lives, the stream compressed")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--soak", action="store_true", help="go on after failures, over --jobs processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--log", action="store_true", help="print the trace")
     parser.add_argument("--scenario", nargs="?", const="")
     parser.add_argument("--bug", nargs="?", const="")
@@ -49,6 +56,9 @@ def main() -> int:
         return bugs(arguments.bug)
     if arguments.seed is not None:
         return one(arguments.seed, arguments.log, compress=arguments.compress)
+    if arguments.soak:
+        seeds = arguments.seeds if arguments.seeds or arguments.minutes else SEEDS
+        return soak(arguments.start, seeds, arguments.minutes, arguments.jobs)
     return many(arguments)
 
 
@@ -82,7 +92,7 @@ def many(arguments: argparse.Namespace) -> int:
         if arguments.minutes is not None:
             if time.perf_counter() - started > arguments.minutes * 60:
                 break
-        elif done == arguments.seeds:
+        elif done == (arguments.seeds or SEEDS):
             break
         result = run(seed, options_of(seed, compress=arguments.compress))
         seed += 1

@@ -1,0 +1,89 @@
+"""Many seeds over several processes, for as long as is given: what the suite has no time for.
+
+    python -m tests.simulation --soak --minutes 60 --jobs 2
+    python -m tests.simulation --soak --seeds 100000 --start 1000000
+
+Every failure is printed as it is found, with the command that shows it again; the soak goes on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import time
+import warnings
+from dataclasses import dataclass, field
+
+from tests.simulation.runner import run
+
+CHUNK = 40
+"""Seeds that a process is given at once: a second or two."""
+REPORT_S = 60.0
+
+
+@dataclass
+class Tally:
+    """What came of some seeds."""
+
+    seeds: int = 0
+    acknowledged: int = 0
+    virtual_s: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.seeds += other.seeds
+        self.acknowledged += other.acknowledged
+        self.virtual_s += other.virtual_s
+        self.failures += other.failures
+
+    def describe(self, seconds: float) -> str:
+        return (
+            f"{self.seeds} seeds in {seconds / 60:.1f} min ({self.seeds / seconds:.1f} a second), "
+            f"{self.acknowledged} simulated writes acknowledged, {self.virtual_s / 3600:.1f} simulated hours, "
+            f"{len(self.failures)} failed"
+        )
+
+
+def chunk(start: int, count: int) -> Tally:
+    """Run seeds from ``start`` on; in a process of its own."""
+    warnings.simplefilter("ignore")
+    tally = Tally()
+    for seed in range(start, start + count):
+        result = run(seed)
+        tally.seeds += 1
+        tally.acknowledged += result.acknowledged
+        tally.virtual_s += result.virtual_s
+        if result.failure is not None:
+            tally.failures.append(result.describe())
+    return tally
+
+
+def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int:
+    """``seeds`` of them, or as many as ``minutes`` give; the exit code is 1 if any failed."""
+    started = time.monotonic()
+    said = started
+    total = Tally()
+    left = itertools.count(start, CHUNK) if seeds is None else iter(range(start, start + seeds, CHUNK))
+    last = None if seeds is None else start + seeds
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running: set[concurrent.futures.Future[Tally]] = set()
+        while True:
+            in_time = minutes is None or time.monotonic() - started < minutes * 60
+            while in_time and len(running) < 2 * jobs and (first := next(left, None)) is not None:
+                running.add(pool.submit(chunk, first, CHUNK if last is None else min(CHUNK, last - first)))
+            if not running:
+                break
+            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                tally = future.result()
+                total.add(tally)
+                for failure in tally.failures:
+                    print(failure, flush=True)
+            if time.monotonic() - said > REPORT_S:
+                said = time.monotonic()
+                print(total.describe(said - started), flush=True)
+    print(f"seeds {start} to {start + total.seeds - 1}")
+    print(total.describe(time.monotonic() - started))
+    return 1 if total.failures else 0
