@@ -37,6 +37,8 @@ from deploy.roles import judge
 HEARTBEAT_S: Final = 0.1
 PEER_TIMEOUT_S: Final = 0.8
 CONVERGE_S: Final = 40.0
+COMMAND_S: Final = 0.3
+"""For a checkpoint under faults: nothing is healed while it is waited for."""
 CYCLES_A_PAIR: Final = 40
 READ: Final = 1 << 20
 
@@ -114,10 +116,10 @@ class PairUnderChaos:
         self._pause(0.0, 0.05)
         faults: list[Fault] = []
         try:
-            for _ in range(self.chance.choice((1, 1, 2, 3))):
+            for number in range(self.chance.choice((1, 1, 2, 3))):
                 kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
                 with contextlib.suppress(TandemDiskError, ProcessLookupError):  # it hit a pair that is broken already
-                    fault = self._begin(kind)
+                    fault = self._begin(kind, broken=number > 0)
                     if fault is not None:
                         faults.append(fault)
                 self._pause(0.0, 0.08)
@@ -139,13 +141,15 @@ class PairUnderChaos:
     def _uri(self, side: str) -> str:
         return f"nbd+unix:///disk0?socket={self.pair.directory.path}/{side}/nbd.sock"
 
-    def _begin(self, kind: str) -> Fault | None:
+    def _begin(self, kind: str, *, broken: bool) -> Fault | None:
         leader = self.pair.leader()
         follower: Role = "secondary" if leader == "primary" else "primary"
         verb, _, what = kind.partition(" ")
         if kind == "checkpoint":
-            self._checkpoint()
+            self._checkpoint(COMMAND_S)
         elif kind == "switchover":
+            if broken:
+                return None  # its writes may have to wait for what is healed only afterwards
             self._switchover()
         elif kind == "cable":
             kind = self.chance.choice(sorted(self.cable))
@@ -178,9 +182,10 @@ class PairUnderChaos:
             fault.begin()
         return fault
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, timeout_s: float = CONVERGE_S / 2) -> None:
         low, _ = self.expectation.snapshot()
-        number = self.pair.checkpoint().number
+        leader = self.pair.client(self.pair.leader(), timeout_s + 1)
+        number = int(leader.call("checkpoint", timeout_s=timeout_s)["checkpoint"])
         self._known = (number, low, self.expectation.snapshot()[1])
 
     def _switchover(self) -> None:
