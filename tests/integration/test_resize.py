@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from common.errors import OperationFailed, PeerRefused, TandemDiskError
 from common.metadata import load, save
 from common.nbd_client import NbdClient, NbdClientError
+from common.settings import Role
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from secondary.attach import attach
@@ -94,6 +96,10 @@ def resizing(pair: Pair, **args: Any) -> Iterator[list[Any]]:
     yield told
     thread.join(60)
     assert told, "the command hangs"
+
+
+def ended(pair: Pair, role: Role) -> None:
+    pair.wait_for(lambda now: now[role]["pid"] is None, f"without its {role}", 20)
 
 
 def asked(pair: Pair) -> None:
@@ -326,3 +332,29 @@ def test_block_devices_grow_and_the_other_volume_stays(short_dir: Path) -> None:
             expected = bytes(25 * MIB) + random_bytes(0, MIB) + bytes(4 * MIB - 4096) + b"x" * 4096
             assert contents(guest_uri(pair)) == expected
             assert len(contents(guest_uri(pair, 1))) == 24 * MIB
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_any_moment_of_a_resize_end_with_one_size_and_equal_disks(short_dir: Path, seed: int) -> None:
+    """A guest writes meanwhile; either side is killed from before the command until after its answer."""
+    chance = random.Random(seed)
+    size = OLD
+    with running(short_dir / "p", PairOptions(size=OLD, overrides=QUICK)) as pair:
+        for turn in range(6):
+            size += chance.choice((4096, 512 * 1024, 5 * MIB))
+            victim: Role = chance.choice(("primary", "secondary"))
+            pid = pair.status()[victim]["pid"]
+            with Load(primary_uri(pair), seed=turn) as load:
+                load.wait_for(50)
+                with resizing(pair, size=size):
+                    threading.Event().wait(chance.uniform(0, 0.03))
+                    kill(pid)
+                ended(pair, victim)
+                pair.up()
+            compared(pair)
+            if sizes(pair) != (size, size):
+                pair.resize(size=size)
+            put(primary_uri(pair), size - 4096, chance.randbytes(4096))
+            compared(pair)
+            assert sizes(pair) == (size, size)
