@@ -39,6 +39,7 @@ class Record:
         self._lock = threading.Lock()
         self._soon: dict[str, Any] = {}
         self._writing = False
+        self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="metadata")
 
     def update(self, **changes: Any) -> None:
@@ -55,7 +56,7 @@ class Record:
     def update_soon(self, **changes: Any) -> None:
         """Change fields some time soon; on the loop, never blocks. A failure surfaces at the next ``update``."""
         self._soon |= changes
-        if not self._writing:
+        if not self._writing and not self._closed:
             self._writing = True
             self._write_soon()
 
@@ -66,13 +67,14 @@ class Record:
 
     def _written(self, done: asyncio.Future[None]) -> None:
         done.exception()  # looked at: the next durable update meets the same disk
-        if self._soon:
+        if self._soon and not self._closed:
             self._write_soon()
         else:
             self._writing = False
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for what is being written; what would be written soon is not any more."""
+        self._closed = True
         self._executor.shutdown(wait=True)
 
 

@@ -110,6 +110,10 @@ def _orderly_end() -> Iterator[None]:
 @click.option("--no-growth", is_flag=True, help="With --hosts: leave out how cost grows.")
 @click.option("--hot-path", is_flag=True, help="Instead: where each microsecond of a request goes, step by step.")
 @click.option("--heart", is_flag=True, help="Instead: copy-before-write, reads, checkpoints, failover by themselves.")
+@click.option(
+    "--resync", "way_back", is_flag=True,
+    help="Instead: resyncs beside the raw stream and nbdcopy; what the write-intent bitmap costs.",
+)
 def bench(
     peers: str | None,
     only: str | None,
@@ -130,6 +134,7 @@ def bench(
     no_growth: bool,
     hot_path: bool,
     heart: bool,
+    way_back: bool,
 ) -> None:
     """Measure this machine's pair, beside others if asked, in alternating rounds.
 
@@ -150,6 +155,12 @@ def bench(
 
         with _orderly_end():
             show_heart(json_path)
+        return
+    if way_back:
+        from deploy.bench import wayback
+
+        with _orderly_end():
+            wayback.show(Console(), directory, parse_size(size), json_path)
         return
     if hot_path:
         from deploy.bench.hotpath import show_hot_path

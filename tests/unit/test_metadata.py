@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from xxhash import xxh3_64_intdigest
 from common.errors import DiskError
 from common.generation import Generation, extend
 from common.metadata import MAGIC, Metadata, load, parse, save, serialise
+from common.record import Record
 
 SAMPLE = Metadata(
     pair_id="db1", side="a", role="primary", volumes=(("root", 1 << 30), ("data", 1 << 40)),
@@ -81,3 +83,25 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="cannot be written"):
         save(str(tmp_path / "directory"), SAMPLE)
     assert not (tmp_path / "directory.new").exists()
+
+
+async def closed_with_changes_to_come(path: str) -> list[str]:
+    """What the loop complains of when a record is closed while one change is written and another waits."""
+    complaints: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context)))
+    record = Record(path, SAMPLE)
+    record.update_soon(checkpoint=4)
+    record.update_soon(checkpoint=5)
+    record.close()
+    record.update_soon(checkpoint=6)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return complaints
+
+
+def test_a_record_that_is_closed_begins_nothing_more(tmp_path: Path) -> None:
+    path = str(tmp_path / "metadata")
+    assert asyncio.run(closed_with_changes_to_come(path)) == []
+    found = load(path)
+    assert found is not None
+    assert found.checkpoint == 4
