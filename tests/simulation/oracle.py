@@ -458,14 +458,12 @@ class Oracle:
     def guest_wrote(self, side: str, first: int, operations: Any, view: memoryview, errors: Any, stage: int) -> None:
         """The guest's batch was carried out in one step, on a volume that starts at sector ``first``."""
         if side == self.leader:
-            # accepted by a side that was taking over, carried out when it had
-            extents = [
-                (first + offset // SECTOR, first + (offset + length) // SECTOR,
-                 int.from_bytes(view[position : position + 8], "little") if kind == WRITE else 0)
-                for number, (kind, offset, length, position, _) in enumerate(operations)
-                if number not in (errors or {})
-            ]  # fmt: skip
-            self.submitted(extents, False, None).finished = True
+            # accepted by a side that was taking over, carried out when it had: before all that came since
+            for number, (kind, offset, length, position, _) in enumerate(operations):
+                if number not in (errors or {}):
+                    version = int.from_bytes(view[position : position + 8], "little") if kind == WRITE else 0
+                    self.lineage.base[first + offset // SECTOR : first + (offset + length) // SECTOR] = version
+            self.model = self._after(self.lineage, len(self.lineage.batches))[0]
             return
         if self.view is None:
             if any(number not in (errors or {}) for number in range(len(operations))):
