@@ -36,6 +36,8 @@ LARGEST_FRAME: Final = limits.MAX_BATCH_PAYLOAD + limits.MAX_HEADER
 SOCKET_BUFFER: Final = limits.MIB
 VECTOR: Final = 256
 """Pieces that one sendmsg takes from the queue."""
+UNREAD_PONGS: Final = 1024
+"""Pieces that may wait to be sent when a peer asks for one more that nobody needs."""
 MAX_CONNECTIONS: Final = 64
 _BACKLOG: Final = 64
 
@@ -109,31 +111,28 @@ class Connection:
         if queue:
             queue.extend(pieces)
             return
-        try:
-            sent = self._socket.sendmsg(pieces)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as error:
-            self._fail(_lost(error))
-            return
-        left = _rest(pieces, sent)
+        left = self._transmit(pieces)
         if left:
             queue.extend(left)
             self._loop.add_writer(self._socket, self._writable)
 
     def _writable(self) -> None:
         queue = self._queue
-        pieces = [queue.popleft() for _ in range(min(len(queue), VECTOR))]
+        left = self._transmit([queue.popleft() for _ in range(min(len(queue), VECTOR))])
+        queue.extendleft(reversed(left))
+        if not queue:
+            self._loop.remove_writer(self._socket)
+
+    def _transmit(self, pieces: list[Frame]) -> list[Frame]:
+        """Give ``pieces`` to the kernel; what it did not take. Nothing is left for a connection that is broken."""
         try:
             sent = self._socket.sendmsg(pieces)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
             self._fail(_lost(error))
-            return
-        queue.extendleft(reversed(_rest(pieces, sent)))
-        if not queue:
-            self._loop.remove_writer(self._socket)
+            return []
+        return _rest(pieces, sent)
 
     # In
 
@@ -178,6 +177,8 @@ class Connection:
                 continue
             name, body = zmtp.split_command(content)
             if name == b"PING":
+                if len(self._queue) > UNREAD_PONGS:
+                    raise ZmtpError("the peer asks and does not read the answers")
                 self._put([zmtp.command(b"PONG", body[2:18])])
 
     # The end

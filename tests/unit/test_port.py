@@ -191,6 +191,25 @@ def test_no_handshake_and_a_wrong_one_close_that_connection_alone(tmp_path: Path
     run(test)
 
 
+def test_questions_whose_answers_nobody_reads_end_the_connection(tmp_path: Path) -> None:
+    async def test(context: Context) -> None:
+        there = Log()
+        listener = make_listener("plain", context, f"ipc://{tmp_path}/s", None, there)
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.setblocking(False)
+            await loop.sock_connect(peer, f"{tmp_path}/s")
+            await loop.sock_sendall(peer, zmtp.greeting() + zmtp.ready(b"DEALER"))
+            pings = zmtp.command(b"PING", b"\0\1" + bytes(16)) * 1000
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                async with asyncio.timeout(DEADLINE_S):
+                    while True:
+                        await loop.sock_sendall(peer, pings)
+        listener.close()
+
+    run(test)
+
+
 def test_a_wrong_key_stays_outside(tmp_path: Path) -> None:
     _, theirs = keys()
     stranger, _ = keys()
