@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import psutil
 
@@ -21,6 +22,10 @@ from deploy.hosts import NetnsHosts
 from deploy.layout import ROLES
 from deploy.pair import Pair
 from deploy.proxy import Direction, Proxy
+
+
+TRACE: Final = b"Traceback (most recent call last)"
+"""Not meant: what asyncio prints when a second signal comes while its loop is being closed; the process ends well."""
 
 
 class ProxyCut(Fault):
@@ -124,7 +129,9 @@ def new_tracebacks(directory: Path, seen: dict[Path, int]) -> str:
             continue
         text = path.read_bytes()
         start, seen[path] = seen.get(path, 0), len(text)
-        at = text.find(b"Traceback (most recent call last)", start)
+        at = text.find(TRACE, start)
+        while at >= 0 and b"_sighandler_noop" in text[at : at + 400]:
+            at = text.find(TRACE, at + 1)
         if at >= 0:
             return f"{path}: {text[at : at + 3000].decode(errors='replace')}"
     return ""
