@@ -23,7 +23,6 @@ from deploy.layout import ROLES
 from deploy.pair import Pair
 from deploy.proxy import Direction, Proxy
 
-
 TRACE: Final = b"Traceback (most recent call last)"
 """Not meant: what asyncio prints when a second signal comes while its loop is being closed; the process ends well."""
 
