@@ -32,7 +32,7 @@ from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_b
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.overview import merge
 from deploy.presence import answers, control_path, process_of, watched
-from deploy.roles import accept_disks, choose_loser, give_up, judge, remembered, save_diverged
+from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered, save_diverged
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -352,6 +352,11 @@ class Pair:
             )
         self._stop_one(old)
         try:
+            if not lacks_nothing(sides[new], sides[old]):
+                raise OperationFailed(
+                    "The primary lost its secondary, or did not stop in good order, before the roles were swapped.",
+                    hint="They are as they were. Wait until `tandemdisk status` says protected, and try again.",
+                )
             self.wait_for(lambda now: not now[new]["peer"]["connected"], "without its old primary", PEER_LOSS_TIMEOUT_S)
             done = self.client(new).call("failover", to="latest", force=False)
         except TandemDiskError:

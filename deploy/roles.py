@@ -132,6 +132,13 @@ def choose_loser(judgement: Judgement, discard: Side | None) -> Role:
     return judgement.loser
 
 
+def lacks_nothing(follower: NodeSettings, stopped: NodeSettings) -> bool:
+    """Whether the follower has all that the side that stopped ever acknowledged: that ended in good order, in the
+    generation that both have."""
+    ended, other = remembered(stopped), remembered(follower)
+    return ended is not None and other is not None and ended.clean and ended.history == other.history
+
+
 def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -> None:
     """Durably: this side is secondary from now on. None of its processes may run. ``in_line``: it has nothing of its
     own and lacks nothing, as after a switchover."""

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+import tests.simulation.commands  # noqa: F401 - its stories are scenarios, too
 from tests.simulation.bugs import BUGS
 from tests.simulation.nth_fault import PHASES
 from tests.simulation.regressions import REGRESSIONS

@@ -122,7 +122,8 @@ def report(result: Result, *, brief: bool) -> None:
 
 
 def scenarios(name: str) -> int:
-    import tests.simulation.regressions  # noqa: F401 - its stories are scenarios, too
+    import tests.simulation.commands
+    import tests.simulation.regressions  # noqa: F401 - their stories are scenarios, too
     from tests.simulation.scenarios import SCENARIOS, tell
 
     failed = 0

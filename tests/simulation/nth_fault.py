@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.errors import TandemDiskError
+from tests.simulation.commands import switchover
 from tests.simulation.options import Options
 from tests.simulation.runner import Result, run
 from tests.simulation.scenarios import CALM, born, writes
@@ -293,5 +294,16 @@ async def rejoin(sim: Simulation) -> None:
     begin(sim)
     with contextlib.suppress(TandemDiskError):
         sim.rejoin()
+    await reached(sim, sim.protected)
+    await writes(sim, 2)
+
+
+@phase()
+async def roles_are_swapped(sim: Simulation) -> None:
+    """A switchover, and the first writes of the new primary."""
+    await born(sim)
+    begin(sim)
+    with contextlib.suppress(TandemDiskError):
+        await switchover(sim)
     await reached(sim, sim.protected)
     await writes(sim, 2)
