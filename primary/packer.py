@@ -29,10 +29,11 @@ INLINE_S: Final = 0.001
 class _Waiting:
     """A message that has its place in the order; ``frames`` is None while the thread is at work on it."""
 
-    __slots__ = ("frames", "length")
+    __slots__ = ("frames", "future", "length")
 
     def __init__(self, frames: Frames | None, length: int) -> None:
         self.frames = frames
+        self.future: asyncio.Future[tuple[bytes, float]] | None = None
         self.length = length
         """Of the original payload, for batches."""
 
@@ -61,6 +62,9 @@ class Packer:
     def detach(self) -> None:
         """The connection is gone; what waited for it is dropped."""
         self._transmit = None
+        for waiting in self._queue:
+            if waiting.future is not None:
+                waiting.future.cancel()  # the next connection's must not wait for what nobody wants any more
         self._queue.clear()
         self._pending = 0
         self.thrift.reset()
@@ -87,7 +91,7 @@ class Packer:
         waiting = _Waiting(None, length)
         self._queue.append(waiting)
         self._pending += length
-        future = self._loop.run_in_executor(self._executor, self._work, view)
+        future = waiting.future = self._loop.run_in_executor(self._executor, self._work, view)
         future.add_done_callback(lambda done: self._back(waiting, frames, check, done))
         return True
 

@@ -124,10 +124,11 @@ class Host:
         return found if found is not None and found.alive else None
 
 
-def _worthwhile(thrift: Thrift, payload: memoryview, _pending: int) -> bool:
-    """Payloads are small here, and links have no rate: compress them all, every other one in the thread."""
+def _worthwhile(thrift: Thrift, _payload: memoryview, pending: int) -> bool:
+    """Payloads are small here, and links have no rate: compress whatever need not wait for the thread, every other one
+    in it."""
     thrift.speed = 1e12 if thrift.speed < 1e12 else 1.0
-    return True
+    return pending == 0
 
 
 class World:
