@@ -30,6 +30,8 @@ from primary.mirror import Mirror
 from primary.session import PrimarySession
 
 RESIZE_TIMEOUT_S: Final = 60.0
+COMPARE_AGAIN_S: Final = 0.5
+"""Pause before what was added is compared, if something else went over the disks."""
 
 log = logging.getLogger("primary")
 
@@ -62,6 +64,7 @@ class Growth:
         self._growing = asyncio.Lock()
         self._asking = False
         self._closing = False
+        self._comparing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -213,22 +216,24 @@ class Growth:
     def compare(self) -> None:
         """While the pair is protected: what the secondary may have otherwise where it has grown. Goes on after a cut;
         a resync does it, too."""
-        if self._engine.state == "protected" and not self._closing and any(self._knowledge.suspects):
-            task = self._loop.create_task(self._compare(), name="comparison")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if self._comparing is None or self._comparing.done():
+            self._comparing = self._loop.create_task(self._compare(), name="comparison")
 
     async def _compare(self) -> None:
-        try:
-            await self._alignment.resync_command({})
-        except OperationFailed as error:
-            log.info("what was added is still to be compared: %s", error)
+        while self._engine.state == "protected" and not self._closing and any(self._knowledge.suspects):
+            try:
+                await self._alignment.resync_command({})
+            except OperationFailed as error:  # a verification is under way, or the secondary was lost
+                log.info("what was added is still to be compared: %s", error)
+                await asyncio.sleep(COMPARE_AGAIN_S)
 
     async def stop(self) -> None:
         """Let what is being made durable become so, and begin nothing more: a clean stop has to know what is marked."""
         self._closing = True
         async with self._growing:
             pass
+        if self._comparing is not None:
+            self._comparing.cancel()
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -53,6 +53,7 @@ class Verifier:
             bitmap.union(coarse)
         await self._ask(self._unit)
         for bitmap, differing in zip(self.mirror.bitmaps, self._differing, strict=True):
+            differing.grow(bitmap.size)  # the volume may have grown meanwhile; what is new is compared by itself
             bitmap.union(differing)
         return [
             (index, offset, length) for index, bitmap in enumerate(self._differing) for offset, length in bitmap.runs()

@@ -268,6 +268,21 @@ def test_the_primary_dies_and_the_larger_side_takes_over(short_dir: Path) -> Non
 
 
 @pytest.mark.soak
+def test_a_verification_goes_on_over_what_it_began_with(short_dir: Path) -> None:
+    with running(short_dir / "p", PairOptions(size=OLD, overrides={**QUICK, "resync_rate": 16 * MIB})) as pair:
+        put(primary_uri(pair), 0, random_bytes(1, 24 * MIB))
+        found: list[Any] = []
+        verifying = threading.Thread(target=lambda: found.append(pair.verify()))
+        verifying.start()
+        pair.wait_for(lambda now: now["verify"]["active"], "verifying")
+        pair.resize(size=NEW)
+        put(primary_uri(pair), NEW - MIB, random_bytes(2, MIB))
+        verifying.join(60)
+        assert (found[0]["differing"], pair.verify()["differing"]) == (0, 0)
+        compared(pair)
+
+
+@pytest.mark.soak
 def test_the_secondary_dies_in_the_middle(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=OLD, overrides=QUICK)) as pair:
         put(primary_uri(pair), 0, random_bytes(1, MIB))
