@@ -101,6 +101,8 @@ def loop(name: str, *, sticky: bool, every: int = 1) -> Iterator[Outcome]:
 def begin(sim: Simulation) -> None:
     """From here on calls are counted."""
     sim.world.countdown.armed = True
+    for batch in sim.world.oracle.lineage.batches:
+        batch.risky = batch.risky or not batch.finished  # it may reach the disk from now on
     sim.world.trace("begin")
 
 
