@@ -470,8 +470,13 @@ class Simulation:
         taking = self.following
         own = remembered(taking.settings)
         if own is not None and own.role == "primary" and self.role(taking.side) == "secondary":
-            # promoted durably, and interrupted before anything else
-            await self.until(lambda: self.leading is taking, PATIENCE_S, f"the promotion of side {taking.side}")
+            # promoted durably, and interrupted before anything else; or not durably, and it is being taken back
+
+            def over() -> bool:
+                now = remembered(taking.settings)
+                return self.leading is taking or now is None or now.role == "secondary"
+
+            await self.until(over, PATIENCE_S, f"the promotion of side {taking.side}")
 
     async def _protected(self, seconds: float) -> None:
         deadline = self.world.loop.now + seconds
