@@ -65,8 +65,10 @@ class Verifier:
             for volume, todo in zip(self.mirror.volumes, self._open, strict=True):
                 position = 0
                 while (found := todo.next_run(position, LOOK)) is not None:
-                    await self._pace.room()
-                    position = found[0] + await self._inquiry.ask(volume, *found, unit)
+                    position, end = found[0], found[0] + found[1]
+                    while position < end:  # ``next_run`` would begin again at the start of the piece
+                        await self._pace.room()
+                        position += await self._inquiry.ask(volume, position, end - position, unit)
             await self._pace.drained()
 
     def _heard(self, index: int, offset: int, length: int, differs: bool | None) -> None:

@@ -39,6 +39,20 @@ def filled(pair: Pair, size: int = 8 * MIB, seed: int = 7) -> None:
         client.flush()
 
 
+def test_a_difference_behind_a_hole_is_found(short_dir: Path) -> None:
+    """Its piece begins with a hole: the verification asked about that hole for ever (chaos, seed 112)."""
+    with running(short_dir / "p", PairOptions(size=16 * MIB)) as pair:
+        with NbdClient(primary_uri(pair)) as client:
+            client.write(2 * BLOCK, random_bytes(1, BLOCK))
+            client.flush()
+        pair.checkpoint()
+        flip(secondary_disk(pair), 2 * BLOCK + 5)
+        found = pair.client("primary", 20).call("verify", repair=True)
+        assert found["extents"] == [["disk0", 2 * BLOCK, BLOCK]]
+        pair.checkpoint()
+        compare_disks(pair)
+
+
 def test_no_difference_is_found_under_load(short_dir: Path) -> None:
     with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
         filled(pair)
