@@ -109,7 +109,7 @@ class Applier:
         self._idle.set()
         self._loop = asyncio.get_running_loop()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="applier")
-        self._flusher = Flusher(list(disks), self._flush_failed)
+        self._flusher = Flusher([self], self._flush_failed)
 
     # The queue
 
@@ -217,8 +217,7 @@ class Applier:
                 self._header.applied_sequence = work.sequence
                 return None
             case EndResync():
-                for disk in self._disks:
-                    disk.flush()
+                self.flush()
                 self._ledger.resync_ended(work.history)
                 self._header.applied_sequence = work.sequence
                 return None
@@ -343,6 +342,19 @@ class Applier:
         return bytes(differing)
 
     # Durability
+
+    def flush(self) -> None:
+        """Make all that was written so far durable; blocks, from any thread. OSError if that cannot be.
+
+        The kernel tells of what it lost only once. So the header says it before anything else is done: the process may
+        die before the loop hears of it, and the next one would believe the disk.
+        """
+        try:
+            for disk in self._disks:
+                disk.flush()
+        except OSError:
+            self._header.stream_id = NOWHERE
+            raise
 
     def _flushed(self, point: Any, code: int) -> None:
         if code:

@@ -301,8 +301,7 @@ class SecondaryNode:
         knows what else: nothing more is claimed for it, and its end is never clean."""
         point = self.session.point()
         try:
-            for disk in self.disks:
-                await asyncio.to_thread(disk.flush)
+            await asyncio.to_thread(self.applier.flush)
         except OSError as error:
             sentence = f"flush of the secondary disk failed: {error.strerror or error}"
             self.buffer.header.set_error(Failure.SECONDARY_DISK, sentence)

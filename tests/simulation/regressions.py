@@ -473,4 +473,23 @@ async def a_disk_that_lost_writes_is_stopped_in_good_order(sim: Simulation) -> N
     await sim.rest()
 
 
+@scenario()
+async def a_secondary_dies_before_it_hears_of_a_failed_flush(sim: Simulation) -> None:
+    """Seed 30257: the next process believed a disk that had lost writes, and the pair was called protected for good."""
+    await born(sim)
+    for _ in range(3):
+        await writes(sim, 10)
+        sim.world.loop.slowness = 0.5
+        sim.b.faults.flush = 1.0
+        sim.act("flush")
+        await at_the_moment(sim, lambda: sim.world.oracle.forgotten, 10, "a flush that fails")
+        sim.b.faults.flush = 0.0
+        sim.world.loop.slowness = 0.002
+        sim.kill(sim.b.process("secondary"), 0.2)
+        await sim.pause(0.3)
+        await protected_again(sim)
+        await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
 REGRESSIONS = [name for name in SCENARIOS if name not in _OLDER]
