@@ -102,6 +102,8 @@ class Oracle:
         """The secondary disk lost writes in a flush that failed, and the secondary has yet to say so."""
         self.lost: dict[int, set[int]] = {}
         """What the secondary had, and lost in flushes that failed and with its power: versions, by sector."""
+        self.promised: list[tuple[ClientBatch, list[Extent]]] = []
+        """Acknowledged with FUA, and lost by a secondary that is being synchronised: stable at the end of that."""
         self.handover: tuple[Versions, Versions] | None = None
         """The secondary disk, and what of it was stable, when its side took over: all that it confirmed is there."""
         self.may_be_torn = False
@@ -114,7 +116,8 @@ class Oracle:
         self.promoted = False
         """The other side has taken over, and its commit is not complete: ``view`` is what its clients see."""
         self.promoted_side = ""
-        self.checkpoints: dict[int, tuple[Lineage, int]] = {}
+        self.checkpoints: dict[int, tuple[int, Versions, NDArray[np.bool_]]] = {}
+        """By number: batches, the disk, and where it is nobody's promise."""
         self.taken: set[int] = set()
         self.acknowledged = 0
         self.operations = 0
@@ -238,9 +241,12 @@ class Oracle:
             if not alone:
                 batch.lineage.owed = max(batch.lineage.owed, batch.index)
                 if batch.fua:
-                    self._present(
-                        "I4", confirmed[1], batch, good, "acknowledged with FUA and not stable on the secondary"
-                    )
+                    # what a secondary in its resync had lost is stable again at the end of that, before it may lead
+                    excused = self.lost if other and other.syncing else _NOTHING
+                    what = "acknowledged with FUA and not stable on the secondary"
+                    self._present("I4", confirmed[1], batch, good, what, excused)
+                    if excused:
+                        self.promised.append((batch, good))
         elif not alone and not self.forgotten:
             raise Violation(
                 "I4",
@@ -277,8 +283,18 @@ class Oracle:
             for first, last, written in other.extents
         )
 
-    def _present(self, invariant: str, disk: Versions, batch: ClientBatch, extents: list[Extent], what: str) -> None:
-        missing = self._missing(disk, batch, extents)
+    def resync_noted(self, platters: list[Platter]) -> None:
+        """The secondary has noted the end of a resync."""
+        promised, self.promised = self.promised, []
+        for batch, extents in promised:
+            if batch.lineage is self.lineage:
+                self._present("I4", self.stable(platters), batch, extents, "not stable at the end of the resync")
+
+    def _present(
+        self, invariant: str, disk: Versions, batch: ClientBatch, extents: list[Extent], what: str,
+        excused: Mapping[int, set[int]] = _NOTHING,
+    ) -> None:  # fmt: skip
+        missing = self._missing(disk, batch, extents, excused)
         if missing:
             raise Violation(invariant, f"batch {batch.index} is {what}: sectors {missing}")
 
@@ -355,7 +371,10 @@ class Oracle:
         while True:
             wrong = (disk != model) & ~loose
             if not wrong.any():
-                tracked.count, tracked.model, tracked.loose = count, model, loose
+                # what looks complete may be pieces of a batch before it, the others of which are yet to come
+                tracked.count, tracked.model, tracked.loose = (
+                    (torn.count, torn.model, torn.loose) if torn is not None else (count, model, loose)
+                )
                 return True
             if count == len(lineage.batches):
                 break
@@ -413,7 +432,7 @@ class Oracle:
         self.checkpoint_count += 1
         self.taken.add(number)
         if self.tracked is not None:
-            self.checkpoints[number] = (self.tracked.lineage, self.tracked.count)
+            self.checkpoints[number] = (self.tracked.count, self.view.copy(), self.tracked.loose.copy())
 
     def checkpoint_done(self, number: int, lineage: Lineage, index: int) -> None:
         """I3: an operator's checkpoint is exactly what was submitted before it was asked for."""
@@ -422,14 +441,10 @@ class Oracle:
             return  # of a disk that nobody knew well enough to compare
         if known is None:
             raise Violation("I3", f"checkpoint {number} is reported and was never taken")
-        if known[0] is not lineage or known[1] != index:
-            # batches without effect (the same bytes again) do not show
-            (taken, loose), (wanted, also) = self._after(*known), self._after(lineage, index)
-            wrong = (taken != wanted) & ~loose & ~also
-            if wrong.any():
-                raise Violation(
-                    "I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {known[1]}"
-                )
+        count, taken, loose = known
+        wanted, also = self._after(lineage, index)
+        if ((taken != wanted) & ~loose & ~also).any():
+            raise Violation("I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {count}")
 
     def _after(self, lineage: Lineage, count: int) -> tuple[Versions, NDArray[np.bool_]]:
         model, loose = lineage.base.copy(), np.zeros(self.sectors, bool)

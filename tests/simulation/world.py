@@ -150,6 +150,8 @@ class World:
         self.oracle = Oracle(self.sizes, sync=options.sync)
         self.hosts = {side: Host(self, side) for side in SIDES}
         self.violation: BaseException | None = None
+        self.left_streams: set[int] = set()
+        """Of sides that gave the primary role up: exact there is not exact in the stream that they follow."""
         self.trace: Callable[[str], None] = lambda _line: None
         self.slow_readers = 0
         self.preempt = 0.0
@@ -385,6 +387,12 @@ class World:
             f"{metadata.stream % 1000}:{metadata.sequence}"
         )
         self._file(path).save(path, metadata)
+        if metadata.role != "secondary":
+            return
+        if process is None:
+            self.left_streams.add(metadata.stream)
+        elif isinstance(process, Running) and process.host is self.secondary_host() and not metadata.syncing:
+            self.guard(self.oracle.resync_noted, process.host.platters)
 
     # Processes
 
@@ -521,6 +529,8 @@ class World:
         if process is None or process.node is None or "session" not in process.node.__dict__:
             return None
         position = process.node.session.position
+        if position.stream in self.left_streams:
+            return None  # rejoined after a stop in good order: exact in the stream that it sent itself
         alike = self.options.assume and not self.oracle.promoted_side
         return bool(position.exact and not position.syncing and (position.applied or alike))
 
