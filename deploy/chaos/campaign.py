@@ -2,7 +2,11 @@
 
 A run is a row of pairs, each with options of its own (swarm testing) and some cycles of life. A cycle ends when the
 pair is protected again and everything was read: the leader's export against the expectation, the follower's disk and
-its guest's view against the leader's.
+its guest's view against the leader's. A checkpoint under load is a test of its own: the guest's view may hold nothing
+older than what was acknowledged before it and nothing newer than what was sent until it was there.
+
+What a failover to latest may leave behind in async mode is what the leader did not have confirmed: right before it is
+killed it is asked how much that is (``lag``), and of what was acknowledged before that question no more may be missing.
 
 Who may take over is what an operator who looks at both hosts would decide: the follower, if both sides stand in the
 same generation; a primary that had gone on alone is started again instead.
@@ -21,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import NbdError, NeedsForce, NotRunning, OperationFailed, TandemDiskError
+from common.errors import NbdError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.metadata import load
 from common.nbd_client import NbdClient
 from common.settings import Mode, Role
@@ -30,6 +34,7 @@ from deploy.chaos.expectation import BLOCK, Expectation, Numbers, Wrong
 from deploy.chaos.tally import Tally
 from deploy.chaos.writer import Writer
 from deploy.faults import Fault, Killed, Paused
+from deploy.launcher import read_state
 from deploy.layout import SIDES
 from deploy.pair import Pair, PairOptions
 from deploy.roles import judge
@@ -39,6 +44,10 @@ PEER_TIMEOUT_S: Final = 0.8
 CONVERGE_S: Final = 40.0
 COMMAND_S: Final = 0.3
 """For a checkpoint under faults: nothing is healed while it is waited for."""
+ANSWER_S: Final = 0.3
+"""For a question under faults: who is paused does not answer."""
+PATIENCE_S: Final = 3.0
+"""For the last answers to the load, before it is looked whether a death was noticed only now."""
 CYCLES_A_PAIR: Final = 40
 READ: Final = 1 << 20
 
@@ -80,6 +89,8 @@ class PairUnderChaos:
         self.cable: dict[str, Fault] = {}
         self._known: tuple[int, Numbers, Numbers] | None = None
         """The last checkpoint that was asked for: its number, what was acknowledged before and sent until then."""
+        self._owed: tuple[Numbers, int] | None = None
+        """What was acknowledged when the leader told how many bytes the follower had not confirmed, and these."""
         self._logs: dict[Path, int] = {}
         self._tick = threading.Event()
 
@@ -116,8 +127,10 @@ class PairUnderChaos:
         self._pause(0.0, 0.05)
         faults: list[Fault] = []
         try:
-            for number in range(self.chance.choice((1, 1, 2, 3))):
-                kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
+            kinds = self.chance.choices(list(KINDS), list(KINDS.values()), k=self.chance.choice((1, 1, 2, 3)))
+            if self.mode == "async" and kinds[0] == "cable":
+                kinds[1:] = ["kill leader"]  # what it had not sent yet is lost
+            for number, kind in enumerate(kinds):
                 with contextlib.suppress(TandemDiskError, ProcessLookupError):  # it hit a pair that is broken already
                     fault = self._begin(kind, broken=number > 0)
                     if fault is not None:
@@ -147,6 +160,7 @@ class PairUnderChaos:
         verb, _, what = kind.partition(" ")
         if kind == "checkpoint":
             self._checkpoint(COMMAND_S)
+            self._check_view(SIDES[follower])
         elif kind == "switchover":
             if broken:
                 return None  # its writes may have to wait for what is healed only afterwards
@@ -163,13 +177,14 @@ class PairUnderChaos:
         return None
 
     def _break_process(self, kind: str, verb: str, what: str, leader: Role, follower: Role) -> Fault | None:
-        now = self.pair.status()
         if what == "export":
-            pids = [now[role].get("export_pid") for role in (leader, follower)]
+            pids = [self._ask(role).get("export_pid") for role in (leader, follower)]
         elif what == "both":
-            pids = [now[role]["pid"] for role in (leader, follower)]
+            pids = [self._pid(role) for role in (leader, follower)]
         else:
-            pids = [now[leader if what == "leader" else follower]["pid"]]
+            pids = [self._pid(leader if what == "leader" else follower)]
+        if kind in ("kill leader", "kill both"):
+            self._note_lag(leader)
         fault: Fault | None = None
         for pid in pids:
             if pid is None:
@@ -182,6 +197,33 @@ class PairUnderChaos:
             fault.begin()
         return fault
 
+    def _pid(self, role: Role) -> int | None:
+        """What the supervisor has written down: nobody has to answer for it."""
+        child = read_state(self.pair.directory).get("children", {}).get(role, {})
+        return int(child["pid"]) if child.get("alive") else None
+
+    def _ask(self, role: Role) -> dict[str, Any]:
+        with contextlib.suppress(TandemDiskError):
+            return self.pair.client(role, ANSWER_S).call("status")
+        return {}
+
+    def _note_lag(self, leader: Role) -> None:
+        low = self.expectation.snapshot()[0]
+        lag = self._ask(leader).get("lag") or {}
+        if lag.get("bytes") is not None:
+            self._owed = (low, int(lag["bytes"]))
+
+    def _check_view(self, side: str) -> None:
+        """The guest's view of the checkpoint that was just taken, under load; no later one may have come since."""
+        assert self._known is not None
+        number, low, high = self._known
+        with NbdClient(self._uri(side), timeout_s=CONVERGE_S) as client:
+            found = self._read(client)
+        follower: Role = "secondary" if self.pair.leader() == "primary" else "primary"
+        if self._ask(follower).get("checkpoint") == number:
+            self._none(self.expectation.out_of_range(found, low, high), f"in the guest's view of checkpoint {number}")
+            self.tally.views += 1
+
     def _checkpoint(self, timeout_s: float = CONVERGE_S / 2) -> None:
         low, _ = self.expectation.snapshot()
         leader = self.pair.client(self.pair.leader(), timeout_s + 1)
@@ -191,7 +233,7 @@ class PairUnderChaos:
     def _switchover(self) -> None:
         if self.pair.status()["state"] != "protected":
             raise OperationFailed("not now")
-        self.writer.rest()
+        self.writer.rest(PATIENCE_S)
         self.pair.switchover()
         self._aim()
 
@@ -250,7 +292,7 @@ class PairUnderChaos:
         self.expectation.log.pop()
         self._judge_failover(target, int(done["checkpoint"]), found, probe=number)
         self.expectation.settle(found)
-        self._known = None
+        self._known = self._owed = None
         self.writer.aim(new, self._uri(new))
         self._pause(0.0, 0.05)
         self.pair.rejoin()
@@ -276,11 +318,16 @@ class PairUnderChaos:
             seen[0] = min(int(seen[0]), newest)
             self._none(expectation.not_a_beginning(seen), "after a failover to latest: no beginning of the order")
         if self.mode == "async":
-            left = int(np.count_nonzero(missing)) * BLOCK
+            left = expectation.missing_bytes(found, expectation.acknowledged)
             self.tally.lost_async_bytes = max(self.tally.lost_async_bytes, left)
-            bound = self.pair.settings("primary").replication.window_bytes
-            if left > bound:
-                raise Breach(f"{left} bytes were left behind, more than the window of {bound}.", left // BLOCK)
+            self.tally.left_behind += left > 0
+            if self._owed is not None:
+                low, lag = self._owed
+                left = expectation.missing_bytes(found, low)
+                self.tally.bounded += 1
+                self.tally.bounded_by = max(self.tally.bounded_by, lag)
+                if left > lag:
+                    raise Breach(f"{left} bytes were left behind; only {lag} were not confirmed.", left // BLOCK)
             return
         self._none(expectation.wrong(found), "after a failover to latest")
 
@@ -289,10 +336,17 @@ class PairUnderChaos:
     def _compare(self) -> None:
         self._aim()
         self._pause(0.0, 0.01)
-        self.writer.rest()
+        deadline = time.monotonic() + CONVERGE_S
+        while True:
+            try:
+                self.writer.rest(PATIENCE_S)
+                break
+            except TimedOut as error:
+                if time.monotonic() > deadline:
+                    raise Breach(f"The load hung: {error}") from error
+                self._recover()  # "protected" was the word of a leader that had yet to notice a death
         if self.writer.trouble is not None:
             raise Breach(f"The load hung: {self.writer.trouble}")
-        deadline = time.monotonic() + CONVERGE_S
         while True:
             try:
                 self._checkpoint()
@@ -319,8 +373,16 @@ class PairUnderChaos:
                     f"what its leader exports, block {at} holds write {there} instead of {int(found[at])}.",
                     len(different),
                 )
+        with self._client(SIDES[follower]) as client:
+            view = self._read(client)
+        self._none(
+            [Wrong(int(at), int(view[at]), int(found[at])) for at in np.flatnonzero(view != found)],
+            "in the guest's view of the last checkpoint",
+        )
+        self.tally.views += 1
         self.expectation.settle(found)
         self._known = self._known and (self._known[0], *self.expectation.snapshot())
+        self._owed = (self.expectation.snapshot()[0], 0)
         self.tally.comparisons += 1
         if trace := new_tracebacks(self.pair.directory.path, self._logs):
             raise Breach(f"An error that nobody caught, in {trace}")

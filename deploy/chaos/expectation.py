@@ -92,6 +92,11 @@ class Expectation:
         bad = np.flatnonzero((found < low.astype(np.int64)) | (found > high.astype(np.int64))).tolist()
         return [Wrong(block, int(found[block]), int(low[block])) for block in bad]
 
+    @staticmethod
+    def missing_bytes(found: npt.NDArray[np.int64], low: Numbers) -> int:
+        """Bytes of the blocks that hold something older than ``low``."""
+        return int(np.count_nonzero(found < low.astype(np.int64))) * BLOCK
+
     def not_a_beginning(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
         """Blocks that lack a write although a later one is there: what was found is no beginning of the order."""
         newest = int(found.max())

@@ -19,6 +19,12 @@ class Tally:
         self.acknowledged = self.refused_writes = 0
         self.lost_async_bytes = 0
         """Most bytes that one failover in async mode left behind, of what was acknowledged."""
+        self.left_behind = 0
+        """Failovers in async mode that left anything behind."""
+        self.bounded = self.bounded_by = 0
+        """Failovers that were held against what the leader had not had confirmed, and the most bytes that was."""
+        self.views = 0
+        """Comparisons of the guest's view, at rest and under load."""
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
         self.failover_s: list[float] = []
@@ -51,14 +57,19 @@ class Tally:
             "faults": dict(sorted(self.faults.items())),
             "recoveries": dict(sorted(self.recoveries.items())),
             "comparisons": self.comparisons,
+            "guest_views": self.views,
             "writes": {
                 "acknowledged": self.acknowledged,
                 "refused": self.refused_writes,
                 "lost": self.lost,
                 "rolled_back_to_checkpoints": self.rolled_back,
                 "most_async_bytes_left_behind": self.lost_async_bytes,
+                "async_failovers_that_left_any": self.left_behind,
+                "async_failovers_bounded": self.bounded,
+                "most_bytes_unconfirmed": self.bounded_by,
             },
             "failover_seconds": {"p50": at(0.5), "p99": at(0.99), "max": times[-1] if times else None},
+            "failover_each": [round(each, 4) for each in self.failover_s],
             "generations": {"seen": self.generations, "with_two_writers": self.two_writers},
             "failure": self.failure,
         }
@@ -67,8 +78,8 @@ class Tally:
         """The same for people."""
         told = self.report()
         table = Table(title=f"chaos: seed {self.seed}, {self.mode}, {told['seconds']} s", show_header=False)
-        for name in ("pairs", "cycles", "kills", "failovers", "comparisons"):
-            table.add_row(name, f"{told[name]:,}")
+        for name in ("pairs", "cycles", "kills", "failovers", "comparisons", "guest_views"):
+            table.add_row(name.replace("_", " "), f"{told[name]:,}")
         for group in ("faults", "recoveries"):
             table.add_row(group, ", ".join(f"{name} {count}" for name, count in told[group].items()))
         for name, value in told["writes"].items():

@@ -50,14 +50,15 @@ class Writer:
             self._idle = False
             self._changed.notify_all()
 
-    def rest(self, *, abandon: bool = False) -> None:
-        """No more writes; returns when none is in flight. With ``abandon`` answers are not waited for. TimedOut."""
+    def rest(self, patience_s: float = REST_S, *, abandon: bool = False) -> None:
+        """No more writes; returns when none is in flight, TimedOut after ``patience_s``. With ``abandon`` answers are
+        not waited for."""
         with self._changed:
             self._target = None
             if abandon and self._client is not None:
                 self._client.interrupt()
-            if not self._changed.wait_for(lambda: self._idle, REST_S):
-                raise TimedOut(f"Writes were not answered within {REST_S:g} s although all was healed.")
+            if not self._changed.wait_for(lambda: self._idle, patience_s):
+                raise TimedOut(f"Writes were not answered within {patience_s:g} s although all was healed.")
 
     def close(self) -> None:
         """End the thread."""
