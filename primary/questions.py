@@ -189,12 +189,11 @@ class Inquiry:
     async def ask(self, volume: MirroredDisk, offset: int, length: int, unit: int = QUESTION_BYTES) -> int:
         """Ask about the beginning of a range, in questions of ``unit`` bytes; returns how many bytes that was.
 
-        Await ``Pace.room`` before. Always whole pieces of ``QUESTION_BYTES`` (the disk's end completes the last): a
-        range that is asked about in smaller ones is still marked by those. OSError if the primary disk cannot be read.
+        Await ``Pace.room`` before. OSError if the primary disk cannot be read.
         """
         size, flags = volume.disk.extents(offset, length)[0]
-        if flags & HOLE and (size >= QUESTION_BYTES or size == length):
-            size = min(size if size == length else size // QUESTION_BYTES * QUESTION_BYTES, HOLE_QUESTION)
+        if flags & HOLE and (size >= unit or size == length):
+            size = min(size if size == length else size // unit * unit, HOLE_QUESTION)
             step = size if unit >= QUESTION_BYTES else unit
             ranges = [(volume.index, offset + at, min(step, size - at)) for at in range(0, size, step)]
             self._send(ranges, [hash_of_zeroes(length) for _, _, length in ranges], QUESTION_BYTES)

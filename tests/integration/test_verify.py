@@ -94,14 +94,3 @@ def test_a_flipped_byte_is_found_named_and_repaired_by_verify_or_a_full_resync(s
         compare_disks(pair)
         counters = pair.status()["counters"]["primary"]
         assert counters["repaired_bytes"] == BLOCK, "the hole travels as one"
-
-
-def test_a_difference_behind_a_hole_shorter_than_a_question_is_found(short_dir: Path) -> None:
-    """The fine questions began again at the piece's hole, for ever (chaos, seed 122 async)."""
-    with running(short_dir / "p", PairOptions(size=MIB)) as pair:
-        with NbdClient(primary_uri(pair)) as client:
-            client.write(64 * 1024 + 4 * BLOCK, random_bytes(8, 8 * BLOCK))
-        flip(secondary_disk(pair), 64 * 1024 + 7 * BLOCK)
-        named = tandemdisk("verify", "--dir", pair.directory.path, "--json", timeout_s=30)
-        assert named.returncode == 11, named.stderr
-        assert json.loads(named.stdout)["extents"] == [["disk0", 64 * 1024 + 7 * BLOCK, BLOCK]]
