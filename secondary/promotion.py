@@ -1,8 +1,8 @@
 """How a secondary becomes a primary: decided, made durable, committed, and handed to the export process to lead.
 
-    decide ─▶ stream held, applier stopped ─▶ generation durable, ─▶ commit in background ─▶ the export process leads
-                                              stage switched         (``checkpoint`` only)
-                                              (the promotion)
+    decide ─▶ stream held, applier stopped, ─▶ generation durable, ─▶ commit in background ─▶ the export process leads
+              disks durable, decided again     stage switched         (``checkpoint`` only)
+                                               (the promotion)
 
 What is left to do once the promotion is durable is also done after a crash in the middle: ``finish`` finds the stage in
 the header of the disk buffer, and the target in the metadata.
@@ -14,9 +14,11 @@ failed, so this side hears no primary before it has been written there again tha
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from common.disk import FileDisk
@@ -132,8 +134,14 @@ class Promotion:
             log.warning("failover target=%s checkpoint=%d applied=%d", target, number, position.applied)
             self._link.hold()
             await self._applier.stop()
+            durable = await self._make_durable()
             try:
-                history = await self._switch(target, force=force)
+                self._decide_again(target, situation)
+            except TandemDiskError:
+                self._link.resume()
+                raise
+            try:
+                history = await self._switch(target, durable=durable, force=force)
             except TandemDiskError as error:
                 self._withdraw_soon(error)
                 raise
@@ -142,7 +150,28 @@ class Promotion:
         await self.finish(force=force)
         return header.checkpoint.number
 
-    async def _switch(self, target: Target, *, force: bool) -> History:
+    async def _make_durable(self) -> bool:
+        """What is applied becomes durable before it is what this side begins at: if its power failed, it would lack
+        what the former primary has, and nobody would know where. False if it is not, and both are to be compared."""
+        point = self._session.point()
+        try:
+            await asyncio.to_thread(self._applier.flush)
+        except OSError as error:
+            sentence = f"flush of the secondary disk failed: {error.strerror or error}"
+            self._applier.flush_failed(point, error.errno or errno.EIO, sentence)
+        return self._session.position.exact
+
+    def _decide_again(self, target: Target, before: Situation) -> None:
+        """When the first decision fell, the applier may have been at the beginning of a resync, or a flush on its way
+        to fail: no failover to a state that is no more, whoever forces it."""
+        position = self._session.position
+        now = replace(
+            before, stage=self._buffer.header.stage, has_checkpoint=not self._buffer.header.syncing,
+            resyncing=position.syncing or not position.exact,
+        )  # fmt: skip
+        decide(target, force=True, situation=now)
+
+    async def _switch(self, target: Target, *, durable: bool, force: bool) -> History:
         """Durably, and at once for everybody who reads and writes here: from now on this side decides. The history with
         its new generation.
 
@@ -158,7 +187,7 @@ class Promotion:
             self._record.update(
                 role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
                 checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
-                bases=((point.stream, point.sequence),),
+                bases=((point.stream, point.sequence),) if durable else (),
             )  # fmt: skip
 
         if target == "checkpoint":

@@ -492,4 +492,43 @@ async def a_secondary_dies_before_it_hears_of_a_failed_flush(sim: Simulation) ->
     await sim.rest()
 
 
+@scenario()
+async def a_resync_begins_while_a_failover_is_decided(sim: Simulation) -> None:
+    """Seed 60950: the decision fell before the resync began, and what took over was a mixture of two times."""
+    await born(sim)
+    for _ in range(4):
+        sim.world.network.set_cut(True, True)
+        await sim.pause(5.0)
+        await writes(sim, 10)
+        sim.world.network.set_cut(False, False)
+        node = sim.b.process("secondary").node  # type: ignore[union-attr]
+        await at_the_moment(sim, lambda node=node: node.session.connected, 30, "a session")
+        sim.world.loop.slowness = 0.1
+        await at_the_moment(sim, lambda node=node: node.applier._busy, 30, "the beginning of a resync", step_s=0.0001)
+        expect(not node.session.position.syncing, "the resync has begun already")
+        answer = await told(sim, "failover", to="latest", force=True)
+        sim.world.loop.slowness = 0.002
+        expect(isinstance(answer, Exception), "a disk in the middle of a resync took over")
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_power_fails_behind_a_failover(sim: Simulation) -> None:
+    """Seed 60509: the side that had taken over lost what its former primary, stopped in good order, still had, and
+    nobody knew where they differed."""
+    await born(sim)
+    await writes(sim, 10)
+    await sim.until(sim.protected, 30, "a protected pair")
+    operator_stops(sim.primary)
+    await sim.until(lambda: sim.a.process("primary") is None, 30, "the end of the primary")
+    sim.watched = ["b"]
+    await takes_over(sim)
+    sim.power("b", 0.1)
+    await sim.pause(0.5)
+    await rejoined(sim)
+    await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
 REGRESSIONS = [name for name in SCENARIOS if name not in _OLDER]
