@@ -101,6 +101,16 @@ class Alignment:
         full, peer = effect.full, effect.peer
         self._counters.begun(full=full)
         self._link.perform(self._session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
+        self._start_synchroniser()
+
+    def go_on(self) -> None:
+        """The stream of a resync goes on after a cut, between RESYNC and SYNCED. If the resync itself does not (the
+        primary disk could not be read, and ``block`` keeps everything attached), another one takes what is marked."""
+        if self._synchronising is None or self._synchronising.done():
+            self._stop_synchroniser()
+            self._start_synchroniser()
+
+    def _start_synchroniser(self) -> None:
         self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits)
         self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
 

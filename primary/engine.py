@@ -216,7 +216,9 @@ class Engine:
             case Established(peer=peer):
                 self.mirror.use_blocks(peer.block_size)
                 self._set_state("syncing" if self.session.syncing else "protected", "")
-                if not self.session.syncing:
+                if self.session.syncing:
+                    self.alignment.go_on()
+                else:
                     self._in_one_generation()
                     self.growth.compare()
             case ResyncNeeded():

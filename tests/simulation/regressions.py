@@ -378,6 +378,7 @@ async def a_commit_whose_blocks_cannot_be_noted(sim: Simulation) -> None:
     sim.watched = ["a", "b"]
 
 
+@scenario()
 async def the_guest_writes_while_a_failover_is_noted(sim: Simulation) -> None:
     """Seeds 7922, 8634, 10595, 14275: there were no writes of the guest when a failover to latest was decided, there
     were when it was durable, and then it was refused: a side that was neither the one nor the other."""
@@ -408,6 +409,7 @@ async def the_welcome_gets_lost(sim: Simulation) -> None:
     """Seeds 7640, 8091: the secondary was in session, the primary was not, and each took the other's signs of life for
     a reason to wait."""
     await born(sim)
+    await sim.pause(5.0)  # all is recorded, or the news of that would end the session
     network = sim.world.network
     sim.kill(sim.primary, 1000)
     await sim.pause(0.2)
@@ -528,6 +530,23 @@ async def the_power_fails_behind_a_failover(sim: Simulation) -> None:
     await sim.pause(0.5)
     await rejoined(sim)
     await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
+@scenario(loss="block")
+async def the_primary_disk_fails_during_a_resync(sim: Simulation) -> None:
+    """Seeds 13263, 15040: on_peer_loss = block, and the primary disk could not be read for a piece. The stream went on
+    in the middle of the resync, and nobody sent the rest of it."""
+    await born(sim)
+    sim.kill(sim.secondary, 1000)
+    sim.power("b", 1000)
+    await sim.pause(0.2)
+    sim.a.faults.read = 1.0
+    sim.start("b")
+    assert sim.primary is not None
+    engine = sim.primary.node.engine
+    await at_the_moment(sim, lambda: engine.state == "blocked", 30, "a read that failed", step_s=0.0001)
+    sim.a.faults.read = 0.0
     await sim.rest()
 
 
