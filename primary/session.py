@@ -35,7 +35,7 @@ from typing import Any, Final, Literal
 
 from common import wire
 from common.errors import OperationFailed, WireError
-from common.generation import Standing
+from common.generation import CODES, Rejoin, Standing
 from common.wire import BATCH, FLUSH, RESIZE, RESYNC, SYNCED, VERIFY, Frame, Frames
 from primary.effects import (
     Acknowledged,
@@ -663,6 +663,7 @@ class PrimarySession:
         self._refusal = sentence
         batches: list[Any] = []
         effects: list[Effect] = []
-        if self.config.on_peer_loss == "continue":
+        # a secondary that was promoted will never acknowledge what waits for it, whatever on_peer_loss says
+        if self.config.on_peer_loss == "continue" or code == CODES[Rejoin]:
             batches, effects = self._detach(sentence)
         return effects if again and not batches else [*effects, Refused(code, sentence, batches)]

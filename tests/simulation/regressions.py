@@ -550,4 +550,19 @@ async def the_primary_disk_fails_during_a_resync(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(loss="block")
+async def a_write_waits_for_a_secondary_that_took_over(sim: Simulation) -> None:
+    """Seed 11734: on_peer_loss = block, and what was on its way when the other side took over was never answered."""
+    await born(sim)
+    sim.world.network.set_cut(True, True)
+    await sim.pause(0.01)
+    await sim.until(sim.write, 10, "a client of side a")
+    expect(sim.clients.outstanding, "a write was acknowledged alone")
+    await sim.pause(4.0)
+    await takes_over(sim)
+    sim.world.network.set_cut(False, False)
+    await sim.until(lambda: not sim.clients.outstanding, 30, "an answer of the side that was left behind")
+    await sim.rest()
+
+
 REGRESSIONS = [name for name in SCENARIOS if name not in _OLDER]
