@@ -155,6 +155,8 @@ class SecondarySession:
         self._session = 0
         self._greeted = 0
         """The last session that began, whether it goes on or not."""
+        self._following = 0
+        """The primary's next number as it greeted: all that it sends in the session has that number or a later one."""
         self._sequence = 0
         self._heard = 0.0
         self._ping_at = 0.0
@@ -213,6 +215,8 @@ class SecondarySession:
             case wire.Ping():
                 if self._aligned and message.sequence != self._received and not self._holding:
                     raise WireError(f"messages up to {message.sequence} were sent, and {self._received} was the last")
+                if not self._aligned and message.sequence >= self._following and not self._holding:
+                    raise WireError(f"messages up to {message.sequence} were sent, and no RESYNC arrived")
                 return [self._send(wire.Pong(self._session, 0, message.clock))]
             case wire.Pong():
                 return []
@@ -303,6 +307,7 @@ class SecondarySession:
             effects.append(Disconnected("the primary began a new session", True))
         self._sessions += 1
         self._peer, self._session, self._greeted, self._sequence = peer, hello.session, hello.session, 0
+        self._following = hello.next_sequence
         self._heard = now
         self._ping_at = now + self.config.heartbeat_s
         self._pressure_told = False

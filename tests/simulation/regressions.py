@@ -6,9 +6,9 @@ docstring is the one that found the bug, on the commits before its fix.
 
 from __future__ import annotations
 
-from common.wire import Welcome, decode
+from common.wire import Resync, Welcome, decode
 from tests.simulation.clients import Clients
-from tests.simulation.network import TO_DIALER
+from tests.simulation.network import TO_DIALER, TO_LISTENER
 from tests.simulation.oracle import Violation
 from tests.simulation.processes import Running
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
@@ -562,6 +562,27 @@ async def a_write_waits_for_a_secondary_that_took_over(sim: Simulation) -> None:
     await takes_over(sim)
     sim.world.network.set_cut(False, False)
     await sim.until(lambda: not sim.clients.outstanding, 30, "an answer of the side that was left behind")
+    await sim.rest()
+
+
+@scenario()
+async def the_beginning_of_a_resync_gets_lost(sim: Simulation) -> None:
+    """Seed 14402: a secondary that was told nothing but RESYNC did not miss it, and both waited for ever."""
+    await born(sim)
+    sim.power("b", 0.1)
+    await sim.pause(0.2)
+    lost = 0
+    for _ in range(80000):
+        sim.supervise()
+        for queue in (connection.queues[TO_LISTENER] for connection in sim.world.network.connections):
+            for item in [item for item in queue if isinstance(decode(item[1]), Resync)]:
+                queue.remove(item)
+                lost += 1
+        if lost:
+            break
+        await sim.pause(0.0001)
+    expect(lost, "no resync began")
+    await protected_again(sim)
     await sim.rest()
 
 
