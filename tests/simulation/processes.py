@@ -99,7 +99,8 @@ class SimServer:
     async def close(self, timeout_s: float = 10.0) -> None:
         self.listening = False
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
 
 
 _STATISTICS = list(common.export.Statistics.__slots__)[2:]
