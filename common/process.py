@@ -13,7 +13,8 @@ parent.
 * **Stopping**: SIGTERM, SIGINT and SIGHUP set ``Lifecycle.stop``; the process' ``main`` waits for it, winds down,
   returns.
 * **No orphans**: with ``--parent`` the kernel sends SIGTERM when the parent dies, however it dies (PR_SET_PDEATHSIG,
-  prctl(2)). The kernel means the parent *thread*: spawn from a thread that lives as long as the process.
+  prctl(2)). The kernel means the parent *thread*: spawn from a thread that lives as long as the process. A process
+  that is half of its parent's side (the export) ends with it, by SIGKILL: whoever sees that side dead may take over.
 * **Failing**: a TandemDiskError ends the process with its own exit code and one sentence; anything else is our bug: a
   traceback in the log and exit code 1.
 
@@ -125,11 +126,11 @@ class Lifecycle:
 Main = Callable[[NodeSettings, Lifecycle], Awaitable[None]]
 
 
-def run(main: Main, name: str) -> NoReturn:
+def run(main: Main, name: str, *, orphaned: signal.Signals = signal.SIGTERM) -> NoReturn:
     """Be the process ``name``: read the command line, run ``main`` until it returns, exit.
 
     ``main`` builds the process, calls ``lifecycle.ready``, waits for ``lifecycle.stop`` and winds down before it
-    returns.
+    returns. ``orphaned``: what comes when the parent dies.
     """
     arguments = _parse_arguments(name)
 
@@ -141,7 +142,8 @@ def run(main: Main, name: str) -> NoReturn:
             selector.limit_s = settings.busy_poll_us / 1e6
         await main(settings, lifecycle)
 
-    live(with_settings, name, ready_fd=arguments.ready_fd, parent=arguments.parent, selector=selector)
+    fd, parent = arguments.ready_fd, arguments.parent
+    live(with_settings, name, ready_fd=fd, parent=parent, orphaned=orphaned, selector=selector)
 
 
 def live(
@@ -150,12 +152,13 @@ def live(
     *,
     ready_fd: int | None = None,
     parent: int | None = None,
+    orphaned: signal.Signals = signal.SIGTERM,
     selector: BaseSelector | None = None,
 ) -> NoReturn:
     """``run`` for a process with another command line: run ``main`` on an event loop with all duties done; exit."""
     set_up_logging(name)
     if parent is not None:
-        die_with_parent(parent)
+        die_with_parent(parent, orphaned)
     if ready_fd is not None:
         os.set_inheritable(ready_fd, False)
     lifecycle = Lifecycle(name, ready_fd, top_level=parent is None)
@@ -214,13 +217,13 @@ def read_settings(fd: int) -> bytes:
         return file.read()
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel send SIGTERM when the parent dies; do so now if it is dead already."""
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send a signal when the parent dies; do so now if it is dead already."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:  # it died before the request above: no signal will come
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def notify_systemd(message: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import threading
 from contextlib import AsyncExitStack
 from functools import partial
@@ -232,4 +233,4 @@ async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "export")
+    run(main, "export", orphaned=signal.SIGKILL)
