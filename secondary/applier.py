@@ -356,6 +356,19 @@ class Applier:
             self._header.stream_id = NOWHERE
             raise
 
+    async def make_durable(self) -> None:
+        """The same for all that is applied, behind every flush that is asked for: of two at once the kernel tells only
+        one what it lost. What failed is known to the session then."""
+        done = self._loop.create_future()
+        point = self.session.point()
+
+        def flushed(code: int) -> None:
+            self._flushed(point, code)
+            done.set_result(None)
+
+        self._flusher.request(flushed)
+        await done
+
     def _flushed(self, point: Any, code: int) -> None:
         if code:
             name = errno.errorcode.get(code, "?")

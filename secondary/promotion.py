@@ -14,7 +14,6 @@ failed, so this side hears no primary before it has been written there again tha
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from collections.abc import Sequence
@@ -153,12 +152,7 @@ class Promotion:
     async def _make_durable(self) -> bool:
         """What is applied becomes durable before it is what this side begins at: if its power failed, it would lack
         what the former primary has, and nobody would know where. False if it is not, and both are to be compared."""
-        point = self._session.point()
-        try:
-            await asyncio.to_thread(self._applier.flush)
-        except OSError as error:
-            sentence = f"flush of the secondary disk failed: {error.strerror or error}"
-            self._applier.flush_failed(point, error.errno or errno.EIO, sentence)
+        await self._applier.make_durable()
         return self._session.position.exact
 
     def _decide_again(self, target: Target, before: Situation) -> None:
@@ -184,6 +178,9 @@ class Promotion:
         point = self._session.point()
 
         def note() -> None:
+            if target == "latest" and not self._session.position.exact:
+                raise OperationFailed("The secondary disk lost writes: its latest state is not known.",
+                                      hint="Use --to checkpoint.")  # fmt: skip
             self._record.update(
                 role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
                 checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
