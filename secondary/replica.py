@@ -278,6 +278,8 @@ class GuestVolume(VolumeView):
                 errors[index] = error.errno or errno.EIO
         slot = self._allocate(len(missing), least >> 32, wait)
         if slot < 0:
+            if not wait and len(operations) > 1:
+                raise BlockingIOError(errno.EAGAIN, "one of them may have to wait, behind others that are done")
             return self._write_active_singly(operations, view, least, wait)
         pool, shift = self._active.pool, self._shift
         slots: dict[int, int] = {}

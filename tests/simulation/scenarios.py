@@ -389,3 +389,20 @@ async def the_metadata_disk_fails(sim: Simulation) -> None:
     sim.world.network.set_cut(False, False)
     sim.supervise()
     await sim.rest()
+
+
+@scenario(small_pool=3, blocks=(40,))
+async def a_batch_of_the_guest_does_not_fit(sim: Simulation) -> None:
+    """Seed 71036: a part of it was done, and seen, before the thread did it as a whole."""
+    await born(sim)
+    sim.world.loop.slowness, sim.b.faults.cold = 0.05, 0.3
+    for count in range(400):
+        assert sim.export is not None
+        sim.clients.guest_write(sim.export)
+        for _ in range(8):
+            sim.clients.guest_read(sim.export)
+        if count % 5 == 0:
+            sim.checkpoint()
+        await sim.pause(0.06)
+    sim.world.loop.slowness, sim.b.faults.cold = 0.002, 0.0
+    await sim.rest()

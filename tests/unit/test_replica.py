@@ -119,14 +119,12 @@ def test_a_read_is_one_request_and_gives_it_back(pair: Rig) -> None:
 def test_a_full_active_disk_is_enospc_for_what_no_longer_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MIN_POOL", 4 * BLOCK)
     made = Rig(tmp_path, (1 << 20,), buffer_bytes=8 * BLOCK)
-    done = Collected()
     data = pattern(8 * BLOCK, 1)
-    made.guest.submit(
-        done.batch(
-            [(WRITE, 0, 3 * BLOCK, 0, 0), (WRITE, 50 * BLOCK, 2 * BLOCK, 0, 0), (WRITE, 90 * BLOCK, 1, 0, 0)], data
-        )
-    )
-    assert done.answers == [{1: errno.ENOSPC}]
+    operations = [(WRITE, 0, 3 * BLOCK, 0, 0), (WRITE, 50 * BLOCK, 2 * BLOCK, 0, 0), (WRITE, 90 * BLOCK, 1, 0, 0)]
+    with pytest.raises(BlockingIOError):  # one of them might have to wait when others are done
+        made.guest.apply(operations, memoryview(data), wait=False)
+    made.check()
+    assert made.guest.apply(operations, memoryview(data), wait=True) == {1: errno.ENOSPC}
     made.oracle.guest(0, data[: 3 * BLOCK])
     made.oracle.guest(90 * BLOCK, data[:1])
     made.check()
