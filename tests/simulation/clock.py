@@ -174,9 +174,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def kill(self, process: Process) -> None:
         """SIGKILL: nothing of the process runs any more."""
         process.dead = True
-        process.held.clear()
         process.zombies += [task for task in process.tasks if not task.done()]
         process.tasks.clear()
+        process.held.clear()  # after that: a task that has not begun is held by nothing else
         for task in process.zombies:
             task._log_destroy_pending = False
 
