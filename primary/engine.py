@@ -171,10 +171,15 @@ class Engine:
             forgetting = self.knowledge.forget_now_and_then(self._protected, self.disk_failed)
             self._lifecycle.critical(forgetting, "intents")
         if (interval_s := self.settings.checkpoint_interval_s) > 0:
-            self._lifecycle.critical(self.checkpoints.now_and_then(interval_s, self._protected), "checkpoints")
+            self._lifecycle.critical(self.checkpoints.now_and_then(interval_s, self._in_service), "checkpoints")
 
     def _protected(self) -> bool:
         return self.state == "protected"
+
+    def _in_service(self) -> bool:
+        """Before its start is noted, a primary that goes on with its stream sends no more in it: should it die, the
+        next one would have sent less than its secondary has."""
+        return self.serving and self._protected()
 
     async def settle(self) -> None:
         """Wait until the secondary answered, refused (PeerRefused), or is known to be away."""
