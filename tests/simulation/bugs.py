@@ -311,7 +311,7 @@ def an_empty_ledger(put: Put) -> None:
     put(primary.ledger.Ledger, "add_to", lambda self, bitmaps: None)
 
 
-@bug(60, troubles=frozenset({"preempt"}), failover="checkpoint", guest=True, steps=120, tempo_s=0.02)
+@bug(60, troubles=frozenset({"preempt"}), failover="checkpoint", guest=True, steps=120, tempo_s=0.01)
 def marks_that_stay(put: Put) -> None:
     """A write of the promoted side goes to the disk, and its block stays in the buffer, too."""
     put(secondary.replica, "clear_marks", lambda layer, first, last: None)
