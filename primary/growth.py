@@ -179,7 +179,12 @@ class Growth:
             await self._grow(sizes)
         except TandemDiskError as error:
             log.error("cannot grow with the secondary: %s", error)
-            sentence = f"the volumes of the secondary have {_listed(sizes)} bytes: {error.sentence}"
+            differing = ", ".join(
+                f"{volume.name} has {volume.size} bytes on the primary and {size} bytes on the secondary"
+                for volume, size in zip(self._mirror.volumes, sizes, strict=True)
+                if volume.size != size
+            )
+            sentence = f"{differing}, and this side cannot grow: {error.sentence.rstrip('.')}"
             self._link.settle(self._session.refuse(sentence, time.monotonic()))
             return
         self._link.redial()
