@@ -100,6 +100,7 @@ def test_a_short_run_of_qemus_pair(shm_dir: Path) -> None:
     short_run(shm_dir, choose_engine(), "qemu-colo-unix")
 
 
+@pytest.mark.soak
 def test_a_short_run_of_our_own_pair_with_the_built_in_client(shm_dir: Path) -> None:
     short_run(shm_dir, BuiltIn(), "tandemdisk-sync")  # the hot path's test has the other mode
 

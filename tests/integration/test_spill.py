@@ -66,7 +66,8 @@ def spilling(pair: Pair) -> Iterator[int]:
 
 
 def test_the_checkpoint_outlives_a_resync_larger_than_the_pool(short_dir: Path) -> None:
-    overrides = {**QUICK, "resync_rate": 32 * MIB}
+    # slow enough that a resync is still going on when `up` has answered, however busy the machine is
+    overrides = {**QUICK, "resync_rate": 12 * MIB}
     options = PairOptions(size=SIZE, buffer_bytes=BUFFER, overrides=overrides)
     with running(short_dir / "p", options) as pair:
         old = random_bytes(1, DIRTY) + bytes(SIZE - DIRTY)
