@@ -90,6 +90,7 @@ def short_run(directory: Path, engine: Engine, *peers: str) -> None:
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_a_short_run_of_unreplicated_servers_with_the_built_in_client(shm_dir: Path) -> None:
     require("qemu-nbd", "nbdkit")
     short_run(shm_dir, BuiltIn(), "qemu-nbd", "nbdkit")
