@@ -25,10 +25,13 @@ def endpoints(address: str, *, passive: bool = False) -> list[Endpoint]:
     if scheme != "tcp" or not host or not (port.isdecimal() or (passive and port == "*")):
         raise ConfigError(f"{address!r} is no address.", hint='Write "tcp://HOST:PORT" or "ipc:///PATH".')
     host = host.removeprefix("[").removesuffix("]")
-    found = socket.getaddrinfo(
-        None if host == "*" else host, 0 if port == "*" else int(port), type=socket.SOCK_STREAM,
-        flags=socket.AI_PASSIVE if passive else 0,
-    )
+    try:
+        found = socket.getaddrinfo(
+            None if host == "*" else host, 0 if port == "*" else int(port), type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE if passive else 0,
+        )
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known") from None
     return [(family, where) for family, _, _, _, where in found]
 
 

@@ -223,7 +223,7 @@ class PlainDialer:
         self._pause_ms = RECONNECT_MS
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self._told = False
         self._dial()
 
     def send(self, frames: Sequence[Frame]) -> bool:
@@ -232,7 +232,6 @@ class PlainDialer:
 
     def close(self) -> None:
         """Close, and dial no more."""
-        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
@@ -249,6 +248,11 @@ class PlainDialer:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
                 connected = await _connected(self._loop, self._address)
+        except socket.gaierror as error:
+            if not self._told:
+                log.warning("cannot look up %s: %s; correct replication.connect", self._address, error.strerror)
+            self._told = True
+            self._again()
         except OSError as error:  # and TimeoutError: nobody is there yet, which is nothing to tell of
             log.debug("no connection address=%s reason=%r", self._address, str(error))
             self._again()
@@ -286,13 +290,10 @@ async def _connected(loop: asyncio.AbstractEventLoop, address: str) -> socket.so
         try:
             dialing.setblocking(False)
             await loop.sock_connect(dialing, where)  # type: ignore[arg-type]
-        except OSError:
+        except BaseException as error:
             dialing.close()
-            if number == len(found):
+            if not isinstance(error, OSError) or number == len(found):
                 raise
-        except BaseException:
-            dialing.close()
-            raise
         else:
             return dialing
     raise OSError(errno.EADDRNOTAVAIL, "the name has no address")

@@ -13,7 +13,8 @@ import pytest
 import zmq
 
 from common import zmtp
-from common.errors import AddressInUse
+from common.addresses import Endpoint, endpoints
+from common.errors import AddressInUse, ConfigError
 from common.keys import CurveKeys
 from common.plain import PlainDialer, PlainListener
 from common.port import COPY_BELOW, Dialer, Frame, Listener, zmq_context
@@ -261,5 +262,37 @@ def test_a_stale_socket_file_is_replaced(tmp_path: Path, kind: str) -> None:
         dialer.close()
         listener.close()
         assert kind == "libzmq" or not (tmp_path / "s").exists()  # libzmq removes it later, from a thread
+
+    run(test)
+
+
+@pytest.mark.parametrize("host", ["no..such", "nosuch.invalid"])
+def test_a_name_that_cannot_be_found_is_told_once_and_tried_again(
+    host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(context: Context) -> None:
+        loop = asyncio.get_running_loop()
+        tried = asyncio.Semaphore(0)
+
+        def look_up(address: str) -> list[Endpoint]:
+            loop.call_soon_threadsafe(tried.release)
+            return endpoints(address)
+
+        monkeypatch.setattr("common.plain.endpoints", look_up)
+        dialer = make_dialer("plain", context, f"tcp://{host}:7420", None, Log())
+        async with asyncio.timeout(DEADLINE_S):
+            for _ in range(3):
+                await tried.acquire()
+        assert [record.getMessage().split(": ")[0] for record in caplog.records] == [f"cannot look up tcp://{host}:7420"]
+        assert not dialer.send([b"nobody"])
+        dialer.close()
+
+    run(test)
+
+
+def test_a_name_that_cannot_be_found_is_nothing_to_listen_on() -> None:
+    async def test(context: Context) -> None:
+        with pytest.raises(ConfigError, match=r"Cannot listen for replication on tcp://no\.\.such:7420"):
+            make_listener("plain", context, "tcp://no..such:7420", None, Log())
 
     run(test)
