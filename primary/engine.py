@@ -42,6 +42,7 @@ from common.record import Record, fingerprints, random_number
 from common.settings import NodeSettings
 from primary.alignment import Alignment
 from primary.checkpoints import Checkpoints
+from primary.contact import PrimaryConfig
 from primary.effects import (
     Acknowledged,
     CheckpointDone,
@@ -66,7 +67,7 @@ from primary.link import Link, describe
 from primary.mirror import Mirror
 from primary.packer import Packer
 from primary.report import status_of
-from primary.session import PrimaryConfig, PrimarySession
+from primary.session import PrimarySession
 from primary.window import Unacknowledged
 
 EIO: Final = 5

@@ -19,9 +19,10 @@ from common.plain import PlainDialer
 from common.port import Dialer
 from common.transport import dial
 from common.wire import Frames
+from primary.contact import State
 from primary.effects import Effect, Reconnect, Send
 from primary.packer import Packer
-from primary.session import PrimarySession, State
+from primary.session import PrimarySession
 
 log = logging.getLogger("link")
 

@@ -41,7 +41,8 @@ from secondary.buffer import SMALL, Blocks, DiskBuffer, VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
 from secondary.interface import Serialised
-from secondary.requests import HOLD, Description, RequestTable
+from secondary.locks import Description
+from secondary.requests import HOLD, RequestTable
 from secondary.spill import Spill
 
 log = logging.getLogger("backup")

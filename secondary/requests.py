@@ -43,11 +43,8 @@ flight remain the parent's.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import fcntl
-import functools
 import os
 import threading
 import time
@@ -57,51 +54,20 @@ from typing import Final
 from common.disk import FLOCK
 from common.errors import TimedOut
 from secondary.holders import Ranges, find_holders
+from secondary.locks import RDLCK, SETLK, UNLOCK_ALL, WRLCK, Description
+from secondary.waits import ANNOUNCE_S, INTENT, AsyncWait, Wait
 
-INTENT: Final = 1 << 61
-"""Offset of the space in which waiters announce themselves."""
+_pack = FLOCK.pack
+_fcntl = fcntl.fcntl
+
 PRESENCE: Final = 1 << 62
 ALLOCATION: Final = PRESENCE + 1
 """Held by whoever moves the bump pointer of the active disk."""
 HOLD: Final = PRESENCE + 2
 """Held shared by a snapshot that cannot finish while checkpoints go on; a checkpoint takes it exclusively."""
 
-PATIENCE_S: Final = 0.5
-"""How long a waiter keeps newcomers from overtaking it, before it lets them by for as long."""
-ANNOUNCE_S: Final = 0.05
-"""How often a waiter renews its hint; a hint is valid for twice as long."""
 SPINS_S: Final = (0.00002, 0.00005, 0.0001, 0.0003)
 """Pauses before a contended begin goes to the kernel's queue: most requests are held for less than this."""
-
-_SETLK: Final = fcntl.F_OFD_SETLK
-_RDLCK: Final = fcntl.F_RDLCK
-_WRLCK: Final = fcntl.F_WRLCK
-_pack = FLOCK.pack
-_fcntl = fcntl.fcntl
-UNLOCK_ALL: Final = FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
-
-
-class Description:
-    """One open file description.
-
-    What one request at a time locks with. ``fd`` is -1 once a fork made it the parent's.
-    """
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def unlock(self) -> None:
-        """Give back everything locked with it."""
-        if self.fd >= 0:
-            _fcntl(self.fd, _SETLK, UNLOCK_ALL)
-
-    def close(self) -> None:
-        """The same, and it cannot be used any more."""
-        fd, self.fd = self.fd, -1
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
 
 class CowRequest:
@@ -176,7 +142,7 @@ class RequestTable:
         Raises TimedOut, which names the process that holds one.
         """
         ranges = self._round(start, end)
-        if not self._conflict(_WRLCK, ranges):
+        if not self._conflict(WRLCK, ranges):
             return
         self.release(self.wait_ranges(ranges, shared=False, timeout_s=timeout_s))
 
@@ -207,7 +173,7 @@ class RequestTable:
 
     async def wait_for_overlapping_requests_async(self, start: int, end: int) -> None:
         """``wait_for_overlapping_requests`` for an event loop; the wait is in a thread."""
-        if self._conflict(_WRLCK, self._round(start, end)):
+        if self._conflict(WRLCK, self._round(start, end)):
             (await self.cow_request_begin_async(start, end)).end()
 
     async def cow_request_begin_async(self, start: int, end: int, *, shared: bool = False) -> CowRequest:
@@ -219,7 +185,7 @@ class RequestTable:
             return self.try_begin(start, end, shared=shared)
         except BlockingIOError:
             pass
-        return await _AsyncWait(self, start, end, shared).result()
+        return await AsyncWait(self, start, end, shared).result()
 
     # What the layers of the secondary use: several ranges at once, no object a request
 
@@ -237,7 +203,7 @@ class RequestTable:
         """``try_ranges`` for the process of the backup job, which excludes itself by other means and need not be
         present.
         """
-        kind = _RDLCK if shared else _WRLCK
+        kind = RDLCK if shared else WRLCK
         if self._waiting[0] and self._must_queue(kind, ranges):
             return None
         try:
@@ -247,7 +213,7 @@ class RequestTable:
         fd = description.fd
         try:
             for start, end in ranges:
-                _fcntl(fd, _SETLK, _pack(kind, 0, start, end - start, 0))
+                _fcntl(fd, SETLK, _pack(kind, 0, start, end - start, 0))
         except (BlockingIOError, PermissionError):
             self.release(description)
             return None
@@ -273,13 +239,13 @@ class RequestTable:
                 return description
             time.sleep(pause)
         limit = self.timeout_s if timeout_s is None else timeout_s
-        return _Wait(self, ranges, _RDLCK if shared else _WRLCK).result(limit)
+        return Wait(self, ranges, RDLCK if shared else WRLCK).result(limit)
 
     def release(self, description: Description) -> None:
         """End a request made by ``try_ranges`` or ``wait_ranges``."""
         fd = description.fd
         if fd >= 0:
-            _fcntl(fd, _SETLK, UNLOCK_ALL)
+            _fcntl(fd, SETLK, UNLOCK_ALL)
             self._free.append(description)
 
     def leave(self) -> None:
@@ -312,7 +278,7 @@ class RequestTable:
         """Lock one of the bytes behind the disk, or return None. End with ``release``."""
         description = self.take()
         try:
-            _fcntl(description.fd, _SETLK, _pack(_RDLCK if shared else _WRLCK, 0, byte, 1, 0))
+            _fcntl(description.fd, SETLK, _pack(RDLCK if shared else WRLCK, 0, byte, 1, 0))
         except (BlockingIOError, PermissionError):
             self._free.append(description)
             return None
@@ -444,148 +410,6 @@ class RequestTable:
         self._lent_lock = threading.Lock()
         self._lent.clear()
         self._drop()
-
-
-class _AsyncWait:
-    """One contended begin of an event loop: a thread begins, the task awaits, and whoever comes last cleans up."""
-
-    def __init__(self, table: RequestTable, start: int, end: int, shared: bool) -> None:
-        self._begin = functools.partial(table.cow_request_begin, start, end, shared=shared)
-        self._name = table.name
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._request: CowRequest | None = None
-        self._error: Exception | None = None
-        self._loop = asyncio.get_running_loop()
-        self._done = asyncio.Event()
-
-    async def result(self) -> CowRequest:
-        threading.Thread(target=self._run, name=f"cow request {self._name}", daemon=True).start()
-        try:
-            await self._done.wait()
-        except asyncio.CancelledError:
-            with self._lock:
-                self._cancelled = True
-                if self._request is not None:
-                    self._request.end()
-            raise
-        if self._error is not None:
-            raise self._error
-        assert self._request is not None
-        return self._request
-
-    def _run(self) -> None:
-        request: CowRequest | None = None
-        try:
-            request = self._begin()
-        except Exception as error:
-            self._error = error
-        with self._lock:
-            # A loop that ends may never run what is scheduled here: a cancelled request is ended by this thread.
-            if self._cancelled and request is not None:
-                request.end()
-            self._request = request
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._done.set)
-
-
-class _Wait:
-    """One contended begin: a helper thread in the kernel's queue, and the caller that keeps the time."""
-
-    def __init__(self, table: RequestTable, ranges: Ranges, kind: int) -> None:
-        self._table = table
-        self._ranges = ranges
-        self._kind = kind
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._abandoned = False
-        self._granted: Description | None = None
-        self._error: OSError | None = None
-        self._queued = False
-        """The helper holds its intents and waits for the ranges."""
-        self._intent = table.lend()
-        self._range = table.lend()
-
-    def result(self, limit_s: float) -> Description:
-        self._table.announce()
-        threading.Thread(target=self._run, name=f"cow wait {self._table.name}", daemon=True).start()
-        try:
-            self._keep_time(limit_s)
-        except BaseException:
-            self._abandon()
-            if self._granted is not None:
-                self._table.release(self._granted)
-            raise
-        if self._error is not None:
-            raise self._error
-        if self._granted is None:
-            raise self._table.timed_out(self._ranges)
-        return self._granted
-
-    def _keep_time(self, limit_s: float) -> None:
-        start = time.monotonic()
-        queued_at = 0.0
-        intents_held = True
-        while not self._done.wait(min(ANNOUNCE_S, max(0.0, start + limit_s - time.monotonic()))):
-            now = time.monotonic()
-            if now - start >= limit_s:
-                self._abandon()
-                break
-            if not self._queued:
-                queued_at = now
-            elif now - queued_at >= PATIENCE_S:
-                intents_held = self._toggle_intents(intents_held)
-                queued_at = now
-            if intents_held:
-                self._table.announce()
-
-    def _run(self) -> None:
-        granted = False
-        try:
-            for start, end in self._ranges:
-                _lock_waiting(self._intent.fd, _WRLCK, INTENT + start, end - start)
-            with self._lock:
-                self._queued = not self._abandoned
-            if self._queued:
-                for start, end in self._ranges:
-                    _lock_waiting(self._range.fd, self._kind, start, end - start)
-                granted = True
-        except OSError as error:
-            self._error = error
-        with self._lock:
-            self._queued = False
-            kept = granted and not self._abandoned
-            self._table.take_back(self._intent)
-            self._table.take_back(self._range, locked=kept)
-            if kept:
-                self._granted = self._range
-            self._done.set()
-
-    def _abandon(self) -> None:
-        with self._lock:
-            self._abandoned = self._granted is None
-            if self._abandoned and self._queued:
-                self._intent.unlock()
-
-    def _toggle_intents(self, held: bool) -> bool:
-        """Let newcomers by, or keep them back again; True if they are kept back now."""
-        with self._lock:
-            if not self._queued:
-                return held
-            if held:
-                self._intent.unlock()
-                return False
-            try:
-                for start, end in self._ranges:
-                    _fcntl(self._intent.fd, _SETLK, _pack(_WRLCK, 0, INTENT + start, end - start, 0))
-            except (BlockingIOError, PermissionError):
-                self._intent.unlock()
-                return False
-            return True
-
-
-def _lock_waiting(fd: int, kind: int, start: int, length: int) -> None:
-    _fcntl(fd, fcntl.F_OFD_SETLKW, _pack(kind, 0, start, length, 0))
 
 
 # What a fork must find: register_at_fork has no way to take a hook back, so there is one for all tables.

@@ -22,7 +22,8 @@ from secondary.buffer import VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
 from secondary.interface import Serialised
-from secondary.requests import CowRequest, Description
+from secondary.locks import Description
+from secondary.requests import CowRequest
 
 SMALL: Final = 32
 """Blocks of one operation up to which plain integers beat NumPy."""

@@ -45,8 +45,9 @@ from secondary.buffer import Blocks, BufferVolume, DiskBuffer
 from secondary.commit import CommitJob, failover_checkpoint
 from secondary.header import Stage
 from secondary.holders import Ranges
+from secondary.locks import Description
 from secondary.replica import GuestVolume
-from secondary.requests import Description, RequestTable
+from secondary.requests import RequestTable
 from secondary.view import VolumeView
 
 SECTOR: Final = 512

@@ -140,33 +140,15 @@ def bench(
 
     Everything happens in a directory of its own on a memory file system and is removed at the end.
     """
-    from rich.console import Console
-
     from deploy.bench import plots
     from deploy.bench.peers import OURS, expand
     from deploy.bench.runner import Options
-    from deploy.bench.workloads import JOBS
 
     if listing:
         _list()
         return
-    if heart:
-        from deploy.bench.heart import show_heart
-
-        with _orderly_end():
-            show_heart(json_path)
-        return
-    if way_back:
-        from deploy.bench import wayback
-
-        with _orderly_end():
-            wayback.show(Console(), directory, parse_size(size), json_path)
-        return
-    if hot_path:
-        from deploy.bench.hotpath import show_hot_path
-
-        with _orderly_end():
-            show_hot_path(Console(), directory)
+    if heart or way_back or hot_path:
+        _steps(directory, size, json_path, heart=heart, way_back=way_back)
         return
     if html_path is not None:
         plots.require_matplotlib()
@@ -184,13 +166,9 @@ def bench(
     if from_path is not None:
         _report_on(from_path, json_path, html_path)
         return
-    known = [job.name for job in JOBS]
-    chosen = _names(jobs) or known
-    if unknown := [name for name in chosen if name not in known]:
-        raise ConfigError("Unknown jobs:", problems=tuple(unknown), hint="tandemdisk bench --list names them.")
     options = Options(
         peers=expand(_names(only) or [*OURS, *_names(peers)]),
-        jobs=tuple(name for name in known if name in chosen),
+        jobs=_chosen(jobs),
         rounds=rounds,
         seconds=seconds,
         size=parse_size(size),
@@ -199,6 +177,34 @@ def bench(
         probes=not no_probes,
     )
     _measure(options, engine, json_path, html_path)
+
+
+def _chosen(names: str | None) -> tuple[str, ...]:
+    """The jobs of ``--job``, or all, in their own order; ConfigError names those that do not exist."""
+    from deploy.bench.workloads import JOBS
+
+    known = [job.name for job in JOBS]
+    chosen = _names(names) or known
+    if unknown := [name for name in chosen if name not in known]:
+        raise ConfigError("Unknown jobs:", problems=tuple(unknown), hint="tandemdisk bench --list names them.")
+    return tuple(name for name in known if name in chosen)
+
+
+def _steps(directory: Path, size: str, json_path: str | None, *, heart: bool, way_back: bool) -> None:
+    """``--heart``, ``--resync`` or else ``--hot-path``: measurements of their own, each with its own tables."""
+    from rich.console import Console
+
+    from deploy.bench import wayback
+    from deploy.bench.heart import show_heart
+    from deploy.bench.hotpath import show_hot_path
+
+    with _orderly_end():
+        if heart:
+            show_heart(json_path)
+        elif way_back:
+            wayback.show(Console(), directory, parse_size(size), json_path)
+        else:
+            show_hot_path(Console(), directory)
 
 
 def _measure(options: object, engine: str, json_path: str | None, html_path: Path | None) -> None:

@@ -37,7 +37,7 @@ import primary.node
 import primary.questions
 import secondary.guest
 import secondary.node
-import secondary.requests
+import secondary.waits
 from common import limits
 from common.errors import DiskError, TandemDiskError
 from common.intent import IntentFile
@@ -46,8 +46,9 @@ from primary.resync import ResyncLimits
 from primary.thrift import Thrift
 from secondary.buffer import DiskBuffer
 from secondary.header import PairHeader
+from secondary.locks import Description
 from secondary.replica import GuestVolume
-from secondary.requests import Description, RequestTable
+from secondary.requests import RequestTable
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Countdown, Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
@@ -317,7 +318,7 @@ class World:
             assert description is not None
             return description
 
-        self._set(undo, secondary.requests._Wait, "result", wait)
+        self._set(undo, secondary.waits.Wait, "result", wait)
         self._set(undo, RequestTable, "wait_byte", wait_byte)
 
     def _fail_intents(self, undo: list[Callable[[], None]]) -> None:

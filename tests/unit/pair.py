@@ -22,8 +22,9 @@ from common.batch import WRITE
 from common.bitmap import DirtyBitmap
 from common.generation import Generation, History, Standing, extend
 from primary import effects as up
+from primary.contact import PrimaryConfig, State
 from primary.ledger import Ledger, mark
-from primary.session import PrimaryConfig, PrimarySession, State
+from primary.session import PrimarySession
 from secondary import session as down
 
 BLOCK = 512

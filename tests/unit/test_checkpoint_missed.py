@@ -16,7 +16,8 @@ from common.disk import DiskLayer, Kind
 from common.failures import Failure
 from common.generation import Generation, History, Standing
 from primary import effects as up
-from primary.session import PrimaryConfig, PrimarySession
+from primary.contact import PrimaryConfig
+from primary.session import PrimarySession
 from secondary import session as down
 from secondary.applier import INLINE_BYTES, Applier
 from secondary.attach import attach

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import TimedOut
-from secondary import requests
+from secondary import waits
 from secondary.holders import find_holders
 from secondary.requests import PRESENCE, RequestTable
 from tests.conftest import wait_until
@@ -164,7 +164,7 @@ def test_begin_waits_for_a_thread(table: RequestTable) -> None:
 
 
 def find_intents(table: RequestTable) -> bool:
-    return bool(find_holders(table.path, [(requests.INTENT, requests.INTENT + SIZE)]))
+    return bool(find_holders(table.path, [(waits.INTENT, waits.INTENT + SIZE)]))
 
 
 def test_wait_for_overlapping_requests(table: RequestTable) -> None:
@@ -347,7 +347,7 @@ def test_one_that_waits_for_a_stopped_holder_gives_way_to_the_others(table: Requ
         wait_until(lambda: find_intents(table), what="the checkpoint queues up")
         started = time.monotonic()
         table.cow_request_begin(8 * BLOCK, 9 * BLOCK, timeout_s=10).end()
-        assert time.monotonic() - started < 2 * requests.PATIENCE_S + 0.5
+        assert time.monotonic() - started < 2 * waits.PATIENCE_S + 0.5
         thread.join(10)
         process.process.send_signal(signal.SIGCONT)
         assert str(process.process.pid) in str(errors[0])

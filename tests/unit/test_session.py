@@ -11,7 +11,8 @@ from common import wire
 from common.errors import OperationFailed
 from common.generation import Generation, Standing
 from primary import effects as up
-from primary.session import REFUSED_RETRY_S, RETRY_S, PrimaryConfig, PrimarySession, State
+from primary.contact import REFUSED_RETRY_S, RETRY_S, PrimaryConfig, State
+from primary.session import PrimarySession
 from secondary import session as down
 
 HISTORY = (Generation(1, 1, "a"),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from primary.session import State
+from primary.contact import State
 from tests.unit.pair import Pair
 
 

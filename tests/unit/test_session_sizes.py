@@ -9,7 +9,8 @@ import pytest
 from common import wire
 from common.errors import OperationFailed, WireError
 from primary import effects as up
-from primary.session import PrimarySession, State
+from primary.contact import State
+from primary.session import PrimarySession
 from secondary import session as down
 from tests.unit.test_session import PEER, SECONDARY, STREAM, VOLUMES, established, hello, primary, secondary, welcome
 
