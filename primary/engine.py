@@ -427,10 +427,12 @@ class Engine:
             except OSError as error:
                 self.disk_failed("flush", error)
                 clean = False
-        if clean and self._lifecycle.failure is None:
-            await self.record.update_async(
-                clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
-                disks=fingerprints(self.settings, running=False),
-            )  # fmt: skip
-        self.link.close()
-        self.mirror.close()
+        try:
+            if clean and self._lifecycle.failure is None:
+                await self.record.update_async(
+                    clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
+                    disks=fingerprints(self.settings, running=False),
+                )  # fmt: skip
+        finally:
+            self.link.close()
+            self.mirror.close()

@@ -134,10 +134,12 @@ class PrimaryNode:
 
     async def close(self) -> None:
         """Answer what is in flight, say goodbye, note where the stream ends."""
-        if "server" in self.__dict__:
-            await self.server.close()
-            await self.engine.close()
-        await self._stack.aclose()
+        try:
+            if "server" in self.__dict__:
+                await self.server.close()
+                await self.engine.close()
+        finally:  # also where the end cannot be noted
+            await self._stack.aclose()
 
 
 async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:

@@ -350,19 +350,22 @@ class SecondaryNode:
             if task is not None:
                 task.cancel()
         await self.exporter.stop()
-        if "applier" in self.__dict__:
-            self.link.stop("the secondary stops")
-            await self.applier.stop()
-            await self.promotion.stop_commit()
-            await self._note_end()
-        elif "record" in self.__dict__:
-            await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before
-        empty = "buffer" in self.__dict__ and not any(
-            layer.used(self.buffer.header.epoch)
-            for volume in self.buffer.volumes
-            for layer in (volume.hidden, volume.active)
-        )
-        await self._stack.aclose()
+        empty = False
+        try:
+            if "applier" in self.__dict__:
+                self.link.stop("the secondary stops")
+                await self.applier.stop()
+                await self.promotion.stop_commit()
+                await self._note_end()
+            elif "record" in self.__dict__:
+                await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before
+            empty = "buffer" in self.__dict__ and not any(
+                layer.used(self.buffer.header.epoch)
+                for volume in self.buffer.volumes
+                for layer in (volume.hidden, volume.active)
+            )
+        finally:  # also where the end cannot be noted
+            await self._stack.aclose()
         if self._fresh and empty:
             DiskBuffer.remove(self.settings.buffer.directory)
             with contextlib.suppress(OSError):  # somebody else's files are in it

@@ -7,6 +7,7 @@ command with more seeds: ``python -m tests.simulation --seeds N``.
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
 
@@ -21,12 +22,21 @@ from tests.simulation.scenarios import SCENARIOS
 SEEDS = 150
 
 
+DESCRIPTORS = 128
+"""More than a life has open at once. What stays open after one is an open file too many in a soak."""
+
+
+def few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+
+
 def simulate(*arguments: str, timeout_s: float = 110) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.simulation", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
+        preexec_fn=few_descriptors,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -44,6 +44,8 @@ class Process:
         self.zombies: list[Any] = []
         """Tasks of a dead process: kept, so that nothing of them runs before the end of the simulation."""
         self.buffers: list[Any] = []
+        self.files: list[Any] = []
+        """What holds descriptors, as long as they are open."""
         self.context = contextvars.copy_context()
         self.context.run(PROCESS.set, self)
 

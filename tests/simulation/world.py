@@ -49,6 +49,7 @@ from secondary.header import PairHeader
 from secondary.locks import Description
 from secondary.replica import GuestVolume
 from secondary.requests import RequestTable
+from secondary.spill import Spill
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Countdown, Faults, MetadataFile, Platter, SimDisk
 from tests.simulation.network import Network, SimDialer, SimListener
@@ -293,6 +294,8 @@ class World:
 
         self._never_wait(undo)
         self._fail_intents(undo)
+        self._note_files(undo, IntentFile)
+        self._note_files(undo, Spill)
         self._set(undo, PairHeader, "store_state", store_state)
         self._set(undo, GuestVolume, "apply", guest_apply)
         self._set(undo, DiskBuffer, "__init__", buffer_init)
@@ -333,6 +336,25 @@ class World:
             write(file, pages, durable=durable)
 
         self._set(undo, IntentFile, "_write", counted)
+
+    def _note_files(self, undo: list[Callable[[], None]], cls: Any) -> None:
+        """Descriptors belong to a process: the kernel closes them when it dies."""
+        make, shut = cls.__init__, cls.close
+
+        def init(file: Any, *args: Any, **options: Any) -> None:
+            make(file, *args, **options)
+            process = PROCESS.get()
+            if process is not None:
+                process.files.append(file)
+
+        def close(file: Any) -> None:
+            shut(file)
+            process = PROCESS.get()
+            if process is not None:
+                process.files = [other for other in process.files if other is not file]
+
+        self._set(undo, cls, "__init__", init)
+        self._set(undo, cls, "close", close)
 
     def _note_nodes(self, undo: list[Callable[[], None]], cls: Any) -> None:
         make = cls.__init__
@@ -431,6 +453,9 @@ class World:
             if child.alive:
                 self.kill(child)
         self.network.process_gone(process, silently=False)
+        if process.files and lifecycle.is_ready and not process.dead:
+            held = ", ".join(type(file).__name__ for file in process.files)
+            self.guard(_raise, "descriptors", f"{process.name} ended ({error}) and had not closed: {held}")
         self._close_buffers(process)
         process.exit.set()
         self.loop.kill(process)
@@ -451,10 +476,11 @@ class World:
 
     @staticmethod
     def _close_buffers(process: Running) -> None:
-        """What the kernel does with the mappings and locks of a process that is gone."""
-        for buffer in process.buffers:
+        """What the kernel does with the mappings, locks and descriptors of a process that is gone."""
+        files, process.files = process.files, []
+        for open_ in (*process.buffers, *files):
             with contextlib.suppress(Exception):
-                buffer.close()
+                open_.close()
 
     def lose_power(self, host: Host) -> None:
         """The machine stops, and with it everything that was not on stable storage."""
@@ -565,3 +591,7 @@ class World:
         self.trace(
             f"send {direction} {len(message)} {sum(map(len, message))} {message[0][:2].hex()} {message[0][-8:].hex()}"
         )
+
+
+def _raise(invariant: str, sentence: str) -> None:
+    raise Violation(invariant, sentence)
