@@ -233,6 +233,7 @@ class Alignment:
 
     async def _verify(self, verifier: Verifier, *, repair: bool) -> list[Range]:
         found = await verifier.run()
+        await self._knowledge.remember_differences(found)
         if found and repair:
             sender = Synchroniser(self._mirror, make_suspects(self._mirror))
             try:

@@ -84,6 +84,20 @@ class IntentGuard:
             self._mark(volume, offset, length)
         done(0)
 
+    async def mark(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """The bits for (volume, offset, length) are durable when it returns: there is something that a crash may not
+        make this side forget. DiskError if they cannot be."""
+        lacking = [marked for marked in ranges if not self.covers(*marked)]
+        if not lacking:
+            return
+        self._requiring.append(lacking)
+        try:
+            await self._loop.run_in_executor(self._executor, self.file.set_ranges, lacking)
+        finally:
+            self._requiring.remove(lacking)
+        for volume, offset, length in lacking:
+            self._mark(volume, offset, length)
+
     async def forget(self, wanted: Sequence[DirtyBitmap], promise: Callable[[], Awaitable[None]]) -> int:
         """Clear every region in which ``wanted`` marks nothing; ``promise`` makes durable from where on the bits know
         every write. Returns the regions that are left. DiskError if a file cannot be written. ``wanted`` is given away:

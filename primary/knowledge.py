@@ -27,6 +27,7 @@ from common.wire import Welcome, unpack_ranges
 from primary.guard import IntentGuard
 from primary.ledger import Ledger, mark
 from primary.mirror import Mirror
+from primary.questions import Range
 from primary.session import PrimarySession
 from primary.synchroniser import make_suspects
 
@@ -112,6 +113,12 @@ class Knowledge:
                 suspects.set_all()
             unfinished.union(suspects)
             unfinished.union(bitmap)
+
+    async def remember_differences(self, ranges: Sequence[Range]) -> None:
+        """A verification has marked ``ranges``: make a primary that is killed, or stops, find them again. Without a
+        write-intent bitmap it compares everything then. DiskError if that cannot be noted."""
+        if self.mirror.guard is not None:
+            await self.mirror.guard.mark(ranges)
 
     def resync_complete(self) -> None:
         """The secondary has taken a checkpoint behind a resync: what that took on is done."""

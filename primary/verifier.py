@@ -1,7 +1,8 @@
 """Online verification: asks about the whole of both disks, in the stream, while guests write.
 
 First in questions of 64 KiB; what differs is asked again block by block, so that the answer is a list of extents.
-Differing blocks are marked in the mirror's bitmaps: the next resync sends them, or the caller does so at once.
+Differing blocks are marked in the mirror's bitmaps: the next resync sends them, or the caller does so at once. The
+caller also notes them in the write-intent bitmap, so that the next resync may be one after a crash.
 """
 
 from __future__ import annotations

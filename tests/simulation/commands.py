@@ -92,6 +92,28 @@ async def a_flipped_bit_is_found_and_put_right(sim: Simulation) -> None:
 
 
 @scenario()
+async def differences_that_were_found_outlive_the_primary(sim: Simulation) -> None:
+    """A verification without repair leaves them to the next resync: that may be the one after a crash, or a stop."""
+    await born(sim)
+    for killed in (True, False):
+        await sim.pause(25)  # the write-intent bitmap has forgotten what was written
+        flip(sim, 7)
+        found = (await verified(sim))["extents"]
+        expect(len(found) == 1, f"the flipped bit is not found, but {found}")
+        assert sim.primary is not None
+        if killed:
+            sim.kill(sim.primary, 1000)
+        else:
+            sim.primary.lifecycle.stop.set()
+        await sim.until(lambda: sim.primary is None, 30, "the end of the primary")
+        sim.start("a")
+        await sim.until(sim.protected, 30, "a protected pair")
+        expect(not (await verified(sim))["differing"], "the primary forgot what the verification found")
+        expect(sim.a.platters[0].contents == sim.b.platters[0].contents, "the disks differ after the resync")
+    await sim.rest()
+
+
+@scenario()
 async def the_roles_are_swapped_and_swapped_back(sim: Simulation) -> None:
     """Nothing is lost, and nothing has to be sent: the side that stopped lacks nothing."""
     await born(sim)
