@@ -80,9 +80,17 @@ def no_process_survives(request: pytest.FixtureRequest) -> Iterator[None]:
     pytest.fail(f"processes survived the test: {names}")
 
 
+def is_gone(pid: int) -> bool:
+    """True if the process does nothing any more; it may still wait for its parent to notice."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _survivors(mark: str) -> list[psutil.Process]:
     """Marked processes that are still there after a grace for those on their way out."""
-    deadline = time.monotonic() + 3.0
+    deadline = time.monotonic() + 15.0
     while True:
         found = [
             process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from common.child import python_environment
@@ -26,7 +25,7 @@ from common.settings import Role
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from tests import pairs
-from tests.conftest import wait_until
+from tests.conftest import is_gone, wait_until
 
 SIZE = 16 << 20
 OPTIONS = PairOptions(size=SIZE, overrides={"replication": {"heartbeat_s": 0.1, "peer_timeout_s": 1.0}})
@@ -54,7 +53,7 @@ def pids(status: dict[str, Any]) -> list[int]:
 
 
 def all_gone(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    return all(is_gone(pid) for pid in pids)
 
 
 def test_up_status_checkpoint_down_by_command(short_dir: Path) -> None:

@@ -10,14 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from common.child import Child, exit_reason, python_command, python_environment, settings_memfd
 from common.control import ControlClient
 from common.errors import ConfigError, OperationFailed
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
-from tests.conftest import wait_until
+from tests.conftest import is_gone, wait_until
 
 TOY = "tests.integration.toy_process"
 
@@ -111,9 +110,9 @@ def test_a_child_dies_with_its_parent_however_that_dies(short_dir: Path, number:
     command = [sys.executable, "-c", code, str(short_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=python_environment()) as parent:
         assert parent.stdout is not None
-        orphan = psutil.Process(int(parent.stdout.readline()))
+        orphan = int(parent.stdout.readline())
         parent.send_signal(number)
-    wait_until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, what="the child's end")
+    wait_until(lambda: is_gone(orphan), what="the child's end")
     assert "stopping signal=SIGTERM" in log_of(short_dir)
 
 

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from common.errors import OperationFailed, PeerRefused
@@ -16,7 +15,7 @@ from common.export import CLOSE_TIMEOUT_S
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
-from tests.conftest import wait_until
+from tests.conftest import is_gone, wait_until
 from tests.pairs import (
     MIB,
     QUICK,
@@ -131,7 +130,7 @@ def test_a_promoted_side_is_dead_at_once_when_its_process_is_killed(short_dir: P
             other.read(MIB // 2, 4096)  # the write was taken before
             leads = pair.status()["secondary"]["export_pid"]
             kill(pair.status()["secondary"]["pid"])
-            wait_until(lambda: not psutil.pid_exists(leads), CLOSE_TIMEOUT_S / 2, "the end of the export process")
+            wait_until(lambda: is_gone(leads), CLOSE_TIMEOUT_S / 2, "the end of the export process")
         pair.up()
         settled(pair)
 
