@@ -30,10 +30,12 @@ from common.metadata import load
 from common.nbd_client import NbdClient
 from common.settings import Mode, Role
 from deploy.chaos.breakage import FileLimit, cable, new_tracebacks
+from deploy.chaos.disks import Choice, DiskErrors, DiskFull, breakable
 from deploy.chaos.expectation import BLOCK, Expectation, Numbers, Wrong
 from deploy.chaos.tally import Tally
 from deploy.chaos.writer import Writer
 from deploy.faults import Fault, Killed, Paused
+from deploy.hosts import Side
 from deploy.launcher import read_state
 from deploy.layout import SIDES
 from deploy.pair import Pair, PairOptions
@@ -53,9 +55,12 @@ READ: Final = 1 << 20
 
 KINDS: Final = {
     "kill leader": 30, "kill follower": 20, "kill export": 4, "kill both": 4, "pause leader": 4, "pause follower": 5,
-    "cable": 12, "full leader": 3, "full follower": 3, "checkpoint": 20, "switchover": 5,
+    "cable": 12, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
+    "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6, "EIO follower": 6,
 }  # fmt: skip
-"""Faults and commands, and how often each is drawn."""
+"""Faults and commands, and how often each is drawn, where the side lives on a disk that can be broken so."""
+LASTING: Final = (Paused, DiskFull, DiskErrors)
+"""Faults that need time to show, beside those of the cable."""
 
 
 class Breach(Exception):
@@ -87,10 +92,12 @@ class PairUnderChaos:
         self.expectation = Expectation(directory.with_suffix(".expected"), blocks)
         self.writer = Writer(self.expectation, seed, self._generation_of)
         self.cable: dict[str, Fault] = {}
+        self.disks: dict[tuple[str, Side], Choice] = {}
         self._known: tuple[int, Numbers, Numbers] | None = None
         """The last checkpoint that was asked for: its number, what was acknowledged before and sent until then."""
         self._owed: tuple[Numbers, int] | None = None
         """What was acknowledged when the leader told how many bytes the follower had not confirmed, and these."""
+        self._kinds: list[str] = []
         self._logs: dict[Path, int] = {}
         self._tick = threading.Event()
 
@@ -102,7 +109,7 @@ class PairUnderChaos:
 
     def live(self, proceed: Callable[[], bool]) -> None:
         """Up, cycles while ``proceed``, down."""
-        with cable(self.pair) as self.cable:
+        with cable(self.pair) as self.cable, breakable(self.pair, self.chance, self.tally) as self.disks:
             try:
                 with self.pair:
                     self.pair.up()
@@ -127,22 +134,35 @@ class PairUnderChaos:
         self._pause(0.0, 0.05)
         faults: list[Fault] = []
         try:
-            kinds = self.chance.choices(list(KINDS), list(KINDS.values()), k=self.chance.choice((1, 1, 2, 3)))
+            possible = self._possible()
+            kinds = self.chance.choices(list(possible), list(possible.values()), k=self.chance.choice((1, 1, 2, 3)))
             if self.mode == "async" and kinds[0] == "cable":
                 kinds[1:] = ["kill leader"]  # what it had not sent yet is lost
+            self._kinds = kinds
             for number, kind in enumerate(kinds):
                 with contextlib.suppress(TandemDiskError, ProcessLookupError):  # it hit a pair that is broken already
                     fault = self._begin(kind, broken=number > 0)
                     if fault is not None:
                         faults.append(fault)
                 self._pause(0.0, 0.08)
-            if any(isinstance(fault, Paused) or fault in self.cable.values() for fault in faults):
+            if any(isinstance(fault, LASTING) or fault in self.cable.values() for fault in faults):
                 self._pause(0.0, 2 * PEER_TIMEOUT_S if self.chance.random() < 0.4 else 0.1)
         finally:
             for fault in faults:
                 fault.heal()
-        self._recover()
-        self._compare()
+        with self.tally.phase("recovery"):
+            self._recover()
+        with self.tally.phase("comparison"):
+            self._compare()
+
+    def _possible(self) -> dict[str, int]:
+        """What can be drawn, and how often: a fault of a disk only if it is that of a side that has such a disk."""
+        leading = SIDES[self.pair.leader()]
+        possible = {kind: share for kind, share in KINDS.items() if kind[0] != "E" or kind.startswith("EFBIG")}
+        for kind, side in self.disks:
+            name = f"{kind} {'leader' if side == leading else 'follower'}"
+            possible[name] = KINDS[name]
+        return possible
 
     def _pause(self, least: float, most: float) -> None:
         self._tick.wait(self.chance.uniform(least, most))
@@ -165,6 +185,14 @@ class PairUnderChaos:
             if broken:
                 return None  # its writes may have to wait for what is healed only afterwards
             self._switchover()
+        elif verb in ("ENOSPC", "EIO"):
+            make = self.disks.get((verb, SIDES[leader if what == "leader" else follower]))
+            if make is None:
+                return None  # roles were swapped since it was drawn
+            self.tally.faults[kind] += 1
+            fault = make()
+            fault.begin()
+            return fault
         elif kind == "cable":
             kind = self.chance.choice(sorted(self.cable))
         else:
@@ -190,7 +218,7 @@ class PairUnderChaos:
             if pid is None:
                 continue
             self.tally.faults[kind] += 1
-            if verb == "full":
+            if verb == "EFBIG":
                 fault = FileLimit(pid, self.chance.choice((0, 4096, self.expectation.blocks * BLOCK // 2)))
             else:
                 fault = Killed(pid) if verb == "kill" else Paused(pid)
@@ -278,15 +306,22 @@ class PairUnderChaos:
         started = time.monotonic()
         try:
             done = self.pair.failover(target)
+            answered = time.monotonic()
         except (OperationFailed, NeedsForce, NotRunning):
             self.tally.recoveries["failover refused"] += 1
             self._aim()
             return
         with self._client(new) as client:
+            connected = time.monotonic()
             number, data = self.expectation.begin(0, 1)
+            if not any(data):
+                number, data = self.expectation.begin(0, 1)
             client.write(0, data)
             self.expectation.acknowledge(number, 0, 1)
-            self.tally.failover_s.append(time.monotonic() - started)
+            self.tally.failover(
+                target, decided=done["seconds"], answered=answered - started, connected=connected - answered,
+                written=time.monotonic() - connected, beside=self._kinds,
+            )  # fmt: skip
             self.tally.recoveries[f"failover to {target}"] += 1
             found = self._read(client)
         self.expectation.log.pop()

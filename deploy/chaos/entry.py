@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from deploy.chaos.campaign import campaign
+from deploy.chaos.disks import missing
 from deploy.chaos.tally import Tally
 
 LOST: Final = 12
@@ -50,6 +51,7 @@ def chaos(
     home.mkdir(parents=True, exist_ok=True)
     console.print(f"seed {seed}, in {home}", highlight=False, soft_wrap=True)
     tally = Tally(seed, mode, hosts)
+    tally.not_tried = missing(home)
     end = time.monotonic() + 60 * minutes
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

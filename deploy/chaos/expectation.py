@@ -1,9 +1,12 @@
 """What each block of the disk may hold: the oracle of a chaos run, in a file outside of the pair.
 
-Every write has a number, and fills its blocks with that number and the block's own. The file holds two numbers a block:
-the write that was acknowledged last, and the one that was sent last, stored before it is sent. A write without an
-acknowledgement leaves its blocks in doubt: they may hold it or not, until somebody has looked (``settle``); from then
-on what was seen stays.
+Every write has a number, and fills its blocks with that number and the block's own; every ZEROES-th one asks for
+zeroes instead. The file holds two numbers a block: the write that was acknowledged last, and the one that was sent
+last, stored before it is sent. A write without an acknowledgement leaves its blocks in doubt: they may hold it or not,
+until somebody has looked (``settle``); from then on what was seen stays.
+
+Zeroes do not tell which request made them: a block that holds them is as old or as new (``newest``) as is most in the
+pair's favour.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK: Final = 4096
+ZEROES: Final = 11
+"""Write number n asks for zeroes if n is a multiple of this."""
 _WORDS: Final = BLOCK // 16
 
 Numbers = npt.NDArray[np.uint64]
@@ -43,13 +48,15 @@ class Expectation:
         self.answered_bytes = 0
 
     def begin(self, first: int, count: int) -> tuple[int, bytes]:
-        """Note a write that is about to be sent; its number and contents."""
+        """Note a write that is about to be sent; its number and contents, all zeroes if it shall ask for these."""
         self.number += 1
         number = self.number
         self.sent[first : first + count] = number
         self.log.append((number, first, count))
         for block in range(first, first + count):
             self.doubt.setdefault(block, set()).add(number)
+        if number % ZEROES == 0:
+            return number, bytes(count * BLOCK)
         data = np.empty((count, _WORDS, 2), np.uint64)
         data[:, :, 0] = number
         data[:, :, 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
@@ -71,16 +78,30 @@ class Expectation:
         return np.array(self.acknowledged), np.array(self.sent)
 
     def decode(self, data: bytes | bytearray | memoryview) -> npt.NDArray[np.int64]:
-        """The write that each block holds, whole; 0: none ever, -1: no write of ours, or two of them."""
+        """The write that each block holds, whole; 0: zeroes, -1: no write of ours, or two of them."""
         cells = np.frombuffer(data, np.uint64).reshape(self.blocks, _WORDS, 2)
         numbers = cells[:, 0, 0]
         own = np.where(numbers != 0, np.arange(self.blocks, dtype=np.uint64), np.uint64(0))
         whole = np.all(cells[:, :, 0] == numbers[:, None], axis=1) & np.all(cells[:, :, 1] == own[:, None], axis=1)
         return np.where(whole & (numbers <= self.number), numbers.astype(np.int64), -1)
 
+    def newest(self, found: npt.NDArray[np.int64], high: Numbers | None = None) -> npt.NDArray[np.int64]:
+        """``found`` with the latest request for zeroes, not after ``high``, instead of 0: zeroes are no older."""
+        newest = np.array(found)
+        for number, first, count in self.log:
+            if number % ZEROES == 0:
+                cells = slice(first, first + count)
+                made = found[cells] == 0
+                if high is not None:
+                    made &= high[cells] >= number
+                newest[cells][made] = number
+        return newest
+
     def wrong(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
         """Blocks that hold neither what was acknowledged nor a write in doubt."""
-        suspects = np.flatnonzero(found != self.acknowledged.astype(np.int64)).tolist()
+        acknowledged = self.acknowledged.astype(np.int64)
+        zeroes = (found == 0) & (self.newest(found) >= acknowledged)
+        suspects = np.flatnonzero((found != acknowledged) & ~zeroes).tolist()
         return [
             Wrong(block, int(found[block]), int(self.acknowledged[block]))
             for block in suspects
@@ -89,17 +110,19 @@ class Expectation:
 
     def out_of_range(self, found: npt.NDArray[np.int64], low: Numbers, high: Numbers) -> list[Wrong]:
         """Blocks that hold anything older than ``low`` or newer than ``high``."""
-        bad = np.flatnonzero((found < low.astype(np.int64)) | (found > high.astype(np.int64))).tolist()
+        old = self.newest(found, high) < low.astype(np.int64)
+        bad = np.flatnonzero(old | (found > high.astype(np.int64))).tolist()
         return [Wrong(block, int(found[block]), int(low[block])) for block in bad]
 
-    @staticmethod
-    def missing_bytes(found: npt.NDArray[np.int64], low: Numbers) -> int:
-        """Bytes of the blocks that hold something older than ``low``."""
-        return int(np.count_nonzero(found < low.astype(np.int64))) * BLOCK
+    def missing_bytes(self, found: npt.NDArray[np.int64], low: Numbers) -> int:
+        """Bytes of the blocks that hold something older than the data of ``low``; zeroes are a request without any."""
+        missing = (self.newest(found) < low.astype(np.int64)) & (low % ZEROES != 0)
+        return int(np.count_nonzero(missing)) * BLOCK
 
     def not_a_beginning(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
         """Blocks that lack a write although a later one is there: what was found is no beginning of the order."""
         newest = int(found.max())
+        found = self.newest(found)
         wrong: list[Wrong] = []
         for number, first, count in self.log:
             if number >= newest:

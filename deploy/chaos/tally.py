@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 from rich.table import Table
+
+_SHOWN: Final = {"kills": "SIGKILLs"}
+_TIMES: Final = {
+    "failover to first write, ms": "failover_seconds",
+    "  of these, where a new export process had to start": "failover_seconds_where_the_export_process_was_killed_too",
+    "  the others": "failover_seconds_of_the_others",
+}
+
+
+def _spread(failovers: list[dict[str, Any]]) -> dict[str, Any]:
+    times = sorted(failover["seconds"] for failover in failovers)
+
+    def at(share: float) -> float | None:
+        return times[min(len(times) - 1, int(share * len(times)))] if times else None
+
+    return {"count": len(times), "p50": at(0.5), "p99": at(0.99), "max": times[-1] if times else None}
 
 
 class Tally:
@@ -27,11 +45,37 @@ class Tally:
         """Comparisons of the guest's view, at rest and under load."""
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
-        self.failover_s: list[float] = []
-        """From the command to the first write that the new leader acknowledged."""
+        self.failovers: list[dict[str, Any]] = []
+        """Each: "seconds" from the command to the first write that the new leader acknowledged, and its parts."""
+        self.phases: dict[str, float] = {}
+        """Seconds by what a cycle was busy with."""
+        self.not_tried = ""
+        """Which faults, and why."""
+        self.failed_operations = 0
+        """Reads, writes and flushes that ended with EIO."""
         self.two_writers = 0
         self.generations = 0
         self.failure = ""
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The time of the context is that of ``name``."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - begun
+
+    def failover(
+        self, target: str, *, decided: float, answered: float, connected: float, written: float, beside: list[str]
+    ) -> None:
+        """A failover, in seconds: what the new leader says that it took, until the command returned, until a client
+        was connected, until its write was acknowledged; ``beside``: the faults before."""
+        self.failovers.append({
+            "seconds": round(answered + connected + written, 4), "to": target, "decided": round(decided, 4),
+            "answered": round(answered, 4), "connected": round(connected, 4), "written": round(written, 4),
+            "beside": beside,
+        })  # fmt: skip
 
     @property
     def kill_cycles(self) -> int:
@@ -40,11 +84,7 @@ class Tally:
 
     def report(self) -> dict[str, Any]:
         """The JSON object."""
-        times = sorted(self.failover_s)
-
-        def at(share: float) -> float | None:
-            return round(times[min(len(times) - 1, int(share * len(times)))], 4) if times else None
-
+        restarted = [failover for failover in self.failovers if "kill export" in failover["beside"]]
         return {
             "seed": self.seed,
             "mode": self.mode,
@@ -53,8 +93,9 @@ class Tally:
             "pairs": self.pairs,
             "cycles": self.cycles,
             "kills": self.kill_cycles,
-            "failovers": len(times),
+            "failovers": len(self.failovers),
             "faults": dict(sorted(self.faults.items())),
+            "operations_failed_by_disks": self.failed_operations,
             "recoveries": dict(sorted(self.recoveries.items())),
             "comparisons": self.comparisons,
             "guest_views": self.views,
@@ -68,8 +109,12 @@ class Tally:
                 "async_failovers_bounded": self.bounded,
                 "most_bytes_unconfirmed": self.bounded_by,
             },
-            "failover_seconds": {"p50": at(0.5), "p99": at(0.99), "max": times[-1] if times else None},
-            "failover_each": [round(each, 4) for each in self.failover_s],
+            "failover_seconds": _spread(self.failovers),
+            "failover_seconds_where_the_export_process_was_killed_too": _spread(restarted),
+            "failover_seconds_of_the_others": _spread([one for one in self.failovers if one not in restarted]),
+            "failover_each": self.failovers,
+            "phase_seconds": {name: round(seconds, 1) for name, seconds in self.phases.items()},
+            "not_tried": self.not_tried,
             "generations": {"seen": self.generations, "with_two_writers": self.two_writers},
             "failure": self.failure,
         }
@@ -78,17 +123,22 @@ class Tally:
         """The same for people."""
         told = self.report()
         table = Table(title=f"chaos: seed {self.seed}, {self.mode}, {told['seconds']} s", show_header=False)
-        for name in ("pairs", "cycles", "kills", "failovers", "comparisons", "guest_views"):
-            table.add_row(name.replace("_", " "), f"{told[name]:,}")
+        for name in ("pairs", "cycles", "kills", "failovers", "comparisons", "guest_views",
+                     "operations_failed_by_disks"):
+            table.add_row(_SHOWN.get(name, name.replace("_", " ")), f"{told[name]:,}")
         for group in ("faults", "recoveries"):
             table.add_row(group, ", ".join(f"{name} {count}" for name, count in told[group].items()))
         for name, value in told["writes"].items():
             table.add_row(f"writes: {name.replace('_', ' ')}", f"{value:,}")
-        times = told["failover_seconds"]
-        if times["max"] is not None:
-            table.add_row("failover to first write, ms", " / ".join(f"{1000 * s:.0f}" for s in times.values()))
-            table.add_row("", "p50 / p99 / max")
+        for name, key in _TIMES.items():
+            times = told[key]
+            if times["max"] is not None:
+                shown = " / ".join(f"{1000 * times[which]:.0f}" for which in ("p50", "p99", "max"))
+                table.add_row(name, f"p50 / p99 / max of {times['count']}: {shown}")
         table.add_row("generations seen, with two writers", f"{self.generations}, {self.two_writers}")
+        table.add_row("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in told["phase_seconds"].items()))
+        if self.not_tried:
+            table.add_row("not tried", self.not_tried)
         if self.failure:
             table.add_row("failure", self.failure, style="red")
         return table

@@ -1,4 +1,5 @@
-"""The load of a chaos run: writes at random over one connection to whichever side leads, each noted before and after.
+"""The load of a chaos run: writes and zeroes at random over one connection to whichever side leads, each noted before
+and after.
 
 No two writes in flight touch the same block, so what NBD leaves open about their order does not matter. A connection
 that breaks leaves its writes in doubt; the writer comes back as soon as somebody listens there.
@@ -14,7 +15,7 @@ from typing import Final
 
 from common.errors import NbdError, NotRunning, TandemDiskError, TimedOut
 from common.nbd_client import NbdClient
-from deploy.chaos.expectation import Expectation
+from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
 
 SAMPLE_S: Final = 0.02
 """Pause between looks at which generation the writes are acknowledged in."""
@@ -105,7 +106,11 @@ class Writer:
                 if busy.intersection(cells):
                     break
                 number, data = expectation.begin(first, count)
-                flying[client.submit_write(first * 4096, data)] = (number, first, count)
+                if number % ZEROES:
+                    cookie = client.submit_write(first * BLOCK, data)
+                else:
+                    cookie = client.submit_zero(first * BLOCK, len(data))
+                flying[cookie] = (number, first, count)
                 busy.update(cells)
             for completion in client.collect(max(1, len(flying) // 2)):
                 number, first, count = flying.pop(completion.cookie)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from deploy.chaos.expectation import BLOCK, Expectation
+from deploy.chaos.disks import DiskErrors, DiskFull, Keeper, missing
+from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
 from tests.pairs import tandemdisk
 
 
@@ -71,3 +75,71 @@ def test_what_was_seen_stays_and_the_order_counts(tmp_path: Path) -> None:
     assert made.missing_bytes(made.decode(disk), low) == 2 * BLOCK, "a newer write is nothing that is missing"
     low[2:4] -= np.uint64(1)
     assert [wrong.block for wrong in made.out_of_range(made.decode(disk), low, high)] == [0]
+
+
+def test_zeroes_are_as_old_or_new_as_can_be(tmp_path: Path) -> None:
+    made, disk = expectation(tmp_path)
+    made.begin(7, 1)
+    made.begin(7, 1)
+    made.settle(made.decode(disk))
+    zeroes, data = made.begin(2, 2)
+    assert zeroes == ZEROES
+    assert not any(data)
+    before = bytes(disk)
+    disk[2 * BLOCK : 4 * BLOCK] = data
+    for there in (before, disk):
+        assert made.wrong(made.decode(there)) == [], "in doubt"
+    made.acknowledge(zeroes, 2, 2)
+    assert [wrong.block for wrong in made.wrong(made.decode(before))] == [2, 3]
+    assert made.wrong(made.decode(disk)) == []
+    low, high = made.snapshot()
+    assert made.out_of_range(made.decode(disk), low, high) == []
+    after, data = made.begin(3, 1)
+    made.acknowledge(after, 3, 1)
+    assert [wrong.block for wrong in made.wrong(made.decode(disk))] == [3], "zeroes, but those of before"
+    assert made.missing_bytes(made.decode(before), made.acknowledged) == BLOCK, "the data; zeroes have none"
+    disk[3 * BLOCK : 4 * BLOCK] = data
+    assert made.not_a_beginning(made.decode(disk)) == []
+    late = made.decode(before)
+    late[3] = after
+    assert [wrong.block for wrong in made.not_a_beginning(late)] == [2], "the later write without the zeroes"
+    made.settle(made.decode(disk))
+    assert made.wrong(made.decode(disk)) == []
+    assert made.out_of_range(made.decode(disk), *made.snapshot()) == []
+
+
+@pytest.mark.root
+def test_a_disk_fails_on_command_and_is_whole_again(tmp_path: Path) -> None:
+    if why := missing(tmp_path):
+        pytest.skip(why)
+    small = tmp_path / "small"
+    small.mkdir()
+    keeper = Keeper()
+    try:
+        keeper.ask(cover=str(small), size=1 << 20)
+        image = small / "image"
+        with image.open("wb") as file:
+            file.truncate(1 << 20)
+        keeper.ask(serve=str(image), seed=1)
+        disk = os.open(image, os.O_RDWR)
+        os.pwrite(disk, b"x" * 8192, 4096)
+        everything = {"kinds": ["read", "write", "flush"], "errno": errno.EIO, "first": 4096, "end": 8192}
+        with DiskErrors(keeper, image, everything | {"share": 1.0, "torn": True}):
+            for failing in (lambda: os.pread(disk, 512, 4096), lambda: os.pwrite(disk, bytes(4096), 4096),
+                            lambda: os.fsync(disk)):  # fmt: skip
+                with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                    failing()
+            assert os.pread(disk, 4096, 8192) == b"x" * 4096, "elsewhere"
+        torn = os.pread(disk, 4096, 4096)
+        assert torn == bytes(torn.count(0)) + b"x" * torn.count(b"x"), "a beginning of it was written"
+        with DiskFull(small):
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                os.pwrite(disk, b"y" * 4096, 1 << 19)
+            os.pwrite(disk, b"y" * 4096, 4096)  # that has its page
+        os.pwrite(disk, b"y" * 4096, 1 << 19)
+        os.fsync(disk)
+        os.close(disk)
+        assert keeper.failed == 3
+    finally:
+        keeper.close()
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
