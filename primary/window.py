@@ -304,8 +304,10 @@ class Window:
                 self.barrier, behind = entry[SEQUENCE], 0
         self.credit = (self.pool if self.barrier else free) - behind
         if self.flushing:
-            # the secondary may have been restarted between applying and flushing
-            self.waiting.appendleft(batch_entry(b"", b"", 0, FLUSH, None, self.flushing[0][QUEUED_AT]))
+            # the secondary may have been restarted between applying and flushing; or in the middle of the first batch
+            # that it gets again, which then keeps its number, as the secondary knows it by that
+            again = batch_entry(b"", b"", 0, FLUSH, None, self.flushing[0][QUEUED_AT])
+            self.waiting.insert(1 if count else 0, again)
         return count
 
     def rebase(self, received: int, peer_syncing: bool) -> list[Entry]:

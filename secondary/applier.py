@@ -6,7 +6,8 @@ one worker thread, and the queue stands still until it is back: nothing overtake
 
 A batch is done in three beats: ``do_cow`` for all of its extents, then its writes in order, then the one store of the
 applied sequence. A process killed in between repeats the batch: what is stamped is not copied again, and writing the
-same bytes again changes nothing.
+same bytes again changes nothing. Nothing may come between, or a checkpoint would hold half a batch: so the blocks that
+it took count as free until it is done, and the primary, which had room for it before, has no reason for a barrier.
 
 What takes long goes to the thread as well: a zero or discard of many MiB, old contents of many blocks at once. So the
 loop answers the primary's heartbeats and its operator within milliseconds (16 MiB inline held it up for 100 of them).
@@ -58,6 +59,10 @@ INLINE_BYTES: Final = 4 << 20
 """A batch that touches more goes to the thread: to clear 16 MiB takes a tmpfs 8 ms, even with nothing to copy."""
 PUT_RIGHT: Final = (Failure.BACKUP, Failure.SECONDARY_DISK, Failure.ACTIVE_DISK, Failure.EMPTYING)
 """Failures that a checkpoint puts right: everything before it was applied, and both buffers are empty."""
+
+
+class LostWrites(OSError):
+    """The disk is not what was written to it."""
 
 
 class Ledger(Protocol):
@@ -140,8 +145,11 @@ class Applier:
             self._void -= 1
 
     def free_blocks(self) -> int:
-        """Free blocks in the fullest hidden disk, as of what is reported as applied: not of the work in the thread."""
-        return self._free_before if self._busy else min(job.free_blocks for job in self._jobs)
+        """Free blocks in the fullest hidden disk, as of what is reported as applied: not of the work in the thread, nor
+        of a batch that failed, or whose process was killed, in the middle of its writes."""
+        if self._busy:
+            return self._free_before
+        return min(job.free_blocks for job in self._jobs) + self._header.copied_ahead
 
     async def stop(self) -> None:
         """Take no more work and wait until what was begun is done."""
@@ -162,16 +170,19 @@ class Applier:
 
     def _do(self, work: Work) -> None:
         if isinstance(work, Apply):
-            self._copy(work, wait=False)
+            self._header.begin_batch(work.sequence, self._copy(work, wait=False))
             self._write(work)
             self._applied(work)
         elif self._void and not isinstance(work, Grow):
             self.session.applied(work.sequence)
         elif isinstance(work, Checkpoint):
+            self._check_disk()
             started = time.perf_counter()
             self.backup.do_checkpoint_nowait(work.number, work.sequence)
             self._checkpointed(work, time.perf_counter() - started)
         else:
+            if not isinstance(work, Grow):
+                self._check_disk()
             raise BlockingIOError(errno.EAGAIN, "this work always waits for a device")
 
     def _applied(self, work: Apply) -> None:
@@ -201,10 +212,11 @@ class Applier:
         started = time.perf_counter()
         match work:
             case Apply():
-                self._copy(work, wait=True)
+                self._header.begin_batch(work.sequence, self._copy(work, wait=True))
                 self._write(work)
                 return None
             case Checkpoint():
+                self._check_disk()
                 self.backup.do_checkpoint(work.number, work.sequence)
                 return time.perf_counter() - started
             case BeginResync():
@@ -213,6 +225,7 @@ class Applier:
                     self.backup.begin_spill()
                 elif not self._header.syncing:
                     self.backup.begin_sync()
+                self._header.forget_batch()
                 self._header.stream_id = work.stream
                 self._header.applied_sequence = work.sequence
                 return None
@@ -284,7 +297,7 @@ class Applier:
             code, sentence = errno.EIO, str(error)
             self._header.set_error(Failure.BACKUP if isinstance(work, Apply) else Failure.EMPTYING, sentence)
         log.error("work failed sequence=%d kind=%s sentence=%r", work.sequence, type(work).__name__, sentence)
-        if isinstance(work, EndResync) and isinstance(error, OSError):
+        if isinstance(error, LostWrites) or (isinstance(work, EndResync) and isinstance(error, OSError)):
             self.flush_failed(self.session.point(), code, sentence)  # that is where its flush is
             return
         self._queue.clear()
@@ -293,8 +306,9 @@ class Applier:
 
     # Batches
 
-    def _copy(self, work: Apply, *, wait: bool) -> None:
-        """Copy-before-write for all extents of the batch."""
+    def _copy(self, work: Apply, *, wait: bool) -> int:
+        """Copy-before-write for all extents of the batch. How many blocks were copied."""
+        copied = 0
         jobs = self._jobs
         if len(jobs) == 1:
             parts = [(jobs[0], work.extents)]
@@ -306,11 +320,12 @@ class Applier:
             if not lengths:
                 continue
             if wait:
-                job.do_cow([extent[0] for extent in extents], lengths)
+                copied += job.do_cow([extent[0] for extent in extents], lengths)
             elif sum(lengths) > INLINE_BYTES:
                 raise BlockingIOError(errno.EAGAIN, "more than is done without a thread")
             else:
-                job.do_cow_nowait([extent[0] for extent in extents], lengths)
+                copied += job.do_cow_nowait([extent[0] for extent in extents], lengths)
+        return copied
 
     def _write(self, work: Apply) -> None:
         payload = work.batch.payload
@@ -355,6 +370,17 @@ class Applier:
         except OSError:
             self._header.stream_id = NOWHERE
             raise
+
+    def _check_disk(self) -> None:
+        """No checkpoint of a disk that lost writes, nor a resync by what it was before: the thread in which a flush
+        failed knew of it before the loop does."""
+        if self.session.position.exact and not self.exact:
+            raise LostWrites(errno.EIO, "writes were lost in a flush that failed")
+
+    @property
+    def exact(self) -> bool:
+        """The disk is at what is applied, as far as anybody knows, any thread included."""
+        return self.session.position.exact and self._header.stream_id != NOWHERE
 
     async def make_durable(self) -> None:
         """The same for all that is applied, behind every flush that is asked for: of two at once the kernel tells only

@@ -54,6 +54,7 @@ W_STATE: Final = 5
 W_APPLIED: Final = 6
 W_STREAM: Final = 7
 W_SYNCS: Final = 8
+W_BEGUN: Final = 9
 W_RECORDS: Final = 12
 W_ERROR_SERIAL: Final = 18
 W_ERROR_CASE: Final = 19
@@ -272,6 +273,28 @@ class PairHeader:
     @applied_sequence.setter
     def applied_sequence(self, value: int) -> None:
         self.words[W_APPLIED] = value
+
+    def begin_batch(self, sequence: int, copied: int) -> None:
+        """A batch is about to be written to the disk, for which ``copied`` blocks went into hidden disks. Goes behind
+        them and before the first write; a repetition, which finds them copied, changes nothing."""
+        low = sequence & EPOCH_MASK
+        if self.words[W_BEGUN] >> 32 != low:
+            self.words[W_BEGUN] = low << 32 | copied
+
+    def forget_batch(self) -> None:
+        """The numbering changes: what was begun is not what comes next."""
+        self.words[W_BEGUN] = 0
+
+    @property
+    def torn(self) -> bool:
+        """The batch behind ``applied_sequence`` was begun: parts of it may be on the disk."""
+        word = self.words[W_BEGUN]
+        return word != 0 and word >> 32 == (self.words[W_APPLIED] + 1) & EPOCH_MASK
+
+    @property
+    def copied_ahead(self) -> int:
+        """Blocks in hidden disks that belong to the batch behind ``applied_sequence``, if it was begun."""
+        return self.words[W_BEGUN] & EPOCH_MASK if self.torn else 0
 
     @property
     def stream_id(self) -> int:

@@ -243,7 +243,7 @@ class SecondaryNode:
             replication.heartbeat_s,
             replication.peer_timeout_s,
         )
-        free = min(job.free_blocks for job in self.backup.jobs)
+        free = min(job.free_blocks for job in self.backup.jobs) + self.buffer.header.copied_ahead
         standing = self.record.value.standing()._replace(consistent=not self.buffer.header.syncing)
         self.session = SecondarySession(config, standing, position, free_blocks=free)
         self.session.own = self._own_writes()
@@ -310,6 +310,8 @@ class SecondaryNode:
         if self.promoted:
             return  # meanwhile: the metadata is, or soon will be, the engine's
         if self.session.position.exact:
+            # should the buffer get lost, half a batch would be taken for a checkpoint
+            clean = clean and not self.buffer.header.torn
             changes |= {"stream": point.stream, "sequence": point.sequence, "clean": clean}
         await self.record.update_async(**changes)
         self.session.recorded(point)

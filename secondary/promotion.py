@@ -153,7 +153,7 @@ class Promotion:
         """What is applied becomes durable before it is what this side begins at: if its power failed, it would lack
         what the former primary has, and nobody would know where. False if it is not, and both are to be compared."""
         await self._applier.make_durable()
-        return self._session.position.exact
+        return self._applier.exact
 
     def _decide_again(self, target: Target, before: Situation) -> None:
         """When the first decision fell, the applier may have been at the beginning of a resync, or a flush on its way
@@ -161,7 +161,7 @@ class Promotion:
         position = self._session.position
         now = replace(
             before, stage=self._buffer.header.stage, has_checkpoint=not self._buffer.header.syncing,
-            resyncing=position.syncing or not position.exact,
+            resyncing=position.syncing or not self._applier.exact,
         )  # fmt: skip
         decide(target, force=True, situation=now)
 
@@ -178,7 +178,7 @@ class Promotion:
         point = self._session.point()
 
         def note() -> None:
-            if target == "latest" and not self._session.position.exact:
+            if target == "latest" and not self._applier.exact:
                 raise OperationFailed("The secondary disk lost writes: its latest state is not known.",
                                       hint="Use --to checkpoint.")  # fmt: skip
             self._record.update(

@@ -13,7 +13,8 @@ import sys
 
 import pytest
 
-import tests.simulation.commands  # noqa: F401 - its stories are scenarios, too
+import tests.simulation.commands
+import tests.simulation.regressions_disks  # noqa: F401 - their stories are scenarios, too
 from tests.simulation.bugs import BUGS
 from tests.simulation.nth_fault import PHASES
 from tests.simulation.regressions import REGRESSIONS

@@ -526,8 +526,8 @@ async def the_power_fails_behind_a_failover(sim: Simulation) -> None:
 
 @scenario(loss="block")
 async def the_primary_disk_fails_during_a_resync(sim: Simulation) -> None:
-    """Seeds 13263, 15040: on_peer_loss = block, and the primary disk could not be read for a piece. The stream went on
-    in the middle of the resync, and nobody sent the rest of it."""
+    """Seeds 13263, 15040, 65253: on_peer_loss = block, and the primary disk could not be read for a piece. The stream
+    went on in the middle of the resync, and nobody sent the rest of it."""
     await born(sim)
     sim.kill(sim.secondary, 1000)
     sim.power("b", 1000)

@@ -1,0 +1,80 @@
+"""Stories, as in ``regressions``, of disks that fail and of processes that die in the middle of their work on them."""
+
+from __future__ import annotations
+
+from tests.simulation.regressions import REGRESSIONS, at_the_moment, protected_again
+from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
+from tests.simulation.simulator import Simulation
+
+_OLDER = set(SCENARIOS)
+
+
+@scenario(blocks=(16,), small_pool=12, troubles=frozenset({"kill_inside"}))
+async def the_secondary_dies_in_the_middle_of_a_batch(sim: Simulation) -> None:
+    """Seed 108439: the next one told its primary of less room in the hidden disk than there had been before the batch
+    that it was killed in. The primary put a checkpoint before that batch, and half of it became part of that."""
+    await born(sim)
+    for _ in range(40):
+        sim.b.faults.kill = 0.1
+        for _ in range(6):
+            sim.write()
+        await sim.pause(0.01)
+        sim.b.faults.kill = 0.0
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario(blocks=(16,), small_pool=12, loss="block", troubles=frozenset({"disk_secondary"}))
+async def the_secondary_disk_fails_in_the_middle_of_a_batch(sim: Simulation) -> None:
+    """Seed 111510: the same without a death."""
+    await born(sim)
+    for _ in range(40):
+        sim.b.faults.write = 0.3
+        for _ in range(6):
+            sim.write()
+        await sim.pause(0.01)
+        sim.b.faults.write = 0.0
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_checkpoint_comes_right_behind_a_failed_flush(sim: Simulation) -> None:
+    """Seed 109708: the flush had failed in the thread, the loop had not heard of it, and took a checkpoint of a disk
+    that had lost writes."""
+    await born(sim)
+    for _ in range(5):
+        await writes(sim, 10)
+        sim.world.loop.slowness = 0.5
+        sim.b.faults.flush = 1.0
+        sim.act("flush")
+        await at_the_moment(sim, lambda: sim.world.oracle.forgotten, 10, "a flush that fails")
+        sim.b.faults.flush = 0.0
+        sim.checkpoint()
+        await sim.pause(0.01)
+        sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_comes_right_behind_a_failed_flush(sim: Simulation) -> None:
+    """Seed 65187: the flush of the promotion itself found nothing left to complain of, and the side led with a disk
+    that had lost writes. First a flush that a client asked for, then the secondary's own."""
+    await born(sim)
+    for asked_for in (True, False):
+        await writes(sim, 10)
+        sim.world.loop.slowness = 0.5
+        sim.b.faults.flush = 1.0
+        if asked_for:
+            sim.act("flush")
+        await at_the_moment(sim, lambda: sim.world.oracle.forgotten, 10, "a flush that fails")
+        sim.b.faults.flush = 0.0
+        answer = await told(sim, "failover", to="latest", force=True)
+        expect(isinstance(answer, Exception), "a disk that lost writes took over")
+        sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+    await sim.rest()
+
+
+REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
