@@ -39,6 +39,10 @@ VECTOR: Final = 256
 UNREAD_PONGS: Final = 1024
 """Pieces that may wait to be sent when a peer asks for one more that nobody needs."""
 MAX_CONNECTIONS: Final = 64
+STRANGERS_MESSAGE: Final = limits.MAX_HEADER
+"""Bytes of the longest message that a listener takes from a peer that the session does not know: of a HELLO at most."""
+STRANGERS_SIP: Final = 4096
+"""Bytes that such a peer is listened to at a time: as many empty messages as go into more hold everybody else up."""
 _BACKLOG: Final = 64
 
 log = logging.getLogger("plain")
@@ -60,8 +64,11 @@ class Connection:
         on_message: Callable[[list[memoryview]], None],
         on_drained: Callable[[], None],
         on_closed: Callable[[str], None],
+        *,
+        stranger: bool = False,
     ) -> None:
         self.ready = False
+        self._stranger = stranger
         self._loop = asyncio.get_running_loop()
         self._socket = connected
         self._type = socket_type
@@ -69,7 +76,7 @@ class Connection:
         self._on_message = on_message
         self._on_drained = on_drained
         self._on_closed = on_closed
-        self._inbox = Inbox(LARGEST_FRAME)
+        self._inbox = Inbox(STRANGERS_MESSAGE if stranger else LARGEST_FRAME)
         self._queue: deque[Frame] = deque()
         self._closed = False
         self._broken = ""
@@ -103,6 +110,15 @@ class Connection:
             self._loop.remove_writer(self._socket)
             self._queue.clear()
             self._socket.close()
+
+    def trust(self) -> None:
+        """The peer is no stranger any more."""
+        self._stranger = False
+        self._inbox.limit = LARGEST_FRAME
+
+    def turn_out(self, reason: str) -> None:
+        """Close it, and say so (``on_closed``)."""
+        self._break(reason)
 
     # Out
 
@@ -139,7 +155,9 @@ class Connection:
     def _readable(self) -> None:
         inbox = self._inbox
         try:
-            count = self._socket.recv_into(inbox.room())
+            room = inbox.room()
+            count = self._socket.recv_into(room[:STRANGERS_SIP] if self._stranger else room)
+            del room  # else nothing could be received there again
             if not count:
                 self._break("the connection broke")
                 return
@@ -318,6 +336,8 @@ class PlainListener:
         self._loop = asyncio.get_running_loop()
         self._connections: dict[bytes, Connection] = {}
         self._accepted = 0
+        self._known = b""
+        """The peer that the session is with."""
         self._unix: UnixPath | None = None
         self._socket = self._listen(address)
         self._loop.add_reader(self._socket, self._accept)
@@ -331,6 +351,12 @@ class PlainListener:
         """Send one message to ``peer``; False if it is gone."""
         connection = self._connections.get(peer)
         return connection is not None and connection.send(frames)
+
+    def trust(self, peer: bytes) -> None:
+        """The session is with ``peer``: it may send what is long, and never has to make room for another one."""
+        self._known = peer
+        if peer in self._connections:
+            self._connections[peer].trust()
 
     def close(self) -> None:
         """Close every connection and listen no more."""
@@ -389,9 +415,7 @@ class PlainListener:
             self._loop.call_later(1.0, self._accept_again)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
-            log.warning("a peer is turned away: there are %d connections already", MAX_CONNECTIONS)
-            accepted.close()
-            return
+            self._make_room()
         self._accepted += 1
         peer = self._accepted.to_bytes(8, "big")
 
@@ -406,7 +430,16 @@ class PlainListener:
             else:
                 log.info("a connection was closed before its handshake: %s", reason)
 
-        self._connections[peer] = Connection(accepted, b"ROUTER", _nothing, received, self._on_drained, closed)
+        self._connections[peer] = Connection(
+            accepted, b"ROUTER", _nothing, received, self._on_drained, closed, stranger=True
+        )
+
+    def _make_room(self) -> None:
+        """Close the connection that is least likely to be a primary's: the oldest whose peer has not even said what it
+        is, else the oldest stranger's. Who only holds connections keeps nobody out."""
+        strangers = [peer for peer in self._connections if peer != self._known]
+        oldest = next((peer for peer in strangers if not self._connections[peer].ready), strangers[0])
+        self._connections[oldest].turn_out(f"there are {MAX_CONNECTIONS} connections, and another peer came")
 
     def _accept_again(self) -> None:
         if self._socket.fileno() >= 0:

@@ -118,12 +118,13 @@ def _take(body: bytes, width: int) -> tuple[bytes, bytes]:
 
 
 class Inbox:
-    """The receiving half of a connection. ``limit``: bytes of the longest frame that is accepted."""
+    """The receiving half of a connection."""
 
     def __init__(self, limit: int) -> None:
         self.commands: list[memoryview] = []
         """Commands among what ``received`` just took; its caller empties the list."""
-        self._limit = limit
+        self.limit = limit
+        """Bytes of the longest message that is accepted, its frames together."""
         self._buffer = bytearray(BUFFER)
         self._spares: list[bytearray] = []
         self._start = self._end = 0
@@ -131,6 +132,8 @@ class Inbox:
         """Bytes from ``_start`` on without which nothing can be said."""
         self._greeted = False
         self._frames: list[memoryview] = []
+        self._gathered = 0
+        """Bytes in ``_frames``."""
 
     def room(self) -> memoryview:
         """Where to receive; at least a byte, and all that is missing of a frame whose length is known."""
@@ -168,7 +171,7 @@ class Inbox:
                 body = start + 2
             if flags > 6 or flags & (MORE | COMMAND) == MORE | COMMAND:
                 raise ZmtpError(f"a frame has the flags {flags:#x}")
-            if size > (MAX_COMMAND if flags & COMMAND else self._limit):
+            if size > (MAX_COMMAND if flags & COMMAND else self.limit - self._gathered):
                 raise ZmtpError(f"a frame of {size} bytes is too long")
             stop = body + size
             if stop > end:
@@ -183,7 +186,10 @@ class Inbox:
             if not flags & MORE:
                 messages.append(self._frames)
                 self._frames = []
-            elif len(self._frames) == MAX_FRAMES:
+                self._gathered = 0
+                continue
+            self._gathered += size
+            if len(self._frames) == MAX_FRAMES:
                 raise ZmtpError(f"a message has more than {MAX_FRAMES} frames")
         else:
             self._need = 2

@@ -49,6 +49,7 @@ class Link:
                 if not self._listener.send(effect.peer, effect.frames):
                     self.perform(self.session.disconnected(effect.peer, "the connection broke"))
             elif isinstance(effect, Connected):
+                self._listener.trust(effect.peer)
                 log.info("primary connected session=%x again=%s", effect.hello.session, effect.again)
                 self._arm()
                 self._on_change()

@@ -231,6 +231,9 @@ class SimListener:
                 return True
         return False
 
+    def trust(self, _peer: bytes) -> None:
+        pass
+
     def broke(self) -> None:
         if not self.closed:
             self.on_drained()
