@@ -112,7 +112,7 @@ def save(path: str, metadata: Metadata) -> None:
 
 def serialise(metadata: Metadata) -> bytes:
     """The bytes of the file."""
-    fields = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
+    fields = {name: getattr(metadata, name) for name in _TYPES}
     body: bytes = msgpack.packb(fields)
     assert len(body) <= MAX_BODY
     header = _HEADER.pack(MAGIC, FORMAT, len(body))

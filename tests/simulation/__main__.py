@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import sys
@@ -48,6 +49,8 @@ def main() -> int:
     parser.add_argument("--from-then-on", action="store_true")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args()
+    gc.freeze()  # the modules: nothing of them becomes garbage
+    gc.set_threshold(10_000, 20, 50)
     if arguments.scenario is not None:
         return scenarios(arguments.scenario)
     if arguments.nth_fault is not None:

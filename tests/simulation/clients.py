@@ -64,14 +64,14 @@ class Clients:
                 break
             if room < 0:
                 length = 1
-            kind = chance.choices((WRITE, ZERO, DISCARD), (8, 1, 1))[0]
+            kind = chance.choices((WRITE, ZERO, DISCARD), cum_weights=(8, 9, 10))[0]
             flags = chance.choice((0, NO_HOLE, FAST_ZERO)) if kind == ZERO else 0
             version = oracle.new_version() if kind == WRITE else 0
             payload += b"\x11" * chance.choice((0, 28))
             operations.append((kind, start * SECTOR, length * SECTOR, len(payload) if kind == WRITE else 0, flags))
             extents.append((first + start, first + start + length, version))
             if kind == WRITE:
-                payload += np.full(length * SECTOR // 8, version, np.uint64).tobytes()
+                payload += version.to_bytes(8, "little") * (length * SECTOR // 8)
         buffer = SimBuffer(len(payload) + 16)
         buffer.view[: len(payload)] = payload
         return operations, extents, buffer, fua

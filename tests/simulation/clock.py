@@ -77,6 +77,41 @@ class Once:
 PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
+class Turn:
+    """A callback that is ready: what the loop needs of an ``asyncio.Handle``, and nothing else, as a life makes
+    thousands of them."""
+
+    __slots__ = ("args", "callback", "context")
+    callback: Any
+    """None: cancelled."""
+    args: tuple[Any, ...]
+    context: contextvars.Context
+
+    def cancel(self) -> None:
+        self.callback, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+
+class Timer(float):
+    """The same at a time, which it is itself: a heap of them compares numbers."""
+
+    __slots__ = ("args", "callback", "context")
+    callback: Any
+    args: tuple[Any, ...]
+    context: contextvars.Context
+
+    def cancel(self) -> None:
+        self.callback, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        return self.callback is None
+
+    def when(self) -> float:
+        return float(self)
+
+
 class _NoSelector:
     """Waiting for nothing is not needed: the loop moves its own clock."""
 
@@ -126,43 +161,55 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def add_signal_handler(self, *_args: Any) -> None:  # type: ignore[override]
         pass
 
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        turn = Turn()
+        turn.callback, turn.args = callback, args
+        turn.context = contextvars.copy_context() if context is None else context
+        self._ready.append(turn)  # type: ignore[attr-defined]
+        return turn
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        return self.call_at(self.now + delay, callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        timer = Timer(when)
+        timer.callback, timer.args = callback, args
+        timer.context = contextvars.copy_context() if context is None else context
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        return timer
+
     def _run_once(self) -> None:
         scheduled = self._scheduled  # type: ignore[attr-defined]
         ready = self._ready  # type: ignore[attr-defined]
-        while scheduled and scheduled[0]._cancelled:
-            self._timer_cancelled_count = max(0, self._timer_cancelled_count - 1)  # type: ignore[has-type]
-            heapq.heappop(scheduled)._scheduled = False
-        if not ready and scheduled and not self._stopping:  # type: ignore[attr-defined]
-            self.now = max(self.now, scheduled[0]._when)
-        while scheduled and scheduled[0]._when <= self.now:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            ready.append(handle)
+        while scheduled and scheduled[0].callback is None:
+            heapq.heappop(scheduled)
+        if not ready and scheduled and not self._stopping and scheduled[0] > self.now:  # type: ignore[attr-defined]
+            self.now = float(scheduled[0])
+        while scheduled and scheduled[0] <= self.now:
+            ready.append(heapq.heappop(scheduled))
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                self._run(handle)
-
-    def _run(self, handle: Any) -> None:
-        process = handle._context.get(PROCESS)
-        if process is not None:
-            if process.dead:
-                return
-            if process.stopped:
-                process.held.append(handle)
-                return
-        self.steps += 1
-        try:
-            handle._context.run(handle._callback, *handle._args)
-        except Killed:
-            if process is not None and not process.dead:
-                self.crashed(process)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            if process is None or not process.dead:
-                self.failures.append(error)
-        self.after()
+            turn = ready.popleft()
+            if turn.callback is None:
+                continue
+            process = turn.context.get(PROCESS)
+            if process is not None:
+                if process.dead:
+                    continue
+                if process.stopped:
+                    process.held.append(turn)
+                    continue
+            self.steps += 1
+            try:
+                turn.context.run(turn.callback, *turn.args)
+            except Killed:
+                if process is not None and not process.dead:
+                    self.crashed(process)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                if process is None or not process.dead:
+                    self.failures.append(error)
+            self.after()
 
     def _note_failure(self, _loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")

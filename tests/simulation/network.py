@@ -56,13 +56,14 @@ class Connection:
         if network.countdown.strikes("stream", "send"):
             self.break_()
             return
-        message: Message = tuple(bytes(frame) for frame in frames)
+        message: Message = tuple(map(bytes, frames))
         network.sent += 1
         network.trace(direction, message)
+        manners = network.manners
         for copy in network.mangle(message):
-            manners = network.manners
             due = network.loop.now + manners.delay_s + network.chance.random() * manners.jitter_s
-            self._due[direction] = max(self._due[direction], due)
+            if due > self._due[direction]:
+                self._due[direction] = due
             self.queues[direction].append((self._due[direction], copy))
         self.schedule(direction)
 

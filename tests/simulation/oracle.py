@@ -61,6 +61,30 @@ class Lineage:
     base: Versions
     batches: list[ClientBatch] = field(default_factory=list)
     owed: int = 0
+    written: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """version -> (number of its batch, first sector, sector behind the last)"""
+    zeroed: list[tuple[int, int, int]] = field(default_factory=list)
+    """The same of each zero and discard."""
+
+    def append(self, batch: ClientBatch) -> None:
+        self.batches.append(batch)
+        for first, last, version in batch.extents:
+            if version:
+                self.written[version] = batch.index, first, last
+            else:
+                self.zeroed.append((batch.index, first, last))
+
+    def wrote(self, sector: int, version: int, since: int) -> bool:
+        """Whether batch number ``since``, or one behind it, gives the sector that version."""
+        if version:
+            index, first, last = self.written.get(version, (0, 0, 0))
+            return index >= since and first <= sector < last
+        for index, first, last in reversed(self.zeroed):
+            if index < since:
+                return False
+            if first <= sector < last:
+                return True
+        return False
 
     def apply(self, model: Versions, count: int, loose: NDArray[np.bool_]) -> None:
         """Batch number ``count`` (from 1) onto ``model``. ``loose`` becomes true where it may not have come that
@@ -195,7 +219,7 @@ class Oracle:
         """A client sends a batch; call it before the product gets it."""
         lineage = self.lineage
         batch = ClientBatch(len(lineage.batches) + 1, extents, fua, process, lineage, risky)
-        lineage.batches.append(batch)
+        lineage.append(batch)
         for first, last, version in extents:
             self.model[first:last] = version
             self.poisoned[first:last] = False
@@ -275,13 +299,7 @@ class Oracle:
         return found
 
     def _later(self, batch: ClientBatch, sector: int, version: int) -> bool:
-        if self.poisoned[sector]:
-            return True
-        return any(
-            first <= sector < last and version == written
-            for other in batch.lineage.batches[batch.index - 1 :]
-            for first, last, written in other.extents
-        )
+        return bool(self.poisoned[sector]) or batch.lineage.wrote(sector, version, batch.index)
 
     def resync_noted(self, platters: list[Platter]) -> None:
         """The secondary has noted the end of a resync."""
@@ -357,7 +375,7 @@ class Oracle:
     def _advance(self, tracked: Tracked, disk: Versions, *, strictly: bool) -> bool:
         """Move ``tracked`` on to where ``disk`` is."""
         lineage, count = tracked.lineage, tracked.count
-        if np.array_equal(disk, tracked.model):
+        if (disk == tracked.model).all():
             return True
         model, loose = tracked.model.copy(), tracked.loose.copy()
         if self.may_be_torn and count and not strictly:

@@ -14,6 +14,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -202,14 +203,14 @@ class Simulation:
                 await self._protected(5.0)
         names = [name for name in WEIGHTS if name in ALWAYS or name in options.troubles
                  or (options.guest and name.startswith("guest"))]  # fmt: skip
-        weights = [WEIGHTS[name] for name in names]
+        weights = list(accumulate(WEIGHTS[name] for name in names))
         failover_at = chance.randrange(options.steps // 2, options.steps) if options.failover else -1
         for self.step in range(options.steps):
             self.supervise()
             if self.step == failover_at:
                 await self._failover_somehow()
             else:
-                self.act(chance.choices(names, weights)[0])
+                self.act(chance.choices(names, cum_weights=weights)[0])
             await self.pause(chance.expovariate(1 / options.tempo_s))
         await self.rest()
 

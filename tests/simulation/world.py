@@ -17,7 +17,6 @@ import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,7 +35,9 @@ import common.transport
 import primary.node
 import primary.questions
 import secondary.guest
+import secondary.holders
 import secondary.node
+import secondary.replica
 import secondary.waits
 from common import limits
 from common.errors import DiskError, TandemDiskError
@@ -60,7 +61,7 @@ from tests.simulation.processes import Running, SimChild, SimControl, SimControl
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
 MAINS = {"primary": primary.node, "secondary": secondary.node, "export": secondary.guest}
-REAL_TIME = {"secondary.holders", "common.disk"}
+REAL_TIME = {"common.disk"}
 """Modules that keep the real clock: nothing that a simulation does depends on it."""
 MOST_STEPS = 300_000
 """Callbacks in one life; the usual one has a few thousand. More are a failure of liveness."""
@@ -131,6 +132,16 @@ def _worthwhile(thrift: Thrift, _payload: memoryview, pending: int) -> bool:
     in it."""
     thrift.speed = 1e12 if thrift.speed < 1e12 else 1.0
     return pending == 0
+
+
+@functools.lru_cache(maxsize=1)
+def _rooms(_loaded: int) -> list[Any]:
+    """The product's modules, while ``_loaded`` modules are loaded."""
+    return [
+        module for name, module in sys.modules.items()
+        if (name.split(".")[0] in ("common", "primary", "secondary") or name == "deploy.roles")
+        and name not in REAL_TIME
+    ]  # fmt: skip
 
 
 class World:
@@ -210,19 +221,15 @@ class World:
             (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl),
             (common.child.Child, SimChild),
             (common.control.ControlClient, SimControlClient), (common.metadata.load, self._load),
-            (common.metadata.save, self._save),
+            (common.metadata.save, self._save), (secondary.holders.find_holders, lambda _path, _ranges: []),
         ]  # fmt: skip
         undo: list[Callable[[], None]] = []
-        for name, module in list(sys.modules.items()):
-            known = name.split(".")[0] in ("common", "primary", "secondary") or name == "deploy.roles"
-            if not known or name in REAL_TIME:
-                continue
+        fakes = {id(real): fake for real, fake in swaps}
+        for module in _rooms(len(sys.modules)):
             for attribute, value in list(vars(module).items()):
-                for real, fake in swaps:
-                    if value is real:
-                        self._set(undo, module, attribute, fake)
-                if value is threading and name == "secondary.replica":
-                    self._set(undo, module, attribute, fake_threads)
+                if id(value) in fakes:
+                    self._set(undo, module, attribute, fakes[id(value)])
+        self._set(undo, secondary.replica, "threading", fake_threads)
         self._set(undo, limits, "MIN_POOL", self.min_pool)
         self._scale(undo)
         if self.options.compress:
@@ -244,8 +251,8 @@ class World:
                  "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
         region = 1 << max(12, self.options.block_size.bit_length() - 1)
         small |= {"REGION": region, "REGION_SHIFT": region.bit_length() - 1, "AHEAD": 2, "FORGET_INTERVAL_S": 2.0}
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith(("primary.", "common.intent")):
+        for module in _rooms(len(sys.modules)):
+            if module.__name__.startswith(("primary.", "common.intent")):
                 for name in small.keys() & vars(module).keys():
                     self._set(undo, module, name, small[name])
         self._set(undo, primary.questions.Inquiry.ask, "__defaults__", (unit,))
@@ -332,7 +339,8 @@ class World:
             host = next(host for host in world.hosts.values() if file.path.startswith(host.directory))
             bad = host.faults.intents and host.chance.random() < host.faults.intents
             if world.countdown.strikes(f"{host.side} intents", "write") or bad:
-                raise DiskError(f"The write-intent file {file.path} cannot be written: Input/output error.")
+                path = world._short(file.path)
+                raise DiskError(f"The write-intent file {path} cannot be written: Input/output error.")
             write(file, pages, durable=durable)
 
         self._set(undo, IntentFile, "_write", counted)
@@ -397,8 +405,12 @@ class World:
                 return host.metadata
         raise AssertionError(path)
 
+    def _short(self, path: str) -> str:
+        """For sentences that are sent: the directory of a run has a name of its own, and the trace has not."""
+        return path.removeprefix(self.directory)
+
     def _load(self, path: str) -> Any:
-        return self._file(path).load(path)
+        return self._file(path).load(self._short(path))
 
     def _save(self, path: str, metadata: Any) -> None:
         process = PROCESS.get()
@@ -409,7 +421,7 @@ class World:
             f"syncing {metadata.syncing} consistent {metadata.consistent} at "
             f"{metadata.stream % 1000}:{metadata.sequence}"
         )
-        self._file(path).save(path, metadata)
+        self._file(path).save(self._short(path), metadata)
         if metadata.role != "secondary":
             return
         if process is None:
