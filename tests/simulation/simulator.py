@@ -14,7 +14,6 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -203,7 +202,7 @@ class Simulation:
                 await self._protected(5.0)
         names = [name for name in WEIGHTS if name in ALWAYS or name in options.troubles
                  or (options.guest and name.startswith("guest"))]  # fmt: skip
-        weights = list(accumulate(WEIGHTS[name] for name in names))
+        weights = np.cumsum([WEIGHTS[name] for name in names]).tolist()
         failover_at = chance.randrange(options.steps // 2, options.steps) if options.failover else -1
         for self.step in range(options.steps):
             self.supervise()

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import logging
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -137,11 +138,8 @@ def _worthwhile(thrift: Thrift, _payload: memoryview, pending: int) -> bool:
 @functools.lru_cache(maxsize=1)
 def _rooms(_loaded: int) -> list[Any]:
     """The product's modules, while ``_loaded`` modules are loaded."""
-    return [
-        module for name, module in sys.modules.items()
-        if (name.split(".")[0] in ("common", "primary", "secondary") or name == "deploy.roles")
-        and name not in REAL_TIME
-    ]  # fmt: skip
+    known = re.compile(r"(common|primary|secondary)\b|deploy\.roles$")
+    return [module for name, module in sys.modules.items() if known.match(name) and name not in REAL_TIME]
 
 
 class World:
@@ -578,15 +576,8 @@ class World:
             if header.path.startswith(host.directory):
                 process = host.process("secondary")
                 self.trace(f"state {host.side} {old} -> {new}")
-                self.guard(
-                    self.oracle.state_stored,
-                    host.side,
-                    old,
-                    new,
-                    header.checkpoint.number,
-                    host.platters,
-                    exact=self.exact(process),
-                )
+                number, exact = header.checkpoint.number, self.exact(process)
+                self.guard(self.oracle.state_stored, host.side, old, new, number, host.platters, exact=exact)
 
     def between(self, platter: Platter, kind: str) -> None:
         """In the middle of a disk operation another process may run."""
