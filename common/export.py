@@ -74,7 +74,8 @@ class NbdServer:
         self.paused = False
         self._reply_views: list[memoryview] = []
         self._executor: ThreadPoolExecutor | None = None
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}
+        """The oldest first."""
         self._connections_total = 0
         self._departed = Counters()
         self._listeners: list[socket.socket] = []
@@ -165,7 +166,7 @@ class NbdServer:
             loop.remove_reader(listener)
             loop.call_later(_ACCEPT_AGAIN_S, self._accept_again, listener)
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
             _log.warning("an nbd client is turned away: there are %d already", MAX_CONNECTIONS)
             connection.close()
             return
@@ -177,9 +178,17 @@ class NbdServer:
         self._connections_total += 1
         peer = f"#{self._connections_total}" + (f" from {address[0]}:{address[1]}" if address else "")
         client = Connection(self, connection, peer, buffer)
-        self._connections.add(client)
+        self._connections[client] = None
         self._empty.clear()
         client.greet()
+
+    def _make_room(self) -> bool:
+        """Close the oldest connection that has not agreed on anything yet: who only holds connections keeps nobody
+        out. False if every one is a client's."""
+        oldest = next((connection for connection in self._connections if connection.haggling), None)
+        if oldest is not None:
+            oldest.abort(f"there are {MAX_CONNECTIONS} connections, and another client came")
+        return oldest is not None
 
     def _accept_again(self, listener: socket.socket) -> None:
         if not self._closing:
@@ -220,7 +229,7 @@ class NbdServer:
     def forget(self, connection: Connection) -> None:
         """The connection is closed and nothing of it is in flight."""
         if connection in self._connections:
-            self._connections.discard(connection)
+            del self._connections[connection]
             self._departed.add(connection.counters)
             self.pool.dismiss()
             if not self._connections:

@@ -45,6 +45,8 @@ from common.pool import PooledBuffer
 
 TURNS: Final = 8
 """Times that one wake-up may receive before other connections get their turn."""
+HAGGLES: Final = 2
+"""Times MAX_STEPS options that one turn answers."""
 SHORT_TAIL: Final = 256 * limits.KIB
 """A pinned buffer with less room than this is given up for a fresh one: short receives cost more than the room."""
 CHEAP_MOVE: Final = 16 * limits.KIB
@@ -98,6 +100,11 @@ class Connection:
     def greet(self) -> None:
         """Send the greeting; to be called once, when the server knows the connection."""
         self._haggle()
+
+    @property
+    def haggling(self) -> bool:
+        """The handshake is not over."""
+        return self._handshake is not None
 
     # The gate
 
@@ -204,6 +211,7 @@ class Connection:
         if self._gone:
             return False
         if self._blocked:
+            self._unblock(Block.TURN)
             self._close_if_done()
             return False
         if position == end:
@@ -399,6 +407,7 @@ class Connection:
             else:
                 one = bool(flags & nbd.NBD_CMD_FLAG_REQ_ONE)
                 self._out.append(block_status_reply(cookie, length, one, extents))
+            self._block(Block.TURN)  # a fragmented file makes it the longest of all requests
 
     def _flushed(self, cookie: bytes, number: int) -> None:
         self._done(errno_reply(cookie, number, self._structured) if number else nbd.SIMPLE_OK + cookie)
@@ -457,8 +466,13 @@ class Connection:
         handshake = self._handshake
         assert handshake is not None
         used = -1
+        rounds = 0
         breach = None
         while used and not self._blocked and not self._gone:
+            if rounds == HAGGLES:
+                self._block(Block.TURN)
+                break
+            rounds += 1
             try:
                 used = handshake.receive(self._view[self._start : self._filled])
             except NbdError as error:
@@ -471,6 +485,9 @@ class Connection:
         if breach is not None:
             self._lose(f"it broke the protocol: {breach}", breach=True)
         if self._gone:
+            return
+        if self._blocked & Block.TURN:
+            self._unblock(Block.TURN)
             return
         if handshake.agreement is not None:
             self._enter(handshake.agreement)

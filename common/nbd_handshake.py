@@ -15,6 +15,7 @@ This server is in NOTLS mode: STARTTLS is an option that it does not support.
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -26,6 +27,10 @@ MAX_OPTION: Final = 64 * limits.KIB
 """Longest option data that is looked at: room for a name and a few thousand queries. Longer ones are skipped."""
 MAX_OUTPUT: Final = 256 * limits.KIB
 """Replies that may wait to be taken before ``receive`` stops: a client cannot ask for more than it takes."""
+MAX_STEPS: Final = 64
+"""Options that one ``receive`` answers: a client that haggles without end gives others their turn."""
+MAX_QUERIES: Final = 1024
+"""Metadata contexts that one option may ask for; there is one."""
 
 
 class Exported(Protocol):
@@ -116,8 +121,9 @@ class ServerHandshake:
         Call it again with the rest and what comes after it, while it uses any. Raises NbdError if the client breaks the
         protocol; what ``take_output`` has then is still worth sending.
         """
-        used = 0
-        while self.state in (State.GREETED, State.HAGGLING) and len(self._output) < MAX_OUTPUT:
+        used = steps = 0
+        while self.state in (State.GREETED, State.HAGGLING) and len(self._output) < MAX_OUTPUT and steps < MAX_STEPS:
+            steps += 1
             step = self._step(data[used:])
             if not step:
                 break
@@ -212,7 +218,7 @@ class ServerHandshake:
         name, rest = _counted_string(data)
         if len(rest) < 2 or len(rest) != 2 + 2 * int.from_bytes(rest[:2], "big"):
             raise _Refusal(nbd.NBD_REP_ERR_INVALID, "the list of information requests has another length than it says")
-        asked = {int.from_bytes(rest[at : at + 2], "big") for at in range(2, len(rest), 2)}
+        asked = set(struct.unpack(f">{len(rest) // 2}H", rest)[1:])
         export = self._find(name)
         flags = transmission_flags(export, self._structured)
         self._reply(option, nbd.NBD_REP_INFO, nbd.INFO_EXPORT.pack(nbd.NBD_INFO_EXPORT, export.size, flags))
@@ -241,6 +247,10 @@ class ServerHandshake:
         if len(rest) < 4:
             raise _Refusal(nbd.NBD_REP_ERR_INVALID, "the number of queries is missing")
         count, rest = int.from_bytes(rest[:4], "big"), rest[4:]
+        if 4 * count > len(rest):
+            raise _Refusal(nbd.NBD_REP_ERR_INVALID, "there are fewer queries than it says")
+        if count > MAX_QUERIES:
+            raise _Refusal(nbd.NBD_REP_ERR_TOO_BIG, f"there are more than {MAX_QUERIES} queries")
         queries = set()
         for _ in range(count):
             query, rest = _counted_string(rest)

@@ -30,6 +30,8 @@ class Block:
     """Too many bytes of reads are with threads."""
     CLOSING: Final = 16
     """The client said goodbye, or the server shuts down: what is in flight is finished, nothing else accepted."""
+    TURN: Final = 32
+    """It haggles on and on, or asked for a block status: others get their turn first."""
 
 
 class Counters:
