@@ -61,6 +61,7 @@ def no_process_survives(request: pytest.FixtureRequest) -> Iterator[None]:
 
     Processes are known by a mark in their environment, so daemons that were re-parented are found as well.
     """
+    others = set(psutil.pids())
     mark = f"{os.getpid()}:{request.node.nodeid}:{time.monotonic_ns()}"
     before = os.environ.get(TEST_MARK)
     os.environ[TEST_MARK] = mark
@@ -69,7 +70,7 @@ def no_process_survives(request: pytest.FixtureRequest) -> Iterator[None]:
         del os.environ[TEST_MARK]
     else:
         os.environ[TEST_MARK] = before
-    leaked = _survivors(mark)
+    leaked = _survivors(mark, others)
     if not leaked:
         return
     names = [_describe(process) for process in leaked]
@@ -88,23 +89,23 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def _survivors(mark: str) -> list[psutil.Process]:
-    """Marked processes that are still there after a grace for those on their way out."""
+def _survivors(mark: str, others: set[int]) -> list[psutil.Process]:
+    """Marked processes that are still there after a grace for those on their way out. ``others``: there before."""
     deadline = time.monotonic() + 15.0
     while True:
-        found = [
-            process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)
-        ]
+        found = [process for pid in set(psutil.pids()) - others if (process := _marked(pid, mark)) is not None]
         if not found or time.monotonic() > deadline:
             return found
         psutil.wait_procs(found, timeout=0.1)
 
 
-def _is_marked(process: psutil.Process, mark: str) -> bool:
+def _marked(pid: int, mark: str) -> psutil.Process | None:
     try:
-        return process.environ().get(TEST_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        marked = process.environ().get(TEST_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
-        return False
+        return None
+    return process if marked else None
 
 
 def _describe(process: psutil.Process) -> str:
@@ -124,7 +125,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every pair that does not name its hosts, in any process, runs where --hosts says."""
+    """Every pair that does not name its hosts, in any process, runs where --hosts says. And every process loads
+    compiled modules, as one that was installed does: a pair is four of them, and compiling is half of their start."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     hosts = config.getoption("--hosts")
     if hosts != "local":
         require_root()
