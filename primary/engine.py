@@ -12,8 +12,8 @@ goes.
                   there
     blocked       lost, on_peer_loss =     wait                          established, resync
                   block
-    refused       said that we two do not  alone, marked dirty           (an operator)
-                  belong together
+    refused       said that we two do not  alone, marked dirty; wait if  (an operator)
+                  belong together          on_peer_loss = block
     fenced        was promoted             fail with EIO                 (rejoin)
 
 Going alone starts a new generation, durably, before the first write is acknowledged that the secondary lacks.
@@ -122,6 +122,8 @@ class Engine:
         )
         self.knowledge = Knowledge(settings, record, self.mirror)
         self.session = self.knowledge.session = self._make_session()
+        self.found = record.value.clean, self.session.last_sequence, record.value.history
+        """Whether the last process stopped in good order, and where."""
         address = settings.replication.connect
         if address is None:
             raise OperationFailed("This side does not know its secondary.", hint="Set replication.connect.")
@@ -172,15 +174,10 @@ class Engine:
             forgetting = self.knowledge.forget_now_and_then(self._protected, self.disk_failed)
             self._lifecycle.critical(forgetting, "intents")
         if (interval_s := self.settings.checkpoint_interval_s) > 0:
-            self._lifecycle.critical(self.checkpoints.now_and_then(interval_s, self._in_service), "checkpoints")
+            self._lifecycle.critical(self.checkpoints.now_and_then(interval_s, self._protected), "checkpoints")
 
     def _protected(self) -> bool:
         return self.state == "protected"
-
-    def _in_service(self) -> bool:
-        """Before its start is noted, a primary that goes on with its stream sends no more in it: should it die, the
-        next one would have sent less than its secondary has."""
-        return self.serving and self._protected()
 
     async def settle(self) -> None:
         """Wait until the secondary answered, refused (PeerRefused), or is known to be away."""
@@ -196,10 +193,6 @@ class Engine:
             log.warning("the secondary does not answer address=%s", self.link.address)
             if not self.session.attached:
                 self._go_alone("alone", "the secondary does not answer", [])
-        self.check_refusal()
-
-    def check_refusal(self) -> None:
-        """Raise PeerRefused if the secondary has refused this primary."""
         if self._refusal:
             raise PeerRefused(f"The secondary refused this primary: {self._refusal}.")
 
@@ -343,6 +336,9 @@ class Engine:
         if effect.code == "rejoin":
             self._fence(effect)
             return
+        if self.session.attached:  # on_peer_loss = block: nothing goes on alone, so nothing begins
+            self._set_state("refused", effect.sentence)
+            return
         self.export.resume_reading()
         self._go_alone("refused", effect.sentence, effect.unacknowledged)
 
@@ -419,6 +415,7 @@ class Engine:
         if self._tasks:
             await asyncio.wait(self._tasks)
         last = self.session.last_sequence
+        as_found = not self.serving and self.found == (True, last, self.record.value.history)
         self._closing = True
         self.link.perform(self.session.close("the primary stops"))
         if clean:
@@ -433,6 +430,8 @@ class Engine:
                     clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
                     disks=fingerprints(self.settings, running=False),
                 )  # fmt: skip
+            elif as_found:  # nobody was served, nothing was sent
+                await self.record.update_async(clean=True, disks=fingerprints(self.settings, running=False))
         finally:
             self.link.close()
             self.mirror.close()

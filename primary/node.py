@@ -49,6 +49,9 @@ class PrimaryNode:
             volume.read_only = setting.read_only
         self.server = NbdServer(engine.mirror.volumes, default=names[0])
         self.engine = engine
+        # before anything is sent: should this process die, the next one, which went on with the same stream, would have
+        # sent less than its secondary has
+        await engine.knowledge.remember_start()
         control = ControlServer(
             settings.control_path("primary"),
             {
@@ -70,8 +73,6 @@ class PrimaryNode:
             self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()
-        await engine.knowledge.remember_start()
-        engine.check_refusal()  # it may have come since
         engine.serving = True
         await self.server.listen(settings.export)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.simulation.regressions import REGRESSIONS, at_the_moment, protected_again
+from dataclasses import replace
+
+from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
 
@@ -73,6 +75,59 @@ async def a_failover_comes_right_behind_a_failed_flush(sim: Simulation) -> None:
         answer = await told(sim, "failover", to="latest", force=True)
         expect(isinstance(answer, Exception), "a disk that lost writes took over")
         sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario(loss="block")
+async def a_secondary_of_another_pair_answers(sim: Simulation) -> None:
+    """By reading: with on_peer_loss = block, a refusal began a generation although no write went on alone. After a
+    failover both sides would have had one of their own: split brain, and nothing that differs."""
+    await born(sim)
+    sim.kill(sim.secondary, 1000)
+    sim.watched = ["a"]
+    host = sim.b
+    settings, metadata = host.settings, host.metadata.now
+    memory = replace(settings.buffer, directory=f"{host.directory}/another")
+    host.settings = replace(settings, pair_id="another", buffer=memory)
+    host.metadata.now = host.metadata.stable = None
+    sim.start("b")
+    await sim.until(sim.write, 10, "a client of side a")
+    primary = sim.primary
+    assert primary is not None
+    await sim.until(lambda: primary.node.engine.state == "refused", 30, "a refusal")
+    await writes(sim, 3)
+    await sim.pause(1.0)
+    expect(generation(sim, "a") == 1, "a generation began, and every write waits")
+    expect(sim.clients.outstanding, "a write was acknowledged alone")
+    sim.kill(sim.b.process("secondary"), 1000)
+    host.settings = settings
+    host.metadata.now = host.metadata.stable = metadata
+    sim.watched = ["a", "b"]
+    await sim.rest()
+
+
+@scenario()
+async def the_power_fails_before_a_start_is_noted_in_a_resync(sim: Simulation) -> None:
+    """By reading, beside seed 64866: a RESYNC, or a checkpoint that an operator asked for, went out before the start
+    was noted, and the next process was refused as an older copy."""
+    await born(sim)
+    for what in ("resync", "checkpoint", "resync", "checkpoint"):
+        operator_stops(sim.primary)
+        await sim.until(lambda: sim.a.process("primary") is None, 30, "the end of the primary")
+        if what == "resync":
+            sim.power("b", 1000)
+            sim.start("b")
+            await sim.pause(0.5)
+        sim.world.loop.slowness = 2.0
+        sim.start("a")
+        state = "primary syncing" if what == "resync" else "primary protected"
+        await at_the_moment(sim, lambda state=state: state in sim.standing(), 30, "a start", step_s=0.0001)
+        sim.world.loop.slowness = 0.002
+        sim.command(sim.primary, "checkpoint")
+        await sim.pause(0.01)
+        sim.power("a", 0.1)
+        await sim.pause(0.3)
         await protected_again(sim)
     await sim.rest()
 
