@@ -14,6 +14,7 @@ import sys
 import pytest
 
 import tests.simulation.commands
+import tests.simulation.guests
 import tests.simulation.regressions_disks  # noqa: F401 - their stories are scenarios, too
 from tests.simulation.bugs import BUGS
 from tests.simulation.nth_fault import PHASES

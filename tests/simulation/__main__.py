@@ -126,6 +126,7 @@ def report(result: Result, *, brief: bool) -> None:
 
 def scenarios(name: str) -> int:
     import tests.simulation.commands
+    import tests.simulation.guests
     import tests.simulation.regressions_disks  # noqa: F401 - their stories are scenarios, too
     from tests.simulation.scenarios import SCENARIOS, tell
 

@@ -28,6 +28,8 @@ class Manners:
 
     delay_s: float = 0.0005
     jitter_s: float = 0.0
+    bytes_per_s: float = 0.0
+    """What the cable carries each way; 0: everything at once."""
     lose: float = 0.0
     repeat: float = 0.0
     damage: float = 0.0
@@ -49,6 +51,7 @@ class Connection:
         self.alive = True
         self.queues: tuple[deque[tuple[float, Message]], deque[tuple[float, Message]]] = (deque(), deque())
         self._due = [0.0, 0.0]
+        self._busy_until = [0.0, 0.0]
         self._timers: list[Any] = [None, None]
 
     def send(self, direction: int, frames: Sequence[Any]) -> None:
@@ -62,6 +65,11 @@ class Connection:
         manners = network.manners
         for copy in network.mangle(message):
             due = network.loop.now + manners.delay_s + network.chance.random() * manners.jitter_s
+            if manners.bytes_per_s:
+                self._busy_until[direction] = max(self._busy_until[direction], network.loop.now) + (
+                    sum(map(len, copy)) / manners.bytes_per_s
+                )
+                due = max(due, self._busy_until[direction] + manners.delay_s)
             if due > self._due[direction]:
                 self._due[direction] = due
             self.queues[direction].append((self._due[direction], copy))
