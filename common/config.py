@@ -40,24 +40,41 @@ from common.settings import (
 SHARED_MEMORY: Final = "/dev/shm"
 DEFAULT_BUFFER: Final = 256 * limits.MIB
 LONGEST_CONTROL_NAME: Final = "/secondary.control"
+MAX_FILE: Final = limits.MIB
+"""Bytes of a configuration; MAX_VOLUMES of them are about 10 KiB."""
+MAX_SECONDS: Final = 1e8
+"""Three years: longer than anything is waited for, and within what every timer takes."""
+MAX_PROBLEMS: Final = 100
+_SHOWN: Final = 100
+"""Characters of a wrong value that a sentence shows."""
 _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:ib)?|b)?", re.IGNORECASE)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TCP: Final = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/]+):(\d{1,5})")
 
 
+def _shown(value: object) -> str:
+    """``value`` as a sentence shows it: it may be a megabyte long, or a number of as many digits."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value) if not isinstance(value, str) else repr(value[: _SHOWN + 1])
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def parse_size(value: object) -> int:
     """Bytes of ``4096``, ``"4K"``, ``"1.5G"``, ``"256MiB"``. Raises ValueError that says what is accepted."""
     if isinstance(value, int) and not isinstance(value, bool):
+        if value >= 1 << 63:
+            raise ValueError("that is more than any disk has")
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f'{value!r} is no size; write bytes or something like "4K", "256MiB", "1G"')
+        raise ValueError(f'{_shown(value)} is no size; write bytes or something like "4K", "256MiB", "1G"')
     size = float(match[1]) * _UNITS[(match[2] or "").lower()]
     if size >= 1 << 63:
-        raise ValueError(f"{value!r} is more than any disk has")
+        raise ValueError(f"{_shown(value)} is more than any disk has")
     if size != int(size):
-        raise ValueError(f"{value!r} is not a whole number of bytes")
+        raise ValueError(f"{_shown(value)} is not a whole number of bytes")
     return int(size)
 
 
@@ -81,8 +98,16 @@ def check_block_size(size: int) -> int:
 
 def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name; use up to 63 letters, digits, '.', '_', '-', not starting with a sign")
+        raise ValueError(
+            f"{_shown(name)} is no name; use up to 63 letters, digits, '.', '_', '-', not starting with a sign"
+        )
     return name
+
+
+def _check_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"{_shown(path)} holds a NUL character, which no path does")
+    return path
 
 
 def _check_directory(path: str) -> str:
@@ -92,7 +117,7 @@ def _check_directory(path: str) -> str:
 def _check_socket(path: str, suffix: str = "") -> str:
     excess = len(os.fsencode(path + suffix)) - MAX_SOCKET_PATH
     if excess > 0:
-        raise ValueError(f"{path!r} is {excess} bytes too long for the sockets in it; use a shorter path")
+        raise ValueError(f"{_shown(path)} is {excess} bytes too long for the sockets in it; use a shorter path")
     return path
 
 
@@ -102,7 +127,7 @@ def _check_address(address: str) -> str:
         return address
     match = _TCP.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 65536:
-        raise ValueError(f'{address!r} is no address; write "tcp://HOST:PORT" or "ipc:///PATH"')
+        raise ValueError(f'{_shown(address)} is no address; write "tcp://HOST:PORT" or "ipc:///PATH"')
     return address
 
 
@@ -123,11 +148,12 @@ def is_local(address: str) -> bool:
 Size = Annotated[int, BeforeValidator(parse_size)]
 BlockSize = Annotated[Size, AfterValidator(check_block_size)]
 Name = Annotated[str, AfterValidator(_check_name)]
-PathText = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 SocketPath = Annotated[PathText, AfterValidator(_check_socket)]
 Directory = Annotated[PathText, AfterValidator(_check_directory)]
 Address = Annotated[str, AfterValidator(_check_address)]
-Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Duration = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
+MaybeDuration = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
 class _Table(BaseModel):
@@ -192,14 +218,14 @@ class _Node(_Table):
     side: Literal["a", "b"]
     directory: Directory
     mode: Mode = "sync"
-    checkpoint_interval_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    checkpoint_interval_s: MaybeDuration = 0.0
     initial_sync: Literal["full", "assume"] = "full"
     on_peer_loss: Literal["continue", "block"] = "continue"
     on_congestion: Literal["block", "pull-ahead"] = "block"
-    max_lag_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_lag_seconds: MaybeDuration = 0.0
     resync_rate: Annotated[Size, Field(ge=0)] = 0
     resync_floor: Annotated[Size, Field(ge=0)] = 0
-    resync_deadline_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    resync_deadline_s: MaybeDuration = 0.0
     keep_diverged: bool = False
     write_intent: bool = True
     busy_poll_us: Annotated[int, Field(ge=0, le=limits.MAX_BUSY_POLL_US)] = limits.DEFAULT_BUSY_POLL_US
@@ -225,7 +251,7 @@ def _check_volumes(volumes: list[_Volume]) -> list[_Volume]:
     problems: list[str] = []
     for what, values in (("name", [v.name for v in volumes]), ("disk", [v.disk for v in volumes])):
         problems += [
-            f"the {what} {value!r} is used twice" for value in dict.fromkeys(values) if values.count(value) > 1
+            f"the {what} {_shown(value)} is used twice" for value in dict.fromkeys(values) if values.count(value) > 1
         ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -243,13 +269,23 @@ def load_config(path: Path, role: Role | None = None) -> NodeSettings:
     Raises ConfigError whose ``problems`` name everything that is wrong.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ConfigError(f"{path} has more than {format_size(MAX_FILE)}: it is no configuration.")
+        raw = tomllib.loads(text.decode("utf-8"))
     except OSError as error:
         raise ConfigError(
             f"Cannot read {path}: {error.strerror}.", hint="`tandemdisk up` writes configurations."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.", hint="Correct that place.") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is no configuration: it is nested too deeply.") from None
+    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
+        sentence = str(error)
+        raise ConfigError(
+            f"{path} is not TOML: {sentence[:_SHOWN]}{'…' if len(sentence) > _SHOWN else ''}.",
+            hint="Correct that place.",
+        ) from error
     return make_settings(raw, base=path.resolve().parent, role=role, source=str(path))
 
 
@@ -268,6 +304,9 @@ def make_settings(
     problems += _role_problems(absolute, role)
     problems += _key_problems(absolute)
     if node is None or problems:
+        more = len(problems) - MAX_PROBLEMS
+        if more > 0:
+            problems[MAX_PROBLEMS:] = [f"… and {more} more"]
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{source} has {count}:", problems=tuple(problems))
     return _settings(node)
@@ -347,17 +386,18 @@ def _sentences(detail: ErrorDetails) -> list[str]:
     if kind == "extra_forbidden":
         return [_unknown_key(detail["loc"], location)]
     if kind == "literal_error":
-        return [f"`{location}` must be {detail['ctx']['expected']}, not {given!r}"]
+        return [f"`{location}` must be {detail['ctx']['expected']}, not {_shown(given)}"]
     if kind == "value_error":
         where = f"`{location}`: " if location else ""
         return [f"{where}{line}" for line in str(detail["ctx"]["error"]).splitlines()]
-    return [f"`{location}`: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {given!r}"]
+    return [f"`{location}`: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {_shown(given)}"]
 
 
 def _location(loc: tuple[int | str, ...]) -> str:
     text = ""
     for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = part if isinstance(part, int) or len(part) <= _SHOWN else f"{part[:_SHOWN]}…"
+        text += f"[{name}]" if isinstance(name, int) else f".{name}" if text else name
     return text
 
 
@@ -365,7 +405,7 @@ def _unknown_key(loc: tuple[int | str, ...], location: str) -> str:
     key = str(loc[-1])
     table = str(loc[0]) if len(loc) > 1 else ""
     known = _TABLES[table].model_fields
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key[:_SHOWN], known, n=1, cutoff=0.5)
     if near:
         return f"`{location}` is not known; did you mean `{near[0]}`?"
     homes = [name or "the top of the file" for name, model in _TABLES.items() if key in model.model_fields]

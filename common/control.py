@@ -44,6 +44,8 @@ MAX_LINE: Final = 1024 * 1024
 MAX_SOCKET_PATH: Final = 107
 """Bytes of a Unix socket's path, ``sockaddr_un.sun_path`` less its terminating zero (unix(7))."""
 BACKLOG: Final = 64
+MAX_RUNNING: Final = 64
+"""Requests of one connection that are worked on at a time; the next ones wait in its socket."""
 
 log = logging.getLogger("control")
 
@@ -170,6 +172,8 @@ class ControlServer:
                 for group in (running, self._tasks):
                     group.add(task)
                     task.add_done_callback(group.discard)
+                if len(running) >= MAX_RUNNING:
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*running)
         except (ProtocolError, ValueError) as error:  # ValueError: a line longer than MAX_LINE
             log.warning("request refused reason=%r", str(error))
@@ -191,7 +195,7 @@ class ControlServer:
             handler = self._handlers.get(command)
             if handler is None:
                 known = ", ".join(sorted(self._handlers))
-                raise ConfigError(f"There is no command {command!r} here.", hint=f"Known commands: {known}.")
+                raise ConfigError(f"There is no command {command[:80]!r} here.", hint=f"Known commands: {known}.")
             answer = {"id": number, "ok": True, "result": await handler(args)}
         except TandemDiskError as error:
             answer = {"id": number, "ok": False, "error": error_to_dict(error)}
@@ -212,6 +216,8 @@ def _parse_request(line: bytes) -> tuple[object, str, dict[str, Any]]:
         or not isinstance(raw.get("args", {}), dict)
     ):
         raise ProtocolError("A request must be an object with a command (string) and args (object).")
+    if not isinstance(raw.get("id"), str | int | float | None):
+        raise ProtocolError("The id of a request must be a number or a string.")
     return raw.get("id"), raw["command"], raw.get("args", {})
 
 

@@ -95,10 +95,14 @@ def peer_problems(path: str) -> list[str]:
     return _missing(path, ("public-key",))
 
 
+MAX_FILE: Final = 64 * 1024
+"""Bytes of a certificate that are looked at; it has a few hundred."""
+
+
 def _missing(path: str, names: tuple[str, ...]) -> list[str]:
     try:
         keys = _read(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no ASCII in the file, or a NUL character in its name
         return [f"{path} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})"]
     return [f"{path} holds no valid {name}" for name in names if len(keys.get(name, b"")) != KEY_LENGTH]
 
@@ -106,7 +110,9 @@ def _missing(path: str, names: tuple[str, ...]) -> list[str]:
 def _read(path: str) -> dict[str, bytes]:
     """``name = "value"`` lines of a ZPL file (ZeroMQ RFC 4); sections do not matter for these two names."""
     keys: dict[str, bytes] = {}
-    for line in Path(path).read_text(encoding="ascii").splitlines():
+    with open(path, "rb") as file:
+        text = file.read(MAX_FILE).decode("ascii")
+    for line in text.splitlines():
         name, equals, value = line.partition("=")
         if equals and not line.lstrip().startswith("#"):
             keys[name.strip()] = value.strip().strip("\"'").encode()

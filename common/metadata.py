@@ -156,14 +156,22 @@ def _metadata(fields: Any) -> Metadata:
     for name, kind in _TYPES.items():
         if type(fields[name]) is not kind:
             raise TypeError(f"{name} is of another type")
+    for name in ("stream", "sequence", "checkpoint", "base"):
+        _number(fields[name])
     if fields["role"] not in ("primary", "secondary") or len(fields["history"]) > MAX_HISTORY:
         raise ValueError("role or history cannot be")
-    history = tuple(Generation(_number(identity), _number(number), str(side))
+    history = tuple(Generation(_number(identity), _number(number), _text(side))
                     for identity, number, side in fields["history"])
-    volumes = tuple((str(name), _number(size)) for name, size in fields["volumes"])
+    volumes = tuple((_text(name), _number(size)) for name, size in fields["volumes"])
     bases = tuple((_number(stream), _number(sequence)) for stream, sequence in fields["bases"])
     disks = tuple((_number(inode), _number(changed)) for inode, changed in fields["disks"])
     return Metadata(**{**fields, "history": history, "volumes": volumes, "bases": bases, "disks": disks})
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError("a name is of another type")
+    return value
 
 
 def _number(value: Any) -> int:

@@ -33,9 +33,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from common.arguments import flag_of
 from common.child import Child, exit_reason
 from common.control import ControlClient, ControlServer
-from common.errors import AddressInUse, NeedsForce, OperationFailed, TandemDiskError
+from common.errors import AddressInUse, ConfigError, NeedsForce, OperationFailed, TandemDiskError
 from common.process import Lifecycle, fields, live
 from common.settings import NodeSettings, Role
 from deploy.layout import ROLES, PairDirectory
@@ -328,15 +329,20 @@ async def supervise(path: Path, lifecycle: Lifecycle) -> None:
 
         async def start(args: dict[str, Any]) -> dict[str, Any]:
             wanted = args.get("roles") or ROLES
+            if not isinstance(wanted, list | tuple) or not set(map(str, wanted)) <= set(ROLES):
+                raise ConfigError(f"The argument roles must be a list of {' and '.join(ROLES)}.")
             return await supervisor.start(tuple(role for role in ROLES if role in wanted))
 
         async def stop(args: dict[str, Any]) -> dict[str, Any]:
-            report = await supervisor.stop(purge=bool(args.get("purge")))
+            report = await supervisor.stop(purge=flag_of(args, "purge"))
             loop.call_soon(lifecycle.stop.set)  # after the answer
             return report
 
         async def stop_side(args: dict[str, Any]) -> dict[str, Any]:
-            return await supervisor.stop_side("primary" if args.get("role") == "primary" else "secondary")
+            role: Any = args.get("role")
+            if role not in ROLES:
+                raise ConfigError(f"The argument role must be {' or '.join(ROLES)}.")
+            return await supervisor.stop_side(role)
 
         handlers = {"status": status, "start": start, "stop": stop, "stop_side": stop_side}
         control = ControlServer(directory.supervisor_control, handlers)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
+from common.arguments import flag_of
 from common.errors import OperationFailed
 from common.settings import NodeSettings
 from primary.effects import ResyncNeeded
@@ -188,7 +189,7 @@ class Alignment:
         {"full": true} compare both disks as a whole first, by checksums. What an interruption leaves is still marked.
         """
         self._check_idle()
-        full = bool(args.get("full"))
+        full = flag_of(args, "full")
         if full:
             for suspects in self._knowledge.suspects:
                 suspects.set_all()
@@ -219,7 +220,7 @@ class Alignment:
         """``verify`` as a control command: {"repair": bool} to what was found, at most ``MAX_EXTENTS`` of it one by
         one."""
         started = time.perf_counter()
-        repair = bool(args.get("repair"))
+        repair = flag_of(args, "repair")
         found = await self.verify(repair=repair)
         names = [volume.name for volume in self._mirror.volumes]
         return {

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from common.arguments import seconds_of
 from common.errors import OperationFailed, TandemDiskError, TimedOut
 from primary.effects import CheckpointDone
 from primary.link import Link
@@ -47,7 +48,7 @@ class Checkpoints:
     async def command(self, args: dict[str, Any]) -> dict[str, Any]:
         """``checkpoint`` as a control command."""
         started = time.perf_counter()
-        done = await self.take(float(args.get("timeout_s", CHECKPOINT_TIMEOUT_S)))
+        done = await self.take(seconds_of(args, "timeout_s", CHECKPOINT_TIMEOUT_S))
         return {
             "checkpoint": done.number,
             "seconds": time.perf_counter() - started,

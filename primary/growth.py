@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from common.arguments import number_of, text_of
 from common.errors import OperationFailed, TandemDiskError, TimedOut
 from common.record import Record
 from common.settings import NodeSettings
@@ -85,11 +86,12 @@ class Growth:
         if self._asking:
             raise OperationFailed("A resize is under way.")
         before = self.sizes
-        wanted = self._wanted(args.get("volume"), args.get("size"))
+        size = number_of(args, "size")
+        wanted = self._wanted(text_of(args, "volume"), size)
         if wanted != before:
             self._asking = True
             try:
-                await self._ask(wanted, exact=args.get("size") is not None)
+                await self._ask(wanted, exact=size is not None)
             finally:
                 self._asking = False
         self.compare()

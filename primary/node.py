@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.arguments import flag_of
 from common.control import ControlServer
 from common.disk import FileDisk
 from common.errors import OperationFailed
@@ -121,7 +122,7 @@ class PrimaryNode:
 
     async def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
         number = None
-        if args.get("checkpoint") and self.engine.state == "protected":
+        if flag_of(args, "checkpoint") and self.engine.state == "protected":
             await self.server.close()
             number = (await self.engine.checkpoints.take()).number
         self._lifecycle.stop.set()

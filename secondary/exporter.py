@@ -66,7 +66,7 @@ class Exporter:
             except TandemDiskError as error:
                 log.error("the export process does not start: %s", error)
 
-    async def call(self, command: str, **args: Any) -> dict[str, Any]:
+    async def call(self, command: str, /, **args: Any) -> dict[str, Any]:
         """A command for it."""
         client = ControlClient(self._settings.control_path("export"), TIMEOUT_S[command])
         return await client.call_async(command, **args)

@@ -22,6 +22,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
+from common.arguments import flag_of
 from common.control import ControlServer
 from common.disk import FileDisk
 from common.errors import DiskError, OperationFailed
@@ -202,7 +203,7 @@ class GuestProcess:
 
     async def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
         number = None
-        if args.get("checkpoint") and self.engine is not None and self.engine.state == "protected":
+        if flag_of(args, "checkpoint") and self.engine is not None and self.engine.state == "protected":
             await self.server.close()
             number = (await self.engine.checkpoints.take()).number
         self._lifecycle.stop.set()

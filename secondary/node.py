@@ -31,6 +31,7 @@ from typing import Any, Final
 import zmq
 
 from common import limits
+from common.arguments import flag_of
 from common.control import ControlServer
 from common.disk import FileDisk
 from common.errors import OperationFailed
@@ -335,7 +336,7 @@ class SecondaryNode:
 
     async def _stop_command(self, args: dict[str, Any]) -> dict[str, Any]:
         number = None
-        if self.promotion.leading is not None and args.get("checkpoint"):
+        if flag_of(args, "checkpoint") and self.promotion.leading is not None:
             if self._keeping is not None:
                 self._keeping.cancel()  # it would start the process that is about to end again
             number = (await self.exporter.call("stop", checkpoint=True)).get("checkpoint")

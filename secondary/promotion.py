@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from common.arguments import flag_of
 from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
 from common.generation import History, extend
@@ -100,10 +101,10 @@ class Promotion:
         target = parse_target(args.get("to", "latest"))
         async with self._failing_over:
             started = time.perf_counter()
-            dead = bool(args.get("primary_dead", False))
+            dead, force = flag_of(args, "primary_dead"), flag_of(args, "force")
             if dead:
                 await self._last_words()
-            number = await self._failover(target, force=bool(args.get("force", False)), primary_dead=dead)
+            number = await self._failover(target, force=force, primary_dead=dead)
             return {
                 "to": target,
                 "generation": self._record.value.history[-1].number,

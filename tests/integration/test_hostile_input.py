@@ -13,8 +13,9 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -189,6 +190,54 @@ def at_the_control_sockets(path: Path, pair: Pair, chance: random.Random, rounds
             throw(f"{pair.directory.path}/{name}.control", control_lines(chance))
 
 
+NAN, INFINITE = float("nan"), float("inf")
+WRONG: tuple[object, ...] = ("soon", [], {}, [[[]]], -1, 1.5, 10**50, NAN, INFINITE, "\ud800\0", ["latest"])
+ARGUMENTS: dict[str, dict[str, tuple[object, ...]]] = {
+    "checkpoint": {"timeout_s": ("soon", [], {}, True, -1, 10**50, 1e300, NAN, INFINITE)},
+    "verify": {"repair": (*WRONG, 0, "true")}, "resync": {"full": (*WRONG, 1)},
+    "resize": {"volume": (*WRONG, True), "size": (*WRONG, True)},
+    "failover": {"to": (*WRONG, True, None), "force": (*WRONG, 1), "primary_dead": (*WRONG, 1)},
+    "stop": {"checkpoint": (*WRONG, 1), "purge": (*WRONG, 1)}, "stop_side": {"role": (*WRONG, None, True)},
+    "start": {"roles": ("soon", {"a": 1}, 5, True, ["king"], [["primary"]], [{}])}, "nothing" * 1000: {"x": WRONG},
+}  # fmt: skip
+TAKEN: Mapping[str, frozenset[str]] = {
+    "a/primary": frozenset(("checkpoint", "verify", "resync", "resize", "stop", "nothing" * 1000)),
+    "b/secondary": frozenset(("failover", "stop", "nothing" * 1000)),
+    "b/export": frozenset(("stop",)),
+    "supervisor": frozenset(("stop", "stop_side", "start")),
+}
+"""Who takes which; to others they are asked as well, and refused for that."""
+NOT_THERE = {("supervisor", "checkpoint"), ("a/primary", "purge"), ("b/secondary", "purge"), ("b/export", "purge")}
+"""Arguments of ``stop`` that a process does not know, and so does not look at: giving them would stop it."""
+
+
+def at_every_command(path: Path, pair: Pair, chance: random.Random, rounds: int) -> None:
+    """Arguments of every wrong type for every command that there is: a sentence for each."""
+    for name, taken in TAKEN.items():
+        for command, arguments in ARGUMENTS.items():
+            for argument, values in arguments.items():
+                if command == "stop" and (name, argument) in NOT_THERE:
+                    continue
+                for value in values:
+                    args = {"to": "latest"} | {argument: value} if command == "failover" else {argument: value}
+                    error = refused(f"{pair.directory.path}/{name}.control", command, args)
+                    assert not error["sentence"].startswith("Unexpected"), (name, command, args, error)
+                    code = 1 if command == "resize" and isinstance(value, str) and argument == "volume" else 2
+                    assert error["exit_code"] == code or command not in taken, (name, command, args, error)
+
+
+def refused(socket_path: str, command: str, args: dict[str, object]) -> dict[str, Any]:
+    """The error that a command is answered with."""
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as answers:
+        sock.settimeout(30)
+        sock.connect(socket_path)
+        sock.sendall(json.dumps({"id": 1, "command": command, "args": args}).encode() + b"\n")
+        answer = json.loads(answers.readline())
+    assert not answer["ok"], (command, args, answer)
+    error: dict[str, Any] = answer["error"]
+    return error
+
+
 def processes(pair: Pair) -> list[psutil.Process]:
     now = pair.status()
     pids = (now["primary"]["pid"], now["secondary"]["pid"], now["secondary"]["export_pid"])
@@ -196,7 +245,7 @@ def processes(pair: Pair) -> list[psutil.Process]:
 
 
 @pytest.mark.local_hosts
-@pytest.mark.parametrize("attack", [at_the_stream, at_the_exports, at_the_control_sockets])
+@pytest.mark.parametrize("attack", [at_the_stream, at_the_exports, at_the_control_sockets, at_every_command])
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_hostile_input_changes_nothing(
     short_dir: Path, attack: Callable[[Path, Pair, random.Random, int], None], rounds: int
@@ -216,5 +265,7 @@ def test_hostile_input_changes_nothing(
         pair.checkpoint()
         compare_disks(pair)
         assert contents(primary_uri(pair)) == load.model(size=SIZE)
-        logs = "".join(path.read_text(errors="replace") for path in pair.directory.path.glob("*/log"))
+        home = pair.directory.path
+        logs = "".join(path.read_text(errors="replace") for path in (*home.glob("*/log"), home / "supervisor.log"))
         assert "event loop:" not in logs, "an exception that nobody caught"
+        assert "Traceback" not in logs, "an exception that nobody foresaw"

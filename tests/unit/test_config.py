@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from common import config, keys
@@ -188,7 +191,120 @@ def test_no_sizes(text: object) -> None:
         config.parse_size(text)
 
 
+@examples(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists) | st.just({"x": 1})))
 def test_junk_is_always_a_config_error(junk: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         config.make_settings(junk, base=BASE)
+
+
+# Files of any kind
+
+GOOD = config.format_config(
+    settings(
+        mode="async",
+        volumes=[{"name": "one", "disk": "/1"}, {"name": "two", "disk": "/2", "read_only": True}],
+        export={"unix": "nbd.sock", "host": "127.0.0.1", "port": 10810},
+        buffer={"size_bytes": "1G", "block_size": "64K", "directory": "/dev/shm/x", "spill_directory": "/x"},
+    ),
+    "primary",
+)
+VALUES = (
+    "-1", "0", "1e400", "-0.0", "nan", "-inf", "true", "[]", "{}", "[[[]]]", '"1e3"', "9223372036854775808",
+    "-9223372036854775809", "1" + "0" * 400, "1979-05-27", "00:32:00", "0x" + "f" * 9000, "9" * 9000, '""',
+    '"\\u0000"', '"a\\u0000b"', '"../../x"', '"ipc://"', '"tcp://:1"', '"tcp://[::1"', '"' + "x" * 100_000 + '"',
+    '"' + "9" * 5000 + 'G"', "'''\n'''", "[" * 5000 + "]" * 5000, "[" + "1," * 3000 + "]",
+)  # fmt: skip
+FILES = {
+    "nothing": b"", "nested arrays": b"x = " + b"[" * 100_000, "nested tables": b"x = " + b"{a=" * 20_000,
+    "a long key": b"k" * 500_000 + b" = 1\n", "a path of keys": b".".join([b"a"] * 900) + b" = 1\n",
+    "many keys": GOOD.encode() + b"".join(b"k%d = 1\n" % n for n in range(1000)),
+    "many volumes": GOOD.encode() + b"".join(b'[[volumes]]\nname="v%d"\ndisk="/d"\n' % n for n in range(1000)),
+    "two of everything": GOOD.encode() * 2, "no UTF-8": b"\xff\xfe" + GOOD.encode("utf-16"), "a mark": b"\xef\xbb\xbf",
+    "too large": GOOD.encode() + b"#" * (2 << 20), "a surrogate": b'side = "\\ud800"', "zeroes": bytes(100_000),
+}  # fmt: skip
+
+
+def load_or_refuse(path: Path, data: bytes) -> NodeSettings | None:
+    """Settings that are worth writing down, or one exit code and sentences that a person can read."""
+    path.write_bytes(data)
+    started = time.process_time()
+    made, refusal = None, None
+    try:
+        made = config.load_config(path, "primary")
+    except ConfigError as error:
+        refusal = error
+    assert time.process_time() - started < 20
+    if refusal is not None:
+        assert refusal.exit_code == 2
+        assert len(str(refusal)) < 40_000
+        assert max(map(len, str(refusal).splitlines())) < 2000
+    if made is not None:
+        config.write_config(made, path, "primary")
+        assert config.load_config(path, "primary") == made
+    return made
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_configuration(tmp_path: Path, name: str) -> None:
+    assert load_or_refuse(tmp_path / "c.toml", FILES[name]) is None
+
+
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+def test_any_value_for_any_key(tmp_path: Path, value: str) -> None:
+    lines = GOOD.splitlines()
+    keys = [number for number, line in enumerate(lines) if " = " in line]
+    taken = 0
+    for number in keys:
+        name = lines[number].partition(" = ")[0]
+        changed = [*lines[:number], f"{name} = {value}", *lines[number + 1 :]]
+        taken += load_or_refuse(tmp_path / "c.toml", "\n".join(changed).encode()) is not None
+    assert taken < len(keys) / 2
+
+
+PARTS = (b"[", b"]", b"{", b"}", b'"', b"'", b'"""', b"=", b".", b",", b"\\u", b"\0", b"\xff", b"\r", b"nan", b"1e999",
+         b"0x", b"\n[[volumes]]\n", b"\n[export]\n", b"\n[volumes]\n", b"# ")  # fmt: skip
+
+
+def mutated(chance: random.Random, data: bytes) -> bytes:
+    """Flips, cuts, copies of parts, repeated sections, syntax where none was."""
+    result = data
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        at, length = chance.randrange(len(result) + 1), chance.randrange(60)
+        match chance.randrange(6):
+            case 0 if at < len(result):
+                result = result[:at] + bytes((result[at] ^ 1 << chance.randrange(8),)) + result[at + 1 :]
+            case 1:
+                result = result[:at] + result[at + length :]
+            case 2:
+                start = chance.randrange(len(result) + 1)
+                result = result[:at] + result[start : start + length] + result[at:]
+            case 3:
+                result = result[:at] + chance.choice(PARTS) + result[at:]
+            case 4:
+                result = result[:at]
+            case _:
+                result += b"\n" + result[at:]
+    return result
+
+
+MUTANTS = [pytest.param(150, id="short"), pytest.param(20_000, id="long", marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("rounds", MUTANTS)
+def test_mutants_load_or_are_refused(tmp_path: Path, rounds: int) -> None:
+    for seed in range(rounds):
+        load_or_refuse(tmp_path / "c.toml", mutated(random.Random(seed), GOOD.encode()))
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"x" * (1 << 20), b'public-key = "' + b"x" * 50_000 + b'"', b"="])
+def test_keys_that_are_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+    replication = {"connect": "ipc:///r", "secret_key": f"{tmp_path}/key", "peer_key": f"{tmp_path}/key"}
+    assert all("key" in problem for problem in problems(replication=replication))
+    assert problems(replication=replication | {"peer_key": "a\0b"})
+
+
+def test_a_configuration_is_read_no_further_than_one_can_be_long() -> None:
+    with pytest.raises(ConfigError, match="no configuration"):
+        config.load_config(Path("/dev/zero"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -72,6 +75,94 @@ def test_a_well_sealed_body_of_another_shape_is_refused() -> None:
         parse(sealed(good, version=2), "p")
     with pytest.raises(DiskError, match="not a metadata file"):
         parse(b"x" * 100, "p")
+
+
+FIELDS: dict[str, Any] = msgpack.unpackb(serialise(SAMPLE)[24:])
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2**64 - 1, -(2**63), 1.5, float("nan"), float("inf"), "", "x", "primary", b"", b"x",
+    "x" * 70_000, [], [[]], [[[]]], [[1, 2]], [[1, 2, 3]], [["x", 1]], [["x", -1]], [[1, 2, "a"]] * 3, [[1, 2, 5]],
+    {}, {"a": 1},
+)  # fmt: skip
+RAW = (
+    b"", b"\xc1", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc6\x7f\xff\xff\xff",
+    b"\x91" * 500_000, b"\x81\xa1a" * 300_000 + b"\xc0", b"\x81\x90\xc0", b"\x81\x01\xc0", b"\xa2\xff\xfe",
+    b"\xc7\x0c\xff" + b"\xff" * 12, b"\xd6\xff\xff\xff\xff\xff", b"\x82\xa1a\x01\xa1a\x02",
+)  # fmt: skip
+MUTANTS = [pytest.param(500, id="short"), pytest.param(100_000, id="long", marks=pytest.mark.soak)]
+
+
+def sealed_bytes(body: bytes) -> bytes:
+    """A file whose checksum is right, whatever its body is."""
+    header = MAGIC + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little")
+    return header + xxh3_64_intdigest(body, xxh3_64_intdigest(header)).to_bytes(8, "little") + body
+
+
+def load_or_refuse(data: bytes) -> Metadata | None:
+    """Metadata that would be written as it was read, or a DiskError that names the file, not longer than a screen."""
+    found, refusal = None, None
+    try:
+        found = parse(data, "/where/metadata")
+    except DiskError as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.exit_code == 3
+        assert "/where/metadata" in refusal.sentence
+        assert len(str(refusal)) < 2000
+    assert found is None or parse(serialise(found), "again") == found
+    return found
+
+
+def test_any_value_in_any_field() -> None:
+    for name in FIELDS:
+        for value in VALUES:
+            found = load_or_refuse(sealed_bytes(msgpack.packb({**FIELDS, name: value})))
+            if found is not None:
+                told = msgpack.unpackb(serialise(found)[24:])
+                assert told == {**FIELDS, name: value}, (name, value)
+                assert type(told[name]) is type(value), (name, value)
+        assert load_or_refuse(sealed_bytes(msgpack.packb({n: v for n, v in FIELDS.items() if n != name}))) is None
+
+
+@pytest.mark.parametrize("body", RAW, ids=range(len(RAW)))
+def test_a_well_sealed_body_that_is_no_map_of_fields(body: bytes) -> None:
+    assert load_or_refuse(sealed_bytes(body)) is None
+
+
+def test_parts_of_two_files_are_none() -> None:
+    one, other = serialise(SAMPLE), serialise(replace(SAMPLE, stream=77, checkpoint=900, clean=False))
+    for cut in range(1, min(len(one), len(other))):
+        for mixed in (one[:cut] + other[cut:], other[:cut] + one[cut:]):
+            assert load_or_refuse(mixed) is None or mixed in (one, other)
+    for doubled in (one + one, one + other, one[:24] + one, one * 3):
+        assert load_or_refuse(doubled) is None
+
+
+@pytest.mark.parametrize("rounds", MUTANTS)
+def test_mutants_that_are_sealed_again(rounds: int) -> None:
+    """Whoever damages the body and corrects the checksum makes metadata that can be, or is told that it cannot."""
+    good = serialise(SAMPLE)[24:]
+    for seed in range(rounds):
+        chance = random.Random(seed)
+        body = bytearray(good)
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            at = chance.randrange(len(body) or 1)
+            match chance.randrange(5):
+                case 0 if body:
+                    body[at] = chance.choice((0xC0, 0xC2, 0xCF, 0xDD, 0xDF, 0xDB, 0xFF, 0x90, chance.randrange(256)))
+                case 1:
+                    del body[at : at + chance.randrange(20)]
+                case 2:
+                    body[at:at] = bytes(body[chance.randrange(len(body) or 1) :][: chance.randrange(30)])
+                case 3:
+                    body[at : at + 5] = b"\xdd" + struct.pack(">I", chance.choice((0, 1, 2**16, 2**32 - 1)))
+                case _:
+                    del body[at:]
+        load_or_refuse(sealed_bytes(bytes(body)))
+
+
+def test_no_more_is_read_than_metadata_can_be_long() -> None:
+    with pytest.raises(DiskError, match="/dev/zero"):
+        load("/dev/zero")
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
