@@ -396,6 +396,8 @@ class Applier:
         await done
 
     def _flushed(self, point: Any, code: int) -> None:
+        if not code and self.session.position.exact and not self.exact:
+            code = errno.EIO  # another flush was told what the kernel lost, and the loop will be, too
         if code:
             name = errno.errorcode.get(code, "?")
             sentence = f"the secondary disk could not make writes durable: errno {code} ({name})"

@@ -202,17 +202,17 @@ class SecondaryNode:
         return buffer, False
 
     def _position(self, metadata: Metadata, found: bool) -> Position:
-        if found:
-            header = self.buffer.header
+        """Where this side stands: by its disk buffer, if that knows, or by what was noted last."""
+        header = self.buffer.header
+        if found and header.stream_id != NOWHERE:
             recorded = metadata.sequence if metadata.stream == header.stream_id else 0
             return Position(
                 header.stream_id, header.applied_sequence, recorded, recorded, header.checkpoint.number,
-                header.stream_id != NOWHERE, metadata.syncing,
+                exact=True, syncing=metadata.syncing,
             )  # fmt: skip
         sequence = metadata.sequence
-        return Position(
-            metadata.stream, sequence, sequence, sequence, metadata.checkpoint, metadata.clean, metadata.syncing
-        )
+        exact = metadata.clean and not found
+        return Position(metadata.stream, sequence, sequence, sequence, metadata.checkpoint, exact, metadata.syncing)
 
     def _begin(self, metadata: Metadata, found: bool, position: Position) -> None:
         """A buffer that was just made starts in the stage that the metadata calls for."""
@@ -221,7 +221,7 @@ class SecondaryNode:
             return
         usable = metadata.consistent and metadata.clean and not metadata.syncing
         self.buffer.start(syncing=not usable, number=position.checkpoint, sequence=position.applied)
-        header.stream_id = position.stream
+        header.stream_id = position.stream if position.exact else NOWHERE
         header.applied_sequence = position.applied
         if self.promoted:
             header.store_state(Stage.DONE, header.epoch, syncing=False)
@@ -310,7 +310,7 @@ class SecondaryNode:
             return
         if self.promoted:
             return  # meanwhile: the metadata is, or soon will be, the engine's
-        if self.session.position.exact:
+        if self.applier.exact:
             # should the buffer get lost, half a batch would be taken for a checkpoint
             clean = clean and not self.buffer.header.torn
             changes |= {"stream": point.stream, "sequence": point.sequence, "clean": clean}

@@ -132,4 +132,30 @@ async def the_power_fails_before_a_start_is_noted_in_a_resync(sim: Simulation) -
     await sim.rest()
 
 
+@scenario()
+async def a_secondary_that_lost_its_power_ends_before_its_resync(sim: Simulation) -> None:
+    """Seed 203940: the process that came after it found the disk buffer that was made in between, and believed that
+    the disk was where that said."""
+    await born(sim)
+    for stopped in (True, False):
+        await sim.pause(2.0)  # something is recorded
+        await writes(sim, 10)
+        sim.world.network.set_cut(True, True)
+        sim.power("b", 1000)
+        sim.start("b")
+        await sim.pause(0.5)
+        if stopped:
+            operator_stops(sim.secondary)
+            await sim.until(lambda: sim.secondary is None, 30, "the end of the secondary")
+        else:
+            sim.kill(sim.secondary, 1000)
+        sim.start("b")
+        await sim.pause(0.5)
+        await writes(sim, 3)
+        sim.world.network.set_cut(False, False)
+        await protected_again(sim)
+        await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
