@@ -62,7 +62,7 @@ Numbers = Sequence[int] | Blocks
 
 
 class BackupError(OSError):
-    """Old contents could not be read from the secondary disk: nothing was written over them."""
+    """Old contents could not be read from the secondary disk, or kept: nothing was written over them."""
 
 
 class BackupJob(Serialised):
@@ -204,7 +204,7 @@ class BackupJob(Serialised):
         except BlockingIOError:
             raise
         except OSError as error:
-            sentence = f"old contents of volume {self.buffer.name} cannot be read: {error.strerror or error}"
+            sentence = f"old contents of volume {self.buffer.name} cannot be copied: {error.strerror or error}"
             self._header.set_error(Failure.BACKUP, sentence)
             raise BackupError(error.errno or errno.EIO, sentence) from error
         finally:
@@ -279,6 +279,11 @@ class BackupJob(Serialised):
 
     def _copy(self, ranges: Ranges, position: int, wait: bool) -> None:
         """Old contents of ``ranges`` into the pool from byte ``position`` on."""
+        if position + sum(end - start for start, end in ranges) > self._layer.in_memory:
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, "the spill file is written in a thread")
+            self._copy_spilling(ranges, position)
+            return
         if self._fd < 0:
             self._copy_layered(ranges, position, wait)
             return
@@ -300,6 +305,22 @@ class BackupJob(Serialised):
                 length = min(end, self.buffer.size) - start
                 self.disk.read_into(start + got, pool[position + got : position + length])
             position = stop
+
+    def _copy_spilling(self, ranges: Ranges, position: int) -> None:
+        """``_copy`` of what does not fit into the pool as a whole."""
+        memory = memoryview(bytearray(INLINE_BYTES))
+        first = position
+        for start, end in ranges:
+            for offset in range(start, end, len(memory)):
+                view = memory[: min(end, self.buffer.size, offset + len(memory)) - offset]
+                self.disk.read_into(offset, view)
+                try:
+                    self._layer.write(position + offset - start, view)
+                except OSError as error:
+                    if self.spill is not None:
+                        self.spill.give_up((first >> self._shift) - self._layer.slots, error.strerror or str(error))
+                    raise
+            position += end - start
 
     def _copy_layered(self, ranges: Ranges, position: int, wait: bool) -> None:
         """``_copy`` through the methods of a disk that wants to see each call."""

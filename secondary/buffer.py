@@ -82,7 +82,10 @@ class Layer:
         self.spill_path = spill_path
         self.slots = geometry.slots
         """Slots in memory; those of a spill file have the numbers that follow."""
+        self.in_memory = geometry.slots * block_size
+        """Positions from here on are in the spill file: see ``read_into`` and ``write``."""
         self.block_size = block_size
+        self._spill = -1
         self._words = words
         self._bump = bump
         self.map(geometry)
@@ -93,45 +96,52 @@ class Layer:
         try:
             if os.fstat(fd).st_size < geometry.total:  # more: a crash came between ``allocate`` and ``announce``
                 raise DiskError(f"{self.path} is shorter than the header says.", hint="Remove the buffer and resync.")
-            mapped = self._joined(fd, geometry) if geometry.spill_slots else mmap.mmap(fd, geometry.total)
+            if geometry.spill_slots and self._spill < 0:
+                self._spill = spill.open_file(self.spill_path, geometry.spill_total)
+            mapped = mmap.mmap(fd, geometry.total)
         finally:
             os.close(fd)
         view = memoryview(mapped)
         self.geometry = geometry
-        slots = geometry.slots + geometry.spill_slots
-        self.pool = view[geometry.pool_at : geometry.pool_at + slots * geometry.block_size]
-        self.owner = view[: slots * 8].cast("Q")
+        self.pool = view[geometry.pool_at : geometry.pool_at + geometry.slots * geometry.block_size]
+        self.owner = view[: (geometry.slots + geometry.spill_slots) * 8].cast("Q")
         self.owner_array: Blocks = np.frombuffer(self.owner, dtype=np.uint64)
-        map_at = geometry.map_at + geometry.spill_total
-        entries = view[map_at : map_at + geometry.blocks * 8].cast("Q")
+        entries = view[geometry.map_at : geometry.map_at + geometry.blocks * 8].cast("Q")
         self.entries_array: Blocks = np.frombuffer(entries, dtype=np.uint64)
         self.entries = entries
         self.bytes = view
         self._map = mapped
 
-    def _joined(self, fd: int, geometry: _LayerGeometry) -> mmap.mmap:
-        """The layer's file with the spill file behind the pool."""
-        try:
-            other = os.open(self.spill_path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            where = os.path.realpath(self.spill_path)
-            raise DiskError(
-                f"The spill file {where} cannot be opened: {error.strerror}.", hint="Remove the buffer and resync."
-            ) from error
-        try:
-            if os.fstat(other).st_size != geometry.spill_total:
-                raise DiskError(
-                    f"{self.spill_path} has another size than the header says.", hint="Remove the buffer and resync."
-                )
-            map_at = geometry.map_at
-            return spill.join((fd, 0, map_at), (other, 0, geometry.spill_total), (fd, map_at, geometry.total - map_at))
-        finally:
-            os.close(other)
-
     def position(self, block: int, least: int) -> int:
         """Where ``block`` lies in the pool; -1 if the layer does not hold it."""
         entry = self.entries[block]
         return (entry & h.EPOCH_MASK) * self.block_size if entry >= least else -1
+
+    def read_into(self, position: int, view: memoryview) -> None:
+        """Fill ``view`` from ``position`` of the slots on. OSError where the spill file cannot be read."""
+        end = position + len(view)
+        if end <= self.in_memory:
+            view[:] = self.pool[position:end]
+            return
+        inside = max(0, self.in_memory - position)
+        view[:inside] = self.pool[position : position + inside]
+        spill.read_into(self._spill, self.spill_path, position + inside - self.in_memory, view[inside:])
+
+    def contents(self, position: int, length: int) -> memoryview:
+        """``length`` bytes from ``position`` on, without a copy where they are in memory. OSError as in
+        ``read_into``."""
+        if position + length <= self.in_memory:
+            return self.pool[position : position + length]
+        copy = memoryview(bytearray(length))
+        self.read_into(position, copy)
+        return copy
+
+    def write(self, position: int, data: memoryview) -> None:
+        """The other way round."""
+        inside = min(len(data), max(0, self.in_memory - position))
+        self.pool[position : position + inside] = data[:inside]
+        if inside < len(data):
+            spill.write(self._spill, self.spill_path, position + inside - self.in_memory, data[inside:])
 
     def used(self, epoch: int) -> int:
         """Slots handed out in ``epoch``."""
@@ -177,6 +187,9 @@ class Layer:
 
     def close(self) -> None:
         """Unmap; a view that somebody still holds keeps the memory mapped until it goes."""
+        if self._spill >= 0:
+            os.close(self._spill)
+            self._spill = -1
         empty = np.zeros(0, dtype=np.uint64)
         self.entries_array = self.owner_array = empty
         with contextlib.suppress(BufferError):
@@ -196,12 +209,11 @@ class _LayerGeometry:
 
     @property
     def pool_at(self) -> int:
-        """The pool ends with a page, so that a spill file can go on behind it."""
+        """The pool ends with a page, and the map begins with one."""
         return self.map_at - self.slots * self.block_size
 
     @property
     def map_at(self) -> int:
-        """In the file; where it is mapped the spill file comes before it."""
         return _align((self.slots + self.spill_slots) * 8) + _align(self.slots * self.block_size)
 
     @property
@@ -289,7 +301,9 @@ class VolumeBuffer:
         for layer in (self.hidden, self.active) if inside else ():
             position = layer.position(self.size >> self.shift, least)
             if position >= 0:
-                read(self.size, layer.pool[position + inside : position + inside + end - self.size])
+                added = memoryview(bytearray(end - self.size))
+                read(self.size, added)
+                layer.write(position + inside, added)
 
     def announce(self, size: int) -> None:
         """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first."""

@@ -197,8 +197,7 @@ class CommitJob:
                 if kind in (HIDDEN, TOP):
                     if self.on_write is not None:
                         self.on_write(index, offset, count)
-                    pool = (volume.active if kind == TOP else volume.hidden).pool
-                    disk.write(offset, pool[position : position + count])
+                    disk.write(offset, (volume.active if kind == TOP else volume.hidden).contents(position, count))
                 offset += count
             clear_marks(volume.active, first, last)
             clear_marks(volume.hidden, first, last)

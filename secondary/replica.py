@@ -435,7 +435,7 @@ class GuestVolume(VolumeView):
                 at = ((entry & h.EPOCH_MASK) << self._shift) + (start & self._mask)
                 if self.on_write is not None:
                     self.on_write(start, end - start)
-                self.disk.write(start, layer.pool[at : at + end - start])
+                self.disk.write(start, layer.contents(at, end - start))
                 return
 
     def _write_in_place(self, operation: Operation, view: memoryview, least: int) -> None:
@@ -445,8 +445,8 @@ class GuestVolume(VolumeView):
             if where == DISK:
                 self._write_disk((kind, offset, count, position, flags), view)
             elif kind != DISCARD:
-                pool = (self._active if where == TOP else self._hidden).pool
-                pool[at : at + count] = view[position : position + count] if kind == WRITE else bytes(count)
+                data = view[position : position + count] if kind == WRITE else memoryview(bytes(count))
+                (self._active if where == TOP else self._hidden).write(at, data)
             offset += count
             position += count
 

@@ -3,8 +3,8 @@
 Between two checkpoints of a running pair the pool is enough, because the primary takes a checkpoint before it runs out.
 During a resync none can be taken: what the secondary disk holds in the middle of it is no state of the primary's. So
 when the pool is full old contents go to a sparse file beside the secondary disk. It continues the pool: its slots have
-the numbers that follow, and every process maps both, one behind the other, at consecutive addresses. Whoever reads the
-hidden disk (export process, ``attach``, commit) therefore knows nothing of it.
+the numbers that follow. Whoever reads the hidden disk (export process, ``attach``, commit) asks its layer, which knows
+where a slot is.
 
     slot numbers        0 … slots-1            slots … slots+spill_slots-1
     contents            pool, shared memory    spill file
@@ -12,14 +12,15 @@ hidden disk (export process, ``attach``, commit) therefore knows nothing of it.
 
 A slot is used only when its space is allocated on disk and in memory (``reserve``), a chunk ahead of the backup job:
 the primary's credit counts reserved slots and nothing else. A file system that is full thus ends the credit, and the
-primary gives the checkpoint up, as it does without a spill file; no process ever stores into a hole that cannot be
-filled. A checkpoint empties the layer; then the space goes back (``release``). The file needs no durability: a host
-that goes down loses the map in shared memory, and with it the checkpoint.
+primary gives the checkpoint up, as it does without a spill file. The file is read and written by system calls, never
+through a mapping: what a device cannot read would end the process that touched it (SIGBUS), and is an error for one
+reader here. A write that fails ends the credit, too. A checkpoint empties the layer; then the space goes back
+(``release``). The file needs no durability: a host that goes down loses the map in shared memory, and with it the
+checkpoint.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -34,34 +35,6 @@ CHUNK: Final = 64 * limits.MIB
 """Reserved at once."""
 SPARE_PERCENT: Final = 5
 """Of the file system that is left to others: the secondary disk may be a sparse file that grows there."""
-_MAP_FIXED: Final = 0x10
-_MAP_NORESERVE: Final = 0x4000
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = (
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
-)  # fmt: skip
-_libc.mmap.restype = ctypes.c_void_p
-
-
-def join(*parts: tuple[int, int, int]) -> mmap.mmap:
-    """Parts of files (descriptor, offset, length: whole pages, but for the last length) mapped one behind the other,
-    shared.
-
-    The address range belongs to an anonymous mapping, which the files then take the place of: so it is unmapped when
-    the object goes, and not while a view of it lives.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    joined = mmap.mmap(-1, sum(length for _, _, length in parts), flags=flags)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(joined))
-    for fd, offset, length in parts:
-        shared = mmap.MAP_SHARED | _MAP_FIXED
-        if _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, shared, fd, offset) != address:
-            raise OSError(ctypes.get_errno(), "mmap of the disk buffer failed")
-        address += length
-    return joined
-
-
 def make(path: str, link: str, size: int) -> None:
     """A sparse file of ``size`` bytes at ``path``, and a symbolic link to it in the buffer's directory. DiskError."""
     try:
@@ -76,6 +49,47 @@ def make(path: str, link: str, size: int) -> None:
             f"The spill file {path} cannot be made: {error.strerror}.",
             hint="Set buffer.spill_directory, or buffer.spill_bytes = 0 to do without.",
         ) from error
+
+
+def open_file(path: str, size: int) -> int:
+    """A descriptor of the file behind the link ``path``. DiskError if it is not there, or not of ``size`` bytes."""
+    hint = "Remove the buffer and resync."
+    where = os.path.realpath(path)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise DiskError(f"The spill file {where} cannot be opened: {error.strerror}.", hint=hint) from error
+    if os.fstat(fd).st_size != size:
+        os.close(fd)
+        raise DiskError(f"The spill file {where} has another size than the header says.", hint=hint)
+    return fd
+
+
+def read_into(fd: int, path: str, offset: int, view: memoryview) -> None:
+    """Fill ``view``. OSError whose words name the file; EIO too where the file ends before."""
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise _failed(path, "read", error.errno, error.strerror) from error
+        if not got:
+            raise _failed(path, "read", errno.EIO, "it has become shorter")
+        done += got
+
+
+def write(fd: int, path: str, offset: int, data: memoryview) -> None:
+    """Write all of ``data``. OSError whose words name the file."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            raise _failed(path, "written", error.errno, error.strerror) from error
+
+
+def _failed(path: str, done: str, code: int | None, reason: str | None) -> OSError:
+    return OSError(code or errno.EIO, f"the spill file {os.path.realpath(path)} cannot be {done}: {reason}")
 
 
 def remove(link: Path) -> None:
@@ -115,6 +129,11 @@ class Spill:
                 self.trouble = error.sentence
             else:
                 self.reserved = chunk
+
+    def give_up(self, slots: int, reason: str) -> None:
+        """The file takes nothing more behind its first ``slots`` slots."""
+        self.reserved = max(0, slots)
+        self.trouble = reason
 
     def release(self) -> None:
         """Give the space back; nothing of it is used any more. Blocks."""

@@ -18,7 +18,7 @@ import numpy as np
 from common.disk import Disk
 from common.errors import DiskError
 from secondary import header as h
-from secondary.buffer import VolumeBuffer
+from secondary.buffer import Layer, VolumeBuffer
 from secondary.header import Failure, Stage
 from secondary.holders import Ranges
 from secondary.interface import Serialised
@@ -138,7 +138,7 @@ class VolumeView(Serialised):
             if kind == DISK:
                 self._read_disk(position, part, wait)
             else:
-                part[:] = (self._top if kind == TOP else self._hidden).pool[position : position + count]
+                self._read_layer(self._top if kind == TOP else self._hidden, position, part, wait)
 
     def _read_block(self, offset: int, view: memoryview, least: int, wait: bool) -> None:
         """The usual case: all within one block."""
@@ -152,7 +152,19 @@ class VolumeView(Serialised):
                 self._read_disk(offset, view, wait)
                 return
         position = ((entry & h.EPOCH_MASK) << self._shift) + (offset & self._mask)
-        view[:] = layer.pool[position : position + len(view)]
+        if position < layer.in_memory:
+            view[:] = layer.pool[position : position + len(view)]
+        else:
+            self._read_layer(layer, position, view, wait)
+
+    def _read_layer(self, layer: Layer, position: int, view: memoryview, wait: bool) -> None:
+        if not wait and position + len(view) > layer.in_memory:
+            raise BlockingIOError(errno.EAGAIN, "it is in the spill file")
+        try:
+            layer.read_into(position, view)
+        except OSError as error:
+            self._failed(Failure.BACKUP, error)
+            raise
 
     def _read_disk(self, offset: int, view: memoryview, wait: bool) -> None:
         try:

@@ -61,6 +61,7 @@ class Rig:
         *,
         block_size: int = 4096,
         buffer_bytes: int = 1 << 28,
+        spill_bytes: int = 0,
         timeout_s: float = 5.0,
         start: bool = True,
     ) -> None:
@@ -69,9 +70,11 @@ class Rig:
         self.oracles = [Oracle(pattern(size, index + 1)) for index, size in enumerate(sizes)]
         for path, oracle in zip(self.paths, self.oracles, strict=True):
             Path(path).write_bytes(oracle.disk)
-        self.settings = BufferSettings(str(directory / "buffer"), buffer_bytes, block_size)
+        self.settings = BufferSettings(
+            str(directory / "buffer"), buffer_bytes, block_size, spill_bytes=spill_bytes
+        )
         self.volumes = [
-            BufferVolume(f"disk{index}", size, path)
+            BufferVolume(f"disk{index}", size, path, str(directory / f"{index}.spill") if spill_bytes else "")
             for index, (size, path) in enumerate(zip(sizes, self.paths, strict=True))
         ]
         self.timeout_s = timeout_s

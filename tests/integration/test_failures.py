@@ -155,7 +155,7 @@ def test_3_old_contents_that_cannot_be_read(short_dir: Path) -> None:
             with NbdClient(pairs.primary_uri(pair)) as client:
                 client.write(12 * MIB, b"new" * 1000)  # answered: the primary goes on alone
                 client.write(MIB, b"new" * 1000)
-                has_failed(pair, "secondary", Failure.BACKUP, "old contents of volume disk0 cannot be read")
+                has_failed(pair, "secondary", Failure.BACKUP, "old contents of volume disk0 cannot be copied")
                 has_failed(pair, "primary", Failure.FORWARDING, "backup job failed")
                 assert loop.file.stat().st_size == 8 * MIB, "not written"
                 with NbdClient(pairs.guest_uri(pair)) as guest:
