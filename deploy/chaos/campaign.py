@@ -123,6 +123,8 @@ class PairUnderChaos:
                 self.writer.close()
                 self.tally.acknowledged += self.writer.acknowledged
                 self.tally.refused_writes += self.writer.errors
+                self.tally.reads += self.writer.reads
+                self.tally.refused_reads += self.writer.errors_of_reads
                 self.tally.generations += len(self.writer.writers)
                 self.tally.two_writers += sum(len(sides) > 1 for sides in self.writer.writers.values())
 
@@ -382,6 +384,8 @@ class PairUnderChaos:
                 self._recover()  # "protected" was the word of a leader that had yet to notice a death
         if self.writer.trouble is not None:
             raise Breach(f"The load hung: {self.writer.trouble}")
+        if self.writer.wrong:
+            raise Breach(f"Under load {self.writer.wrong}.", 1)
         while True:
             try:
                 self._checkpoint()

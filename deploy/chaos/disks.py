@@ -126,14 +126,15 @@ class DiskErrors(Fault):
 
 def some_trouble(chance: random.Random, size: int) -> dict[str, Any]:
     """Which operations on a disk of ``size`` bytes fail, where and how often."""
-    kinds = chance.choice((["read"], ["write"], ["write", "zero"], ["flush"], ["read", "write", "flush", "zero"]))
+    kinds = chance.choice((["read"], ["write"], ["write", "zero"], ["flush"], ["read", "write", "flush", "zero"],
+                           ["read", "write", "flush", "zero"]))  # fmt: skip
     first, end = 0, size
-    if chance.random() < 0.4:
+    if chance.random() < 0.3:
         first = chance.randrange(0, size, PAGE)
-        end = min(size, first + chance.choice((PAGE, size // 8, size // 2)))
+        end = min(size, first + chance.choice((8 * PAGE, size // 8, size // 2)))
     return {
         "kinds": kinds, "errno": errno.EIO, "first": first, "end": end,
-        "share": chance.choice((1.0, 1.0, 0.3, 0.02)), "torn": chance.random() < 0.5,
+        "share": chance.choice((1.0, 1.0, 0.3, 0.05)), "torn": chance.random() < 0.5,
     }  # fmt: skip
 
 

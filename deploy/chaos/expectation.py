@@ -97,6 +97,17 @@ class Expectation:
                 newest[cells][made] = number
         return newest
 
+    def allows(self, block: int, data: bytes | bytearray) -> bool:
+        """Whether one block may hold ``data``: what was acknowledged last, or a write in doubt."""
+        cells = np.frombuffer(data, np.uint64).reshape(_WORDS, 2)
+        found = int(cells[0, 0])
+        acknowledged, doubts = int(self.acknowledged[block]), self.doubt.get(block, set())
+        if not (np.all(cells[:, 0] == found) and np.all(cells[:, 1] == (block if found else 0))):
+            return bool(doubts)
+        if not found:
+            return any(number % ZEROES == 0 for number in (acknowledged, *doubts))
+        return found == acknowledged or found in doubts
+
     def wrong(self, found: npt.NDArray[np.int64]) -> list[Wrong]:
         """Blocks that hold neither what was acknowledged nor a write in doubt."""
         acknowledged = self.acknowledged.astype(np.int64)

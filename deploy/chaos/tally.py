@@ -34,7 +34,7 @@ class Tally:
         self.seed, self.mode, self.hosts = seed, mode, hosts
         self.begun = time.monotonic()
         self.cycles = self.pairs = self.comparisons = self.rolled_back = self.lost = 0
-        self.acknowledged = self.refused_writes = 0
+        self.acknowledged = self.refused_writes = self.reads = self.refused_reads = 0
         self.lost_async_bytes = 0
         """Most bytes that one failover in async mode left behind, of what was acknowledged."""
         self.left_behind = 0
@@ -102,6 +102,8 @@ class Tally:
             "writes": {
                 "acknowledged": self.acknowledged,
                 "refused": self.refused_writes,
+                "reads_compared": self.reads,
+                "reads_refused": self.refused_reads,
                 "lost": self.lost,
                 "rolled_back_to_checkpoints": self.rolled_back,
                 "most_async_bytes_left_behind": self.lost_async_bytes,

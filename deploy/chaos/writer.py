@@ -14,12 +14,17 @@ from collections.abc import Callable
 from typing import Final
 
 from common.errors import NbdError, NotRunning, TandemDiskError, TimedOut
-from common.nbd_client import NbdClient
+from common.nbd_client import Completion, NbdClient
 from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
 
 SAMPLE_S: Final = 0.02
 """Pause between looks at which generation the writes are acknowledged in."""
+READ: Final = 0
+"""Instead of a write's number."""
 PAUSE_S: Final = 0.003
+READS: Final = 0.06
+FUA: Final = 0.05
+"""Shares of the requests that read a block instead, and of the writes that ask for being durable."""
 REST_S: Final = 40.0
 
 
@@ -34,6 +39,9 @@ class Writer:
         self.writers: dict[int, set[str]] = {}
         """By generation: the sides that acknowledged writes in it."""
         self.trouble: TandemDiskError | None = None
+        self.wrong = ""
+        """What a read brought that it may not bring."""
+        self.reads = self.errors_of_reads = 0
         self._witness = witness
         self._chance = random.Random(seed)
         self._target: tuple[str, str] | None = None
@@ -92,6 +100,15 @@ class Writer:
             finally:
                 self._client = None
 
+    def _look(self, block: int, completion: Completion) -> None:
+        """At what a read brought of a block that nobody wrote to meanwhile."""
+        if completion.data is None or completion.error is not None:
+            self.errors_of_reads += 1
+            return
+        self.reads += 1
+        if not self.expectation.allows(block, completion.data):
+            self.wrong = f"a read of block {block} brought what was never there, or not any more"
+
     def _write(self, client: NbdClient, target: tuple[str, str]) -> None:
         expectation, chance = self.expectation, self._chance
         flying: dict[int, tuple[int, int, int]] = {}
@@ -105,17 +122,24 @@ class Writer:
                 cells = range(first, first + count)
                 if busy.intersection(cells):
                     break
+                if chance.random() < READS:
+                    flying[client.submit_read(first * BLOCK, BLOCK)] = (READ, first, 1)
+                    busy.add(first)
+                    continue
                 number, data = expectation.begin(first, count)
+                fua = chance.random() < FUA
                 if number % ZEROES:
-                    cookie = client.submit_write(first * BLOCK, data)
+                    cookie = client.submit_write(first * BLOCK, data, fua=fua)
                 else:
-                    cookie = client.submit_zero(first * BLOCK, len(data))
+                    cookie = client.submit_zero(first * BLOCK, len(data), fua=fua)
                 flying[cookie] = (number, first, count)
                 busy.update(cells)
             for completion in client.collect(max(1, len(flying) // 2)):
                 number, first, count = flying.pop(completion.cookie)
                 busy.difference_update(range(first, first + count))
-                if completion.error is None:
+                if number == READ:
+                    self._look(first, completion)
+                elif completion.error is None:
                     expectation.acknowledge(number, first, count)
                     self.acknowledged += 1
                 else:

@@ -57,6 +57,25 @@ def test_the_oracle_sees_a_lost_an_alien_and_a_torn_block(tmp_path: Path) -> Non
     assert [(wrong.block, wrong.found) for wrong in made.wrong(made.decode(torn))] == [(6, -1)], "torn"
 
 
+def test_a_read_under_load_may_bring_what_is_in_doubt_and_nothing_else(tmp_path: Path) -> None:
+    made, disk = expectation(tmp_path)
+    old, alien = disk[2 * BLOCK : 3 * BLOCK], disk[3 * BLOCK : 4 * BLOCK]
+    assert made.allows(2, old)
+    assert not made.allows(2, alien)
+    assert not made.allows(2, bytes(BLOCK)), "zeroes that nobody asked for"
+    number, data = made.begin(2, 1)
+    assert made.allows(2, old)
+    assert made.allows(2, data)
+    assert made.allows(2, data[:512] + old[512:]), "torn, in doubt"
+    made.acknowledge(number, 2, 1)
+    assert not made.allows(2, old)
+    assert not made.allows(2, data[:512] + old[512:])
+    while number % ZEROES:
+        number, data = made.begin(2, 1)
+    made.acknowledge(number, 2, 1)
+    assert made.allows(2, bytes(BLOCK))
+
+
 def test_what_was_seen_stays_and_the_order_counts(tmp_path: Path) -> None:
     made, disk = expectation(tmp_path)
     before = made.decode(disk)
