@@ -19,8 +19,10 @@ TIMEOUT_S: Final = {
     "resync": 30 * 24 * 3600.0, "resize": 120.0,
 }  # fmt: skip
 """How long it may take to answer."""
-PAUSES_S: Final = (0.1, 0.5, 2.0, 5.0)
-"""Pauses before one that died is started again; the last one repeats."""
+PAUSES_S: Final = (0.0, 0.1, 0.5, 2.0, 5.0)
+"""Pauses before one that died is started again; the last one repeats. A failover waits for it, so none at first."""
+STEADY_S: Final = 5.0
+"""One that served for so long does not die of what it finds at its start: its successor begins with the first pause."""
 
 log = logging.getLogger("secondary")
 
@@ -30,6 +32,7 @@ class Exporter:
 
     def __init__(self, settings: NodeSettings) -> None:
         self.restarts = 0
+        """Times that it was started again."""
         self.uris: dict[str, list[str]] = {}
         """Volume -> where it is served."""
         self._settings = settings
@@ -51,14 +54,16 @@ class Exporter:
 
     async def keep(self, restarted: Callable[[], None]) -> None:
         """Start it again whenever it dies."""
+        in_a_row = 0
         while True:
             assert self._child is not None
             started = time.monotonic()
             code = await self._child.wait_async()
             log.error("the export process ended reason=%r", exit_reason(code))
-            if time.monotonic() - started > 60:
-                self.restarts = 0
-            await asyncio.sleep(PAUSES_S[min(self.restarts, len(PAUSES_S) - 1)])
+            if time.monotonic() - started > STEADY_S:
+                in_a_row = 0
+            await asyncio.sleep(PAUSES_S[min(in_a_row, len(PAUSES_S) - 1)])
+            in_a_row += 1
             self.restarts += 1
             try:
                 await self.start()
