@@ -13,6 +13,7 @@ from common.config import format_size
 from deploy.pair import Pair
 
 GOOD: Final = frozenset({"protected", "RUNNING", "DONE", "done"})
+SIDES: Final = ("primary", "secondary")
 BAD: Final = frozenset(
     {
         "dead",
@@ -39,7 +40,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     if packed := status.get("compression"):
         sizes = f"{format_size(packed['original_bytes'])} as {format_size(packed['wire_bytes'])}"
         facts.add_row("compression", f"{packed['ratio']:.2f} : 1, {sizes}")
-    parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status["volumes"])]
+    parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status)]
     for side in ("primary", "secondary"):
         error = status[side].get("error")
         if error:
@@ -61,18 +62,20 @@ def _sides(status: dict[str, Any]) -> Table:
     return table
 
 
-def _volumes(volumes: list[dict[str, Any]]) -> Table:
+def _volumes(status: dict[str, Any]) -> Table:
+    """By the roles that the sides have now, not those that they were started in."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("volume")
     table.add_column("size", justify="right")
     table.add_column("where to connect", overflow="fold")
-    for volume in volumes:
+    for volume in status["volumes"]:
         size = format_size(volume["size"]) if volume["size"] else "-"
-        for number, side in enumerate(("primary", "secondary")):
+        for number, side in enumerate(SIDES):
+            role = status[side].get("role") or side
             uri = volume[f"{side}_uri"]
             first = number == 0
             table.add_row(
-                volume["name"] if first else "", size if first else "", f"{side}  {uri}" if uri else f"{side}  -"
+                volume["name"] if first else "", size if first else "", f"{role:9}  {uri or '-'}"
             )
     return table
 
@@ -133,11 +136,11 @@ def watch_resync(pair: Pair, console: Console) -> None:
 def where_to_connect(status: dict[str, Any], directory: str) -> RenderableType:
     """What to do with a pair that has just come up."""
     table = Table.grid(padding=(0, 2))
+    lead, follow = ("secondary", "primary") if status["secondary"].get("role") == "primary" else SIDES
     for volume in status["volumes"]:
-        table.add_row(
-            volume["name"], "write here", Text(str(volume["primary_uri"]), style="bold green", overflow="fold")
-        )
-        table.add_row("", "guest's view", Text(str(volume["secondary_uri"]), style="cyan", overflow="fold"))
+        write, view = volume[f"{lead}_uri"], volume[f"{follow}_uri"]
+        table.add_row(volume["name"], "write here", Text(str(write), style="bold green", overflow="fold"))
+        table.add_row("", "guest's view", Text(str(view), style="cyan", overflow="fold"))
     commands = Table.grid(padding=(0, 2))
     for command, what in (
         ("checkpoint", "the secondary's guest sees what the primary has now"),

@@ -1,7 +1,8 @@
 """The status of a pair, out of what its processes say and what the supervisor knows of the dead ones.
 
-    {"state":      the primary's own word while it leads ("protected", "syncing", "alone" …), after a failover the
-                   stage of the promoted side ("failover", "failover_failed", "done"), else see ``merged_state``
+    {"state":      the primary's own word while it leads ("protected", "syncing", "alone" …); after a failover the stage
+                   of the promoted side ("failover", "failover_failed", "done") until it has a secondary of its own;
+                   else see ``merged_state``
      "mode": "sync" | "async", "checkpoint": number or None, "generation": number or None,
      "primary":    {"role", "pid", "state", "nbd_uri", "error", …}    "dead" and "stopped" come with "reason", pid None
      "secondary":  {"role", "pid", "export_pid", "state", "nbd_uri", "error", …}

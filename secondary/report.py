@@ -113,7 +113,8 @@ async def _of_engine(node: SecondaryNode, told: dict[str, Any]) -> dict[str, Any
     ]
     same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "peer", "checkpoint_seconds",
             "compression")
-    alone = engine["state"] == "alone"
+    # until it had a secondary of its own, how the failover ended says more than that it has none
+    alone = engine["state"] == "alone" and not engine["counters"]["sessions"]
     return {
         **{key: engine[key] for key in same},
         "engine": engine["state"],
