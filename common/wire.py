@@ -387,6 +387,12 @@ def _decode_batch(header: Frame, payload: memoryview) -> Batch:
     return Batch(session, sequence, flags & ~COMPRESSED, memoryview(header)[_BATCH.size:end], payload)
 
 
+def is_compressed(frames: Sequence[Frame]) -> bool:
+    """Whether ``decode`` would have to expand a payload, which takes as long and as much memory as the sender likes,
+    before it knows anything of it."""
+    return len(frames) == 2 and bytes(frames[0][:2]) == bytes((0x97, BATCH))
+
+
 def _expand(header: Frame, payload: memoryview) -> memoryview:
     """The original payload of a compressed batch."""
     if len(header) < BATCH_OVERHEAD + _LENGTH.size or not header[_FLAGS_AT] & COMPRESSED:

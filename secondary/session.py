@@ -180,6 +180,9 @@ class SecondarySession:
 
     def receive(self, peer: bytes, frames: Sequence[Frame], now: float) -> list[Effect]:
         """Take one message that came from the ZeroMQ identity ``peer``."""
+        if peer != self._peer and wire.is_compressed(frames):
+            self._stale += 1
+            return []
         try:
             message = wire.decode(frames)
         except WireError as error:

@@ -54,7 +54,7 @@ CYCLES_A_PAIR: Final = 40
 READ: Final = 1 << 20
 
 KINDS: Final = {
-    "kill leader": 30, "kill follower": 20, "kill export": 4, "kill both": 4, "pause leader": 4, "pause follower": 5,
+    "kill leader": 36, "kill follower": 26, "kill export": 4, "kill both": 5, "pause leader": 4, "pause follower": 5,
     "cable": 12, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
     "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6, "EIO follower": 6,
 }  # fmt: skip

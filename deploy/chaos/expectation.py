@@ -20,6 +20,8 @@ import numpy.typing as npt
 BLOCK: Final = 4096
 ZEROES: Final = 11
 """Write number n asks for zeroes if n is a multiple of this."""
+TORN: Final = (1 << 64) - 1
+"""Instead of a number, of a block that was found torn: by a disk that failed in the middle of a write in doubt."""
 _WORDS: Final = BLOCK // 16
 
 Numbers = npt.NDArray[np.uint64]
@@ -103,7 +105,7 @@ class Expectation:
         found = int(cells[0, 0])
         acknowledged, doubts = int(self.acknowledged[block]), self.doubt.get(block, set())
         if not (np.all(cells[:, 0] == found) and np.all(cells[:, 1] == (block if found else 0))):
-            return bool(doubts)
+            return bool(doubts) or acknowledged == TORN
         if not found:
             return any(number % ZEROES == 0 for number in (acknowledged, *doubts))
         return found == acknowledged or found in doubts

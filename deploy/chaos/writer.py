@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
 from common.errors import NbdError, NotRunning, TandemDiskError, TimedOut
 from common.nbd_client import Completion, NbdClient
 from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
@@ -107,7 +109,12 @@ class Writer:
             return
         self.reads += 1
         if not self.expectation.allows(block, completion.data):
-            self.wrong = f"a read of block {block} brought what was never there, or not any more"
+            found = sorted(set(np.frombuffer(completion.data, np.uint64)[::2].tolist()))[:4]
+            acknowledged, doubts = int(self.expectation.acknowledged[block]), self.expectation.doubt.get(block, ())
+            self.wrong = (
+                f"a read of block {block} brought {', '.join(map(str, found))} instead of write {acknowledged}, with "
+                f"{', '.join(map(str, doubts)) or 'none'} in doubt"
+            )
 
     def _write(self, client: NbdClient, target: tuple[str, str]) -> None:
         expectation, chance = self.expectation, self._chance

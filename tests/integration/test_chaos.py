@@ -70,6 +70,12 @@ def test_a_read_under_load_may_bring_what_is_in_doubt_and_nothing_else(tmp_path:
     made.acknowledge(number, 2, 1)
     assert not made.allows(2, old)
     assert not made.allows(2, data[:512] + old[512:])
+    made.begin(2, 1)
+    torn = disk[:]
+    torn[2 * BLOCK : 3 * BLOCK] = data[:512] + old[512:]
+    made.settle(made.decode(torn))
+    assert made.wrong(made.decode(torn)) == []
+    assert made.allows(2, data[:512] + old[512:]), "it was found torn"
     while number % ZEROES:
         number, data = made.begin(2, 1)
     made.acknowledge(number, 2, 1)
