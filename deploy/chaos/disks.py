@@ -61,7 +61,7 @@ class Keeper:
             orders.flush()
             line = answers.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended", "failed": self.failed}
-        self.failed = int(answer["failed"])
+        self.failed = max(self.failed, int(answer["failed"]))  # a file that is uncovered counts no more
         if answer["error"]:
             raise OperationFailed(f"The file system of failing disks does not obey: {answer['error']}.")
 
