@@ -419,6 +419,7 @@ class Applier:
             self._void = len(self._queue)
         else:
             self._queue.clear()
+            self._void = 0
             self.session.drop_work()
 
     def _flush_failed(self, error: OSError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from secondary.session import EndResync
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
@@ -155,6 +156,31 @@ async def a_secondary_that_lost_its_power_ends_before_its_resync(sim: Simulation
         sim.world.network.set_cut(False, False)
         await protected_again(sim)
         await sim.until(sim._equal, 10, "equal disks")
+    await sim.rest()
+
+
+@scenario()
+async def two_flushes_fail_at_the_end_of_a_resync(sim: Simulation) -> None:
+    """Seed 218848: one that a client asked for while the last one of the resync was under way, and then that. What had
+    been queued before was still taken for void when it was gone: the next RESYNC was, too, and no flush ever ended."""
+    await born(sim)
+    for _ in range(10):
+        sim.world.network.set_cut(True, True)
+        await sim.pause(5.0)
+        await writes(sim, 10)
+        sim.world.network.set_cut(False, False)
+        assert sim.secondary is not None
+        queue = sim.secondary.node.applier._queue
+        deadline = sim.world.loop.now + 30
+        while not (queue and isinstance(queue[0], EndResync)) and sim.world.loop.now < deadline:
+            sim.act("flush")
+            await sim.pause(0.0002)
+        sim.b.faults.flush = 1.0
+        await sim.pause(0.02)
+        sim.b.faults.flush = 0.0
+        await protected_again(sim)
+        sim.act("flush")
+        await protected_again(sim)
     await sim.rest()
 
 
