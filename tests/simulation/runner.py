@@ -4,6 +4,7 @@ fails."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import signal
 import threading
@@ -110,6 +111,7 @@ def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
         result.counts["checkpoints"] = world.oracle.checkpoint_count
         result.counts["guest reads"] = world.oracle.reads
         result.counts["promotions"] = int(world.oracle.promoted)
+    gc.collect()  # the mappings of this life hold descriptors, and cycles hold them
     result.trace = digest.intdigest()
     return result
 
