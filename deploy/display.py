@@ -34,6 +34,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     facts.add_row("state", _state(status["state"]), "mode", str(status["mode"]))
     facts.add_row("checkpoint", _or_dash(status["checkpoint"]), "generation", _or_dash(status["generation"]))
     facts.add_row("lag", _lag(status["lag"]), "buffer", _buffer(status["buffer"]))
+    if marked := _marked(status):
+        facts.add_row("marked", f"{format_size(marked)} differ, for the next resync")
     for name in ("resync", "verify", "commit"):
         if status[name].get("active"):
             facts.add_row(name, _ratio(status[name]))
@@ -47,6 +49,12 @@ def status_view(status: dict[str, Any]) -> RenderableType:
             told = f"{side}: {error['name']} (case {error['case']}): {error['sentence']}"
             parts += [Text(), Text(told, style="red")]
     return Group(*parts)
+
+
+def _marked(status: dict[str, Any]) -> int:
+    """Bytes that the side that leads knows to differ."""
+    lead = "secondary" if status["secondary"].get("role") == "primary" else "primary"
+    return sum(volume.get("dirty_bytes") or 0 for volume in status[lead].get("volumes") or ())
 
 
 def _sides(status: dict[str, Any]) -> Table:

@@ -196,6 +196,7 @@ class Supervisor:
                 if self._leads(role, told[role]):
                     clean = await self._stop_one(role, report, checkpoint=True)
                 else:
+                    told[role] = await self._ask(role) or told[role]  # the final checkpoint has emptied the buffer
                     await self._stop_one(role, report)
             for role, settings in self.settings.items():
                 if self._processes.get(role, role) == "secondary" or DiskBuffer.exists(settings.buffer.directory):

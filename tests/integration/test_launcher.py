@@ -329,6 +329,12 @@ def test_a_buffer_with_a_checkpoint_survives_down_without_a_primary(pair: Pair) 
         client.write(0, b"1" * 4096)
         pair.checkpoint()
         client.write(0, b"2" * 4096)
+    (given_back,) = pair.down()["buffers"]
+    assert not given_back["kept"], "a final checkpoint was taken"
+    pair.up()
+    status = pair.status()
+    with NbdClient(status["primary"]["nbd_uri"]) as client:
+        client.write(0, b"3" * 4096)
     os.kill(status["primary"]["pid"], signal.SIGKILL)
     pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
     (buffer,) = pair.down()["buffers"]

@@ -57,3 +57,11 @@ def test_one_writes_where_the_primary_is_whatever_it_was_started_as() -> None:
     assert "primary nbd+unix:B" in lines
     straight = pair(side("primary", "protected", "nbd+unix:A"), side("secondary", "RUNNING", "nbd+unix:B"))
     assert "disk0 write here nbd+unix:A" in shown(where_to_connect(straight, "/d"))
+
+
+def test_what_a_verification_marked_is_said() -> None:
+    lead = side("primary", "protected", "nbd+unix:A")
+    follow = side("secondary", "RUNNING", "nbd+unix:B")
+    assert not any("marked" in line for line in shown(status_view(pair(lead, follow))))
+    lead["volumes"][0]["dirty_bytes"] = 8192
+    assert "marked 8 KiB differ, for the next resync" in shown(status_view(pair(lead, follow)))
