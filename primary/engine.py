@@ -411,7 +411,8 @@ class Engine:
         self.alignment.stop()
         await self._wait_idle()
         in_line = self.session.idle and self.session.attached and self.state == "protected"
-        clean = self.serving and in_line and not any((*self.mirror.bitmaps, *self.knowledge.suspects))
+        marked = any((*self.mirror.bitmaps, *self.knowledge.suspects)) or self.growth.unfinished
+        clean = self.serving and in_line and not marked
         if self._tasks:
             await asyncio.wait(self._tasks)
         last = self.session.last_sequence

@@ -73,6 +73,11 @@ class Growth:
         """Of the volumes now."""
         return tuple(volume.size for volume in self._mirror.volumes)
 
+    @property
+    def unfinished(self) -> bool:
+        """The metadata has sizes that this side could not take over, so what is new is not marked: no stop is clean."""
+        return tuple(size for _, size in self._record.value.volumes) != self.sizes
+
     # On command
 
     async def command(self, args: dict[str, Any]) -> dict[str, Any]:

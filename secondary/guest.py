@@ -27,11 +27,12 @@ from common.control import ControlServer
 from common.disk import FileDisk
 from common.errors import DiskError, OperationFailed
 from common.export import NbdServer
+from common.generation import extend
 from common.intent import INTENT_FILE, IntentFile
 from common.metadata import load
 from common.port import zmq_context
 from common.process import Lifecycle, run
-from common.record import Record
+from common.record import Record, random_number
 from common.settings import NodeSettings
 from primary.engine import Engine
 from secondary.buffer import DiskBuffer
@@ -78,10 +79,15 @@ class GuestProcess:
         self.engine: Engine | None = None
         self._lifecycle = lifecycle
         self._stack = AsyncExitStack()
+        self._succeeds = False
+        """Another process may have led, and the other side may follow: no write before this one leads, too."""
+        self._began = False
+        """It did begin a generation of its own."""
         self.buffer = DiskBuffer.attach(
             settings.buffer.directory, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
         )
         self.disks = [FileDisk(volume.disk, exclusive=False) for volume in settings.volumes]
+        self._succeeds = self.buffer.header.stage is Stage.DONE and settings.replication.connect is not None
         for disk, layers in zip(self.disks, self.buffer.volumes, strict=True):
             disk.use(layers.size)
         self.intents = Intents(f"{settings.directory}/{INTENT_FILE}", self.buffer)
@@ -109,6 +115,9 @@ class GuestProcess:
         control = ControlServer(self.settings.control_path("export"), handlers)
         await control.start()
         self._stack.push_async_callback(control.close)
+        if self._succeeds:
+            for volume in self.volumes:
+                await volume.pause()
         await self.server.listen(self.settings.export)
 
     # Leading
@@ -127,8 +136,9 @@ class GuestProcess:
             engine = await self._make_engine()
         finally:
             successors = engine.mirror.volumes if engine is not None else [None] * len(self.volumes)
-            for volume, successor in zip(self.volumes, successors, strict=True):
-                volume.hand_over(successor)
+            if engine is not None or not self._succeeds:
+                for volume, successor in zip(self.volumes, successors, strict=True):
+                    volume.hand_over(successor)
         engine.serving = True
         self.engine = engine
         log.info("leading generation=%d", engine.session.standing.history[-1].number)
@@ -141,6 +151,10 @@ class GuestProcess:
         assert stored is not None
         record = Record(f"{settings.directory}/metadata", stored)
         self._stack.callback(record.close)
+        if self._succeeds and not self._began:
+            # the other side may follow in the generation that the process before this one led in: no more writes there
+            await record.update_async(history=extend(stored.history, random_number(64), settings.side))
+            self._began = True
         context = self._stack.enter_context(zmq_context())
         self.intents.close()
         for disk, (_, size) in zip(self.disks, stored.volumes, strict=True):

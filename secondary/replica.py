@@ -97,7 +97,8 @@ class GuestVolume(VolumeView):
 
     async def pause(self) -> None:
         """Keep what arrives until ``hand_over``; on return no write to the disk is under way. Reads go on."""
-        self._arriving = []
+        if self._arriving is None:
+            self._arriving = []
         while self._working:  # noqa: ASYNC110 - it is a thread that ends this
             await asyncio.sleep(0.001)
 

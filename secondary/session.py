@@ -296,6 +296,8 @@ class SecondarySession:
         if hello.session >> 32 == self._greeted >> 32 and hello.session <= self._greeted:
             self._stale += 1
             return []
+        if self._left_behind(hello):
+            return []
         problem = self._objection(hello)
         if problem is not None:
             code, sentence = problem
@@ -322,6 +324,12 @@ class SecondarySession:
             self._syncing, self.standing, self.own, self._sizes,
         )
         return [*effects, self._send(welcome), Connected(peer, hello, self._aligned)]
+
+    def _left_behind(self, hello: wire.Hello) -> bool:
+        """This side was promoted, and the other one has gone on from there since: not this side's place to refuse it,
+        or the side that leads would fence itself."""
+        decision = decide(self.standing, hello.standing)
+        return isinstance(decision, Rejoin) and decision.side == self.standing.side
 
     def _objection(self, hello: wire.Hello) -> tuple[str, str] | None:
         """(code, sentence) of why this peer is turned away; None if it is welcome."""
