@@ -67,7 +67,7 @@ def main() -> int:
 
 def options_of(seed: int, *, compress: bool) -> Options | None:
     """None: as the seed draws them."""
-    return replace(draw(random.Random(seed)), compress=True) if compress else None
+    return replace(draw(random.Random(seed), seed), compress=True) if compress else None
 
 
 def one(seed: int, log: bool, *, compress: bool) -> int:

@@ -120,7 +120,7 @@ def hunt(name: str, *, start: int = 0) -> Found:
 
 
 def _run(known: Bug, seed: int) -> Result:
-    options: Options = replace(draw(random.Random(seed)), **known.options)
+    options: Options = replace(draw(random.Random(seed), seed), **known.options)
     return run(seed, options)
 
 
@@ -259,7 +259,7 @@ def clear_a_dirty_bit_too_early(put: Put) -> None:
     def go_alone(self: Any, state: str, reason: str, unacknowledged: Any) -> None:
         guests = [batch for batch in unacknowledged if not batch.flags & common.wire.RESYNC_DATA]
         for batch in unacknowledged:
-            if batch.flags & common.wire.RESYNC_DATA:
+            if batch.flags & common.wire.RESYNC_DATA and batch.pin is not None:
                 batch.pin.unpin()
         real_go(self, state, reason, guests)
 
@@ -322,8 +322,8 @@ def discards_are_not_copied(put: Put) -> None:
     """Copy-before-write is for writes, is it not?"""
     real = secondary.applier.Applier._copy
 
-    def copy(self: Any, work: Any, *, wait: bool) -> None:
-        real(self, work._replace(extents=[extent for extent in work.extents if extent[4] != DISCARD]), wait=wait)
+    def copy(self: Any, work: Any, *, wait: bool) -> Any:
+        return real(self, work._replace(extents=[extent for extent in work.extents if extent[4] != DISCARD]), wait=wait)
 
     put(secondary.applier.Applier, "_copy", copy)
 

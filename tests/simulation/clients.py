@@ -10,7 +10,8 @@ import numpy as np
 from common.batch import DISCARD, FAST_ZERO, NO_HOLE, WRITE, ZERO, Operation, WriteBatch
 from secondary.header import Stage
 from tests.simulation.disk import SECTOR
-from tests.simulation.oracle import Extent, Violation
+from tests.simulation.lineage import Extent
+from tests.simulation.oracle import Violation
 
 if TYPE_CHECKING:
     from tests.simulation.processes import Running
@@ -45,6 +46,7 @@ class Clients:
         self.outstanding: dict[int, tuple[Any, Any]] = {}
         """Batches without an answer: (batch, process)."""
         self._count = 0
+        self._sizes: dict[tuple[Running, int], int] = {}
 
     def _operations(self, first: int, size: int, most: int) -> tuple[list[Operation], list[Extent], SimBuffer, bool]:
         """A batch on a volume that starts at sector ``first``; it touches ``most`` blocks."""
@@ -76,6 +78,17 @@ class Clients:
         buffer.view[: len(payload)] = payload
         return operations, extents, buffer, fua
 
+    def _size(self, process: Running, index: int, volume: Any) -> int:
+        """Of a volume, as the client knows it: since it connected, which may be now."""
+        world = self.world
+        if not world.options.growth:
+            return world.sizes[index]
+        known = self._sizes.get((process, index))
+        if known is None or self.chance.random() < 0.3:
+            known = self._sizes[process, index] = int(volume.size)
+            world.guard(world.oracle.size_shown, process.host.side, index, known)
+        return known
+
     # The primary's
 
     def write(self, process: Running) -> bool:
@@ -86,10 +99,9 @@ class Clients:
         world = self.world
         index = self.chance.randrange(len(world.sizes))
         volume = list(server.volumes.values())[index]
-        operations, extents, buffer, fua = self._operations(
-            world.oracle.starts[index], world.sizes[index], world.most_blocks
-        )
         host = process.host
+        size = self._size(process, index, volume)
+        operations, extents, buffer, fua = self._operations(world.oracle.starts[index], size, world.most_blocks)
         batch = world.oracle.submitted(extents, fua, process, risky=world.disk_may_fail or host.faults.troubled)
         world.own_operations.append(operations)
         self._count += 1
@@ -133,6 +145,8 @@ class Clients:
         open_ = oracle._unfinished()
         count = len(lineage.batches)
         host = process.host
+        volume = next(iter(server.volumes.values()))
+        end = self._size(process, 0, volume) // SECTOR
         server.begun()
 
         def done(code: int) -> None:
@@ -143,7 +157,7 @@ class Clients:
             if code or oracle.lineage is not lineage:
                 return
             same = ~open_ & ~oracle.poisoned
-            same[world.sizes[0] // SECTOR :] = False  # another volume's
+            same[end:] = False  # another volume's
             for batch in lineage.batches[count:]:
                 for first, last, _ in batch.extents:
                     same[first:last] = False
@@ -153,14 +167,13 @@ class Clients:
                     _raise, "durability", f"flushed and not stable on the primary: {np.flatnonzero(wrong)[:8].tolist()}"
                 )
 
-        self._guarded(process, next(iter(server.volumes.values())).flush, done)
+        self._guarded(process, volume.flush, done)
 
     def read(self, process: Running) -> None:
         server, world = process.server, self.world
         if server is None or not server.listening:
             return
-        index, offset, length = self._range()
-        volume = list(server.volumes.values())[index]
+        index, volume, offset, length = self._range(process)
         contents = bytearray(length)
         try:
             process.run(volume.read_into, offset, memoryview(contents))
@@ -172,11 +185,14 @@ class Clients:
             return
         world.guard(world.oracle.check_primary_read, world.oracle.starts[index] + offset // SECTOR, bytes(contents))
 
-    def _range(self) -> tuple[int, int, int]:
+    def _range(self, process: Running) -> tuple[int, Any, int, int]:
+        """(number of a volume, the volume, offset, length)"""
         index = self.chance.randrange(len(self.world.sizes))
-        sectors = self.world.sizes[index] // SECTOR
+        assert process.server is not None
+        volume = list(process.server.volumes.values())[index]
+        sectors = self._size(process, index, volume) // SECTOR
         length = self.chance.randint(1, min(sectors, self.chance.choice((1, 4, 64))))
-        return index, self.chance.randrange(sectors - length + 1) * SECTOR, length * SECTOR
+        return index, volume, self.chance.randrange(sectors - length + 1) * SECTOR, length * SECTOR
 
     # The guest's
 
@@ -186,7 +202,8 @@ class Clients:
             return
         index = self.chance.randrange(len(world.sizes))
         volume = list(server.volumes.values())[index]
-        operations, _, buffer, fua = self._operations(world.oracle.starts[index], world.sizes[index], 20)
+        size = self._size(process, index, volume)
+        operations, _, buffer, fua = self._operations(world.oracle.starts[index], size, 20)
         host = process.host
         server.begun()
         world.trace(f"guest write {operations} {fua}")
@@ -212,8 +229,7 @@ class Clients:
         server, world = process.server, self.world
         if server is None or not server.listening or not process.alive:
             return
-        index, offset, length = self._range()
-        volume = list(server.volumes.values())[index]
+        index, volume, offset, length = self._range(process)
         contents = bytearray(length)
         first = world.oracle.starts[index] + offset // SECTOR
 
@@ -248,8 +264,7 @@ class Clients:
         server, world = process.server, self.world
         if server is None or not server.listening:
             return
-        index, offset, length = self._range()
-        volume = list(server.volumes.values())[index]
+        index, volume, offset, length = self._range(process)
         try:
             request = volume.buffer.requests.try_begin(offset, offset + length, shared=True)
         except BlockingIOError:

@@ -44,6 +44,10 @@ async def switchover(sim: Simulation) -> bool:
     if not lacks_nothing(new.settings, old.settings):
         sim.watched = ["a", "b"]
         return False
+    oracle = sim.world.oracle
+    inside = oracle.inside(oracle.noted[old.side]) & ~oracle.poisoned & ~oracle.corrupt
+    different = oracle.versions(old.platters) != oracle.versions(new.platters)
+    expect(not (different & inside).any(), "the side that is to take over lacks something, and is said not to")
     for _ in range(40):  # until it has noticed
         answers.clear()
         sim.command(new.process("secondary"), "failover", answers.append, to="latest", force=False)

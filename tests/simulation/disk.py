@@ -88,11 +88,13 @@ class Countdown:
 class Platter:
     """The medium: what is in the machine, and outlives its processes."""
 
-    def __init__(self, name: str, size: int, chance: random.Random, faults: Faults) -> None:
+    def __init__(self, name: str, room: int, chance: random.Random, faults: Faults, size: int | None = None) -> None:
         self.name = name
-        self.size = size
-        self.contents = bytearray(size)
-        self.stable = bytearray(size)
+        self.size = room if size is None else size
+        """What it has now; an operator may let it grow up to ``room``."""
+        self.room = room
+        self.contents = bytearray(room)
+        self.stable = bytearray(room)
         self.versions = np.frombuffer(self.contents, np.uint64)[:: SECTOR // 8]
         """The first word of each sector: which write it comes from."""
         self.stable_versions = np.frombuffer(self.stable, np.uint64)[:: SECTOR // 8]
@@ -110,6 +112,12 @@ class Platter:
         """Called in the middle of an operation: something else may happen now."""
         self.read_only_view = memoryview(self.contents)
         self.fills: set[int] = set()
+
+    def grow(self, size: int, found: bytes) -> None:
+        """The operator made it larger; what is new holds ``found``."""
+        assert self.size + len(found) == size <= self.room
+        self.contents[self.size : size] = self.stable[self.size : size] = found
+        self.size = size
 
     def put(self, offset: int, data: Any) -> None:
         """A write reached the page cache."""

@@ -4,13 +4,18 @@ others out, because a run with every fault at once only ever finds the shallowes
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 TROUBLES = (
     "cut", "one_way", "reset", "bad_messages", "stale", "jitter",
     "kill_primary", "kill_secondary", "kill_export", "power_primary", "power_secondary", "pause", "stop",
     "disk_primary", "disk_secondary", "slow", "metadata", "kill_inside", "slow_reader", "preempt", "clocks",
 )  # fmt: skip
+
+COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents")
+"""What an operator, or a disk, may do in the middle of a life."""
+MOST_GROWTH = 24
+"""Blocks."""
 
 
 @dataclass
@@ -39,6 +44,13 @@ class Options:
     """The stream is compressed wherever that makes it shorter, in turn by the loop and by a thread. Not drawn."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
+    commands: frozenset[str] = field(default_factory=frozenset)
+    """Of ``COMMANDS``: ``dirty_growth`` lets disks grow by what holds something already."""
+
+    @property
+    def growth(self) -> int:
+        """Blocks by which a volume may grow."""
+        return MOST_GROWTH if "resize" in self.commands else 0
 
     @property
     def spill(self) -> float:
@@ -50,13 +62,22 @@ class Options:
         default = Options()
         said = [
             f"{item.name}={getattr(self, item.name)!r}" for item in fields(self)
-            if item.name != "troubles" and getattr(self, item.name) != getattr(default, item.name)
+            if item.name not in ("troubles", "commands") and getattr(self, item.name) != getattr(default, item.name)
         ]  # fmt: skip
+        if self.commands:
+            said.append("commands=" + ",".join(sorted(self.commands)))
         return " ".join([*said, "troubles=" + ",".join(sorted(self.troubles))])
 
 
-def draw(chance: random.Random) -> Options:
-    """The options of a seed."""
+def draw(chance: random.Random, seed: int) -> Options:
+    """The options of a seed; ``chance`` is its random numbers. Commands have numbers of their own: they came later, and
+    seeds without them stayed what they were."""
+    operator = random.Random(f"operator {seed}")
+    share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
+    return replace(_draw(chance), commands=frozenset(name for name in COMMANDS if operator.random() < share))
+
+
+def _draw(chance: random.Random) -> Options:
     share = chance.choice((0.0, 0.1, 0.2, 0.35, 0.6))
     block_size = chance.choice((512, 1024, 1024, 4096))
     volumes = chance.choice((1, 1, 1, 2))

@@ -12,8 +12,7 @@ of the disk buffer as it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,7 @@ from common.batch import DISCARD, WRITE
 from common.metadata import Metadata, parse
 from secondary.header import Stage
 from tests.simulation.disk import SECTOR, MetadataFile, Platter
-
-Versions = NDArray[np.uint64]
-Extent = tuple[int, int, int]
-"""(first sector, sector behind the last, version)"""
-
+from tests.simulation.lineage import ClientBatch, Extent, Lineage, Tracked, Versions
 
 _NOTHING: Mapping[int, set[int]] = {}
 
@@ -38,71 +33,6 @@ class Violation(AssertionError):
     def __init__(self, invariant: str, sentence: str) -> None:
         super().__init__(f"{invariant}: {sentence}")
         self.invariant = invariant
-
-
-@dataclass(slots=True)
-class ClientBatch:
-    """A batch of a client of the primary."""
-
-    index: int
-    extents: list[Extent]
-    fua: bool
-    process: Any
-    lineage: Lineage
-    risky: bool = False
-    """The primary disk was failing: what it refused is not replicated."""
-    finished: bool = False
-
-
-@dataclass
-class Lineage:
-    """See the module. ``owed``: the secondary has everything up to this batch, clients were told."""
-
-    base: Versions
-    batches: list[ClientBatch] = field(default_factory=list)
-    owed: int = 0
-    written: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """version -> (number of its batch, first sector, sector behind the last)"""
-    zeroed: list[tuple[int, int, int]] = field(default_factory=list)
-    """The same of each zero and discard."""
-
-    def append(self, batch: ClientBatch) -> None:
-        self.batches.append(batch)
-        for first, last, version in batch.extents:
-            if version:
-                self.written[version] = batch.index, first, last
-            else:
-                self.zeroed.append((batch.index, first, last))
-
-    def wrote(self, sector: int, version: int, since: int) -> bool:
-        """Whether batch number ``since``, or one behind it, gives the sector that version."""
-        if version:
-            index, first, last = self.written.get(version, (0, 0, 0))
-            return index >= since and first <= sector < last
-        for index, first, last in reversed(self.zeroed):
-            if index < since:
-                return False
-            if first <= sector < last:
-                return True
-        return False
-
-    def apply(self, model: Versions, count: int, loose: NDArray[np.bool_]) -> None:
-        """Batch number ``count`` (from 1) onto ``model``. ``loose`` becomes true where it may not have come that
-        far."""
-        batch = self.batches[count - 1]
-        for first, last, version in batch.extents:
-            model[first:last] = version
-            loose[first:last] = batch.risky
-
-
-@dataclass
-class Tracked:
-    """Where the secondary disk is: ``model`` is ``lineage`` after ``count`` batches."""
-
-    lineage: Lineage
-    count: int
-    model: Versions
-    loose: NDArray[np.bool_]
 
 
 class Oracle:
@@ -121,6 +51,15 @@ class Oracle:
         """An operation on them failed: their contents are nobody's promise until they are written again."""
         self.unsure = np.zeros(self.sectors, bool)
         """The same for the guest's view, or the promoted disk."""
+        self.fresh = np.zeros(self.sectors, bool)
+        """Disks grew by these, and the two sides' held different things there: alike when written, or compared."""
+        self.corrupt = np.zeros(self.sectors, bool)
+        """A bit of one side's disk turned over there, once: in what is behind the version of the sector."""
+        self.ever_poisoned = np.zeros(self.sectors, bool)
+        self.shown = [0] * len(sizes)
+        """Bytes of each volume that a client of a leading side saw: never less from then on."""
+        self.noted: dict[str, tuple[int, ...]] = {}
+        """Bytes of the volumes by each side's metadata."""
         self.tracked: Tracked | None = None
         self.forgotten = False
         """The secondary disk lost writes in a flush that failed, and the secondary has yet to say so."""
@@ -182,6 +121,8 @@ class Oracle:
 
     def lead(self, side: str, platters: list[Platter]) -> None:
         """From now on ``side`` is the primary, with what its disks hold."""
+        if side != self.leader:
+            self.checkpoints.clear()
         self.leader = side
         self.promoted = False
         self.promoted_side = side
@@ -236,7 +177,7 @@ class Oracle:
         if errors:
             for number, (first, last, _) in enumerate(batch.extents):
                 if number in errors and batch.lineage is self.lineage:
-                    self.poisoned[first:last] = True
+                    self.poisoned[first:last] = self.ever_poisoned[first:last] = True
             if len(errors) == len(batch.extents):
                 return
         self.acknowledged += len(batch.extents) - len(errors or ())
@@ -318,7 +259,7 @@ class Oracle:
 
     def check_primary_read(self, first: int, contents: bytes) -> None:
         """A client of the primary read; sectors with unanswered writes may show either."""
-        got = sector_versions(contents)
+        got = self._sector_versions(first, contents)
         span = slice(first, first + len(got))
         wrong = (got != self.model[span]) & ~self.poisoned[span]
         if wrong.any() and (wrong & ~self._unfinished()[span]).any():
@@ -367,7 +308,7 @@ class Oracle:
 
     def _find(self, disk: Versions) -> Tracked | None:
         for lineage in reversed(self.lineages):
-            tracked = Tracked(lineage, 0, lineage.base.copy(), np.zeros(self.sectors, bool))
+            tracked = Tracked(lineage, 0, lineage.base.copy(), self.fresh.copy())
             if self._advance(tracked, disk, strictly=False):
                 return tracked
         return None
@@ -449,11 +390,14 @@ class Oracle:
         self.unsure[:] = False
         self.checkpoint_count += 1
         self.taken.add(number)
+        self.checkpoints.pop(number, None)
         if self.tracked is not None:
             self.checkpoints[number] = (self.tracked.count, self.view.copy(), self.tracked.loose.copy())
 
     def checkpoint_done(self, number: int, lineage: Lineage, index: int) -> None:
         """I3: an operator's checkpoint is exactly what was submitted before it was asked for."""
+        if lineage is not self.lineage:
+            return
         known = self.checkpoints.get(number)
         if known is None and number in self.taken:
             return  # of a disk that nobody knew well enough to compare
@@ -465,7 +409,7 @@ class Oracle:
             raise Violation("I3", f"checkpoint {number} was asked for behind batch {index} and taken at batch {count}")
 
     def _after(self, lineage: Lineage, count: int) -> tuple[Versions, NDArray[np.bool_]]:
-        model, loose = lineage.base.copy(), np.zeros(self.sectors, bool)
+        model, loose = lineage.base.copy(), self.fresh.copy()
         for number in range(1, count + 1):
             lineage.apply(model, number, loose)
         return model, loose
@@ -474,6 +418,8 @@ class Oracle:
         self.check_secondary(secondary, exact=exact)
         if self.forgotten:
             return
+        if self.tracked is None and exact is None:  # it has not met the side that it follows, since a switchover
+            self.tracked = self._find(self.versions(secondary))
         if self.tracked is None:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
         tracked = self.tracked
@@ -523,7 +469,7 @@ class Oracle:
     def check_guest_read(self, first: int, contents: bytes) -> None:
         """I1."""
         self.reads += 1
-        got = sector_versions(contents)
+        got = self._sector_versions(first, contents)
         if self.view is None:
             raise Violation("I1", f"the guest could read sector {first} where there is no checkpoint")
         span = slice(first, first + len(got))
@@ -534,6 +480,52 @@ class Oracle:
                 f"the guest does not see the checkpoint and its writes: {_where(wrong)} from {first}, "
                 f"{got[wrong][:4].tolist()} instead of {self.view[span][wrong][:4].tolist()}",
             )
+
+    def _sector_versions(self, first: int, contents: bytes) -> Versions:
+        """The version of each sector from ``first`` on; every word of it must say the same."""
+        words = np.frombuffer(contents, np.uint64).reshape(-1, SECTOR // 8)
+        mixed = (words != words[:, :1]).any(axis=1)
+        if mixed.any() and (mixed & ~self.corrupt[first : first + len(words)]).any():
+            raise Violation("contents", "a sector is a mixture of two writes")
+        return words[:, 0]
+
+    # Sizes
+
+    def grew(self, side: str, first: int, found: Versions) -> None:
+        """The operator made a disk of ``side`` larger; what it ``found`` there begins at sector ``first``."""
+        span = slice(first, first + len(found))
+        if side != self.leader:
+            if self.view is not None:
+                self.view[span] = found
+            return
+        self.model[span] = found
+        for lineage in self.lineages:
+            lineage.base[span] = found
+        if self.tracked is not None:
+            self.tracked.model[span] = found
+
+    def size_shown(self, side: str, index: int, size: int) -> None:
+        """A client of ``side`` connects and is told the size of a volume."""
+        if side != self.leader or self.promoted:
+            return
+        if size < self.shown[index]:
+            raise Violation("size", f"volume {index} had {self.shown[index]} bytes, and {size} now")
+        self.shown[index] = size
+
+    def sizes_noted(self, side: str, metadata: Metadata) -> None:
+        """A side noted its metadata, durably: volumes never shrink."""
+        sizes = tuple(size for _, size in metadata.volumes)
+        before = self.noted.get(side, sizes)
+        if any(now < then for now, then in zip(sizes, before, strict=True)):
+            raise Violation("size", f"side {side} notes {sizes} bytes after {before}")
+        self.noted[side] = sizes
+
+    def inside(self, sizes: Sequence[int]) -> NDArray[np.bool_]:
+        """Which sectors belong to volumes of so many bytes."""
+        mask = np.zeros(self.sectors, bool)
+        for first, size in zip(self.starts, sizes, strict=True):
+            mask[first : first + size // SECTOR] = True
+        return mask
 
     def memory_lost(self, side: str, platters: list[Platter], metadata: MetadataFile, leader: MetadataFile) -> None:
         """The secondary's host went down: checkpoint and guest writes were in its memory."""
@@ -551,14 +543,6 @@ class Oracle:
         else:
             self.view = None
         self.tracked = None
-
-
-def sector_versions(contents: bytes) -> Versions:
-    """The version of each sector; every word of it must say the same."""
-    words = np.frombuffer(contents, np.uint64).reshape(-1, SECTOR // 8)
-    if (words != words[:, :1]).any():
-        raise Violation("contents", "a sector is a mixture of two writes")
-    return words[:, 0]
 
 
 def _where(mask: NDArray[np.bool_]) -> str:

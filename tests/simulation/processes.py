@@ -14,7 +14,8 @@ from common.settings import NodeSettings
 from tests.simulation.clock import PROCESS, Once, Process
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Host, World
+    from tests.simulation.host import Host
+    from tests.simulation.world import World
 
 
 class SimLifecycle(Lifecycle):

@@ -119,7 +119,7 @@ async def a_region_is_written_to_while_its_bit_is_cleared(sim: Simulation) -> No
         sim.world.network.set_cut(False, False)
         await sim.pause(0.2)
         await protected_again(sim)
-        await sim.until(sim._equal, 10, "equal disks")
+        await sim.until(sim.equal, 10, "equal disks")
 
 
 @scenario()
@@ -161,7 +161,7 @@ async def the_export_process_dies_when_it_leads(sim: Simulation) -> None:
     expect(alone == 3, "no generation of its own")
     sim.kill(sim.b.process("export"), 1000)
     await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
-    expect(generation(sim, "b") == alone, "the side went back in its history")
+    expect(generation(sim, "b") >= alone, "the side went back in its history")
     sim.world.network.set_cut(False, False)
     await sim.rest()
 
@@ -205,7 +205,7 @@ async def a_write_comes_while_the_lead_is_handed_over(sim: Simulation) -> None:
         await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
         sim.world.loop.slowness = 0.002
         await rejoined(sim)
-        await sim.until(sim._equal, 10, "equal disks")
+        await sim.until(sim.equal, 10, "equal disks")
     await sim.rest()
 
 

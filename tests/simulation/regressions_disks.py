@@ -155,7 +155,7 @@ async def a_secondary_that_lost_its_power_ends_before_its_resync(sim: Simulation
         await writes(sim, 3)
         sim.world.network.set_cut(False, False)
         await protected_again(sim)
-        await sim.until(sim._equal, 10, "equal disks")
+        await sim.until(sim.equal, 10, "equal disks")
     await sim.rest()
 
 

@@ -85,7 +85,7 @@ def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
         life: Callable[[Simulation], Any] | None = None) -> Result:  # fmt: skip
     """Live the life of ``seed``, or what ``life`` makes of it."""
     chance = random.Random(seed)
-    drawn = draw(chance)
+    drawn = draw(chance, seed)
     options = options or drawn
     result = Result(seed, options)
     digest = xxh3_64()

@@ -22,10 +22,14 @@ from common.errors import TandemDiskError
 from deploy.roles import choose_loser, give_up, judge, process_role, remembered
 from secondary.header import Stage
 from tests.simulation.clients import Clients
+from tests.simulation.host import OTHER, Host
 from tests.simulation.network import Manners
 from tests.simulation.oracle import Violation
 from tests.simulation.processes import Running
-from tests.simulation.world import OTHER, Host, World
+from tests.simulation.swarm import WEIGHTS as COMMANDS
+from tests.simulation.swarm import Operator
+from tests.simulation.troubles import Troubles
+from tests.simulation.world import World
 
 PATIENCE_S = 240.0
 
@@ -53,6 +57,8 @@ class Simulation:
         self.restart_at: dict[str, float] = {}
         self.born = {"a": "primary", "b": "secondary"}
         self.healing = False
+        self.troubles = Troubles(self)
+        self.operator = Operator(self)
         world.on_between = self._between
 
     # Verbs
@@ -86,7 +92,9 @@ class Simulation:
 
     @property
     def export(self) -> Running | None:
-        return self.following.process("export")
+        export = self.following.process("export")
+        leads = export is not None and export.node is not None and export.node.__dict__.get("engine") is not None
+        return None if leads else export
 
     def role(self, side: str) -> str:
         """What a side is started as, by what it remembers."""
@@ -192,7 +200,7 @@ class Simulation:
     async def live(self) -> None:
         """The whole life, from birth to rest."""
         chance, options = self.chance, self.options
-        self._manners()
+        self.troubles.manners()
         first = chance.choice("ab")
         self.start(first)
         await self.pause(chance.random() * chance.choice((0.0, 0.1, 6.0)))
@@ -202,7 +210,8 @@ class Simulation:
                 await self._protected(5.0)
         names = [name for name in WEIGHTS if name in ALWAYS or name in options.troubles
                  or (options.guest and name.startswith("guest"))]  # fmt: skip
-        weights = np.cumsum([WEIGHTS[name] for name in names]).tolist()
+        names += [name for name in COMMANDS if name in options.commands]
+        weights = np.cumsum([WEIGHTS.get(name) or COMMANDS[name] for name in names]).tolist()
         failover_at = chance.randrange(options.steps // 2, options.steps) if options.failover else -1
         for self.step in range(options.steps):
             self.supervise()
@@ -213,29 +222,13 @@ class Simulation:
             await self.pause(chance.expovariate(1 / options.tempo_s))
         await self.rest()
 
-    def _manners(self) -> None:
-        troubles, chance, world = self.options.troubles, self.chance, self.world
-        manners = world.network.manners
-        if "jitter" in troubles:
-            manners.delay_s = chance.choice((0.0001, 0.002, 0.05))
-            manners.jitter_s = chance.choice((0.001, 0.02, 0.2))
-        if "stale" in troubles:
-            manners.stale = 0.4
-        if "preempt" in troubles:
-            world.preempt = 0.3
-        if "clocks" in troubles:
-            for host in world.hosts.values():
-                host.rate = chance.uniform(-0.1, 0.1)
-                host.offset = chance.uniform(0, 1e6)
-        if "slow" in troubles:
-            world.loop.slowness = chance.choice((0.01, 0.1, 0.5))
-
     def act(self, name: str) -> None:
         """Do one thing."""
         self.counts[name] += 1
         if name not in ("write", "guest_read", "read"):
             self.world.trace(f"act {name}")
-        getattr(self, f"_do_{name}")()
+        verb = getattr(self, f"_do_{name}", None) or getattr(self.operator, name, None) or getattr(self.troubles, name)
+        verb()
 
     def _do_write(self) -> None:
         for _ in range(self.chance.choice((1, 1, 2, 6))):
@@ -261,103 +254,6 @@ class Simulation:
     def _do_checkpoint(self) -> None:
         self.checkpoint()
 
-    def _do_cut(self) -> None:
-        self.world.network.set_cut(True, True)
-        self._heal_later(self._join)
-
-    def _do_one_way(self) -> None:
-        up = self.chance.random() < 0.5
-        self.world.network.set_cut(up, not up)
-        self._heal_later(self._join)
-
-    def _join(self) -> None:
-        network = self.world.network
-        if self.chance.random() < 0.5:
-            network.break_all()
-        network.set_cut(False, False)
-
-    def _heal_later(self, heal: Callable[[], None]) -> None:
-        self.later(self.chance.choice((0.05, 0.5, 1.0, 4.0, 8.0)) * self.chance.random(), heal)
-
-    def _do_reset(self) -> None:
-        self.world.network.break_all()
-
-    def _do_bad_messages(self) -> None:
-        chance, manners = self.chance, self.world.network.manners
-        for name in ("lose", "repeat", "damage", "cut_short", "junk"):
-            setattr(manners, name, chance.choice((0.0, 0.02, 0.1)))
-        self._heal_later(self._good_messages)
-
-    def _good_messages(self) -> None:
-        manners = self.world.network.manners
-        manners.lose = manners.repeat = manners.damage = manners.cut_short = manners.junk = 0.0
-
-    def _do_kill_primary(self) -> None:
-        self.kill(self.primary, self.chance.random() * 4)
-
-    def _do_kill_secondary(self) -> None:
-        self.kill(self.secondary, self.chance.random() * 4)
-
-    def _do_kill_export(self) -> None:
-        if self.export is not None:
-            self.world.kill(self.export)
-
-    def _do_power_primary(self) -> None:
-        self.power(self.leading.side, self.chance.random() * 8)
-
-    def _do_power_secondary(self) -> None:
-        self.power(self.following.side, self.chance.random() * 8)
-
-    def _do_pause(self) -> None:
-        process = self.chance.choice((self.primary, self.secondary, self.export))
-        if process is not None and not process.stopped:
-            process.stopped = True
-            self._heal_later(lambda: self.world.loop.resume(process))
-
-    def _do_stop(self) -> None:
-        process = self.chance.choice((self.primary, self.secondary))
-        if process is not None and process.lifecycle.is_ready:
-            process.lifecycle.stop.set()
-
-    def _do_disk_primary(self) -> None:
-        self._disk_trouble(self.leading)
-
-    def _do_disk_secondary(self) -> None:
-        self._disk_trouble(self.following)
-
-    def _disk_trouble(self, host: Host) -> None:
-        chance, faults = self.chance, host.faults
-        faults.troubled = True
-        faults.code = chance.choice((5, 28))
-        kind = chance.choice(("read", "write", "flush", "all"))
-        likelihood = chance.choice((0.05, 0.5, 1.0))
-        for name in ("read", "write", "flush"):
-            if kind in (name, "all"):
-                setattr(faults, name, likelihood)
-
-        def heal() -> None:
-            faults.read = faults.write = faults.flush = 0.0
-
-        self._heal_later(heal)
-
-    def _do_slow(self) -> None:
-        for host in self.world.hosts.values():
-            host.faults.cold = self.chance.choice((0.0, 0.2, 1.0))
-
-    def _do_metadata(self) -> None:
-        host = self.chance.choice((self.a, self.b))
-        host.faults.save = self.chance.choice((0.2, 1.0))
-        self._heal_later(lambda: setattr(host.faults, "save", 0.0))
-
-    def _do_kill_inside(self) -> None:
-        host = self.chance.choice((self.a, self.b))
-        host.faults.kill = 0.05
-        self.later(self.chance.random(), lambda: setattr(host.faults, "kill", 0.0))
-
-    def _do_slow_reader(self) -> None:
-        if self.export is not None:
-            self.clients.slow_read(self.export, self.chance.choice((0.01, 0.1, 0.8)))
-
     def _between(self, platter: Any, kind: str, process: Running | None) -> None:
         """In the middle of a disk operation of ``process``: the other process of the secondary gets a turn."""
         export, secondary = self.export, self.secondary
@@ -375,26 +271,30 @@ class Simulation:
 
     async def _failover_somehow(self) -> None:
         """The primary goes away in some manner; an operator decides."""
-        chance, world = self.chance, self.world
+        chance = self.chance
         manner = chance.choice(("kill", "power", "cut", "pause", "stop", "none"))
-        world.trace(f"failover to {self.options.failover} after {manner}")
-        primary = self.primary
+        self.world.trace(f"failover to {self.options.failover} after {manner}")
+        await self.lose_primary(manner)
+        for _ in range(chance.randint(1, 3)):
+            self.failover(self.options.failover, force=chance.random() < 0.3)
+            await self.pause(chance.random())
+
+    async def lose_primary(self, manner: str) -> None:
+        """The primary goes away, and may come back."""
+        chance, world, primary = self.chance, self.world, self.primary
         if manner == "kill":
             self.kill(primary, 3 + chance.random() * 5)
         elif manner == "power":
             self.power(self.leading.side, 3 + chance.random() * 5)
         elif manner == "cut":
             world.network.set_cut(True, True)
-            self.later(4 + chance.random() * 5, self._join)
+            self.later(4 + chance.random() * 5, self.troubles.join)
         elif manner == "pause" and primary is not None:
             primary.stopped = True
             self.later(chance.random() * 8, lambda: world.loop.resume(primary))
         elif manner == "stop" and primary is not None and primary.lifecycle.is_ready:
             primary.lifecycle.stop.set()
         await self.pause(chance.choice((0.0, 0.05, 1.0, 4.0)) * chance.random())
-        for _ in range(chance.randint(1, 3)):
-            self.failover(self.options.failover, force=chance.random() < 0.3)
-            await self.pause(chance.random())
 
     def failover(self, target: str, *, force: bool = False) -> None:
         """The operator's command."""
@@ -406,7 +306,7 @@ class Simulation:
         """No more troubles."""
         world = self.world
         self.healing = True
-        self._good_messages()
+        self.troubles.good_messages()
         world.network.manners = Manners(stale=world.network.manners.stale, delay_s=world.network.manners.delay_s)
         for host in world.hosts.values():
             faults = host.faults
@@ -416,21 +316,34 @@ class Simulation:
                 if process.alive and process.stopped:
                     world.loop.resume(process)
         world.network.set_cut(False, False)
+        self.operator.even()
         self.restart_at.clear()
 
     async def rest(self) -> None:
         """Heal, wait until the pair is at rest, compare everything."""
         self.heal()
         self.world.trace("healed")
+        await self.operator.finished()
         await self._finish_promotion()
         await self._protected(PATIENCE_S)
-        await self.until(self._equal, 30.0, "equal disks")
-        await self._answered()
+        await self.until(self.equal, 30.0, "equal disks")
+        await self.answered()
+        await self._last_commands()
         await self._last_checkpoint()
         if self.chance.random() < 0.5:
             await self._last_failover()
 
-    def _primaries(self) -> list[str]:
+    async def _last_commands(self) -> None:
+        if "resize" in self.options.commands:
+            await self.operator.last_resize()
+        if self.options.commands & {"verify", "corrupt"}:
+            await self.operator.last_verification()
+
+    async def protect(self) -> None:
+        """Until the pair is protected, with whatever has to be done for it."""
+        await self._protected(PATIENCE_S)
+
+    def primaries(self) -> list[str]:
         """The sides that call themselves primary."""
         known = [remembered(host.settings) for host in self.world.hosts.values()]
         return [metadata.side for metadata in known if metadata is not None and metadata.role == "primary"]
@@ -486,7 +399,7 @@ class Simulation:
                     raise TimeoutError
                 raise Violation("liveness", f"not protected after {seconds:g} s: {self.standing()}")
             self.supervise()
-            if self.healing and not self.world.oracle.promoted and len(self._primaries()) == 2:
+            if self.healing and not self.world.oracle.promoted and len(self.primaries()) == 2:
                 await self._finish_promotion()
                 self.rejoin()
             await self.pause(0.1)
@@ -517,12 +430,18 @@ class Simulation:
         ended = [f"{p.name}: {p.error}" for p in self.world.ends[-6:] if p.ended]
         return "; ".join([*parts, *ended])
 
-    def _equal(self) -> bool:
+    def equal(self) -> bool:
         oracle = self.world.oracle
         one, other = oracle.versions(self.leading.platters), oracle.versions(self.following.platters)
-        return not ((one != other) & ~oracle.poisoned).any()
+        different = (one != other) & ~oracle.poisoned
+        if self.options.growth:
+            server = self.primary.server if self.primary is not None else None
+            volumes = server.volumes.values() if server is not None else ()
+            served = [int(volume.size) for volume in volumes] or self.world.sizes
+            different &= oracle.inside(served)  # a resize of this side may have failed, and be to come
+        return not different.any()
 
-    async def _answered(self) -> None:
+    async def answered(self) -> None:
         def left() -> int:
             return sum(process.alive for _, process in self.clients.outstanding.values())
 
@@ -590,7 +509,7 @@ class Simulation:
         for _ in range(3):
             self.write()
             await self.pause(0.05)
-        await self._answered()
+        await self.answered()
 
 
 PEER_PAUSE_S = 0.5

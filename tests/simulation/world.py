@@ -43,89 +43,27 @@ import secondary.waits
 from common import limits
 from common.errors import DiskError, TandemDiskError
 from common.intent import IntentFile
-from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
 from primary.resync import ResyncLimits
 from primary.thrift import Thrift
 from secondary.buffer import DiskBuffer
-from secondary.header import PairHeader
+from secondary.header import PairHeader, Stage
 from secondary.locks import Description
 from secondary.replica import GuestVolume
 from secondary.requests import RequestTable
 from secondary.spill import Spill
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
-from tests.simulation.disk import Countdown, Faults, MetadataFile, Platter, SimDisk
+from tests.simulation.disk import Countdown, MetadataFile, Platter, SimDisk
+from tests.simulation.host import OTHER, SIDES, Host
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
 from tests.simulation.oracle import Oracle, Violation
 from tests.simulation.processes import Running, SimChild, SimControl, SimControlClient, SimLifecycle, SimServer
 
-SIDES = ("a", "b")
-OTHER = {"a": "b", "b": "a"}
 MAINS = {"primary": primary.node, "secondary": secondary.node, "export": secondary.guest}
 REAL_TIME = {"common.disk"}
 """Modules that keep the real clock: nothing that a simulation does depends on it."""
 MOST_STEPS = 300_000
 """Callbacks in one life; the usual one has a few thousand. More are a failure of liveness."""
-HEARTBEAT_S, PEER_TIMEOUT_S = 0.5, 2.5
-
-
-class Host:
-    """One machine: disks, metadata, memory (the directory of the disk buffer), processes."""
-
-    def __init__(self, world: World, side: str) -> None:
-        options = world.options
-        self.side = side
-        self.chance = random.Random(world.chance.getrandbits(64))
-        self.faults = Faults(killer=world.kill, troubled=side == "a" and "disk_primary" in options.troubles)  # type: ignore[arg-type]
-        self.directory = f"{world.directory}/{side}"
-        Path(self.directory).mkdir()
-        for index in range(len(world.sizes)):
-            Path(f"{self.directory}/disk{index}.raw").touch()  # looked at, never read
-        self.platters = [
-            Platter(f"{self.directory}/disk{index}.raw", size, self.chance, self.faults)
-            for index, size in enumerate(world.sizes)
-        ]
-        for index, platter in enumerate(self.platters):
-            platter.changed = world.disk_changed
-            platter.forgot = functools.partial(world.disk_forgot, side)
-            platter.lost = functools.partial(world.disk_lost, side, index)
-            platter.between = world.between
-            platter.countdown = world.countdown
-            platter.device = f"{side} {Path(platter.name).stem}"
-        self.metadata = MetadataFile(self.chance, self.faults, countdown=world.countdown, name=f"{side} metadata")
-        self.rate = self.offset = 0.0
-        self.settings = NodeSettings(
-            pair_id="simulated",
-            side=side,
-            directory=self.directory,
-            volumes=tuple(VolumeSettings(f"v{index}", platter.name) for index, platter in enumerate(self.platters)),
-            export=ExportSettings(unix=f"{self.directory}/nbd.sock"),
-            replication=ReplicationSettings(
-                listen=f"sim://{side}",
-                connect=f"sim://{OTHER[side]}",
-                window_bytes=options.window_bytes,
-                heartbeat_s=HEARTBEAT_S,
-                peer_timeout_s=PEER_TIMEOUT_S,
-                compression="zstd" if options.compress else "off",
-            ),
-            buffer=BufferSettings(
-                f"{self.directory}/memory",
-                world.buffer_bytes,
-                options.block_size,
-                spill_bytes=int(options.spill * sum(world.sizes)),
-            ),
-            mode="sync" if options.sync else "async",
-            checkpoint_interval_s=options.interval_s,
-            initial_sync="assume" if options.assume else "full",
-            on_peer_loss=options.loss,  # type: ignore[arg-type]
-        )
-        self.processes: dict[str, Running] = {}
-        self.off = False
-
-    def process(self, role: str) -> Running | None:
-        """The process of that role, if it is alive."""
-        found = self.processes.get(role)
-        return found if found is not None and found.alive else None
 
 
 def _worthwhile(thrift: Thrift, _payload: memoryview, pending: int) -> bool:
@@ -155,10 +93,14 @@ class World:
         self.network.countdown = self.countdown
         block = options.block_size
         self.sizes = [count * block - (512 if options.odd_end else 0) for count in options.blocks]
+        """Bytes of the volumes at their birth."""
+        self.rooms = [size + options.growth * block for size in self.sizes]
+        """Bytes up to which they may grow."""
         slots = [min(count, options.small_pool or count) for count in options.blocks]
-        self.buffer_bytes = 2 * sum(slots) * block + 2 * len(slots) * block
+        most = [min(count + options.growth, options.small_pool or count + options.growth) for count in options.blocks]
+        self.buffer_bytes = 2 * sum(most) * block + 2 * len(slots) * block
         self.min_pool = options.small_pool * block if options.small_pool else limits.MIN_POOL
-        self.oracle = Oracle(self.sizes, sync=options.sync)
+        self.oracle = Oracle(self.rooms, sync=options.sync)
         self.hosts = {side: Host(self, side) for side in SIDES}
         self.violation: BaseException | None = None
         self.left_streams: set[int] = set()
@@ -420,6 +362,8 @@ class World:
             f"{metadata.stream % 1000}:{metadata.sequence}"
         )
         self._file(path).save(self._short(path), metadata)
+        if process is None or not process.dead:
+            self.guard(self.oracle.sizes_noted, metadata.side, metadata)
         if metadata.role != "secondary":
             return
         if process is None:
@@ -546,7 +490,8 @@ class World:
     @property
     def disk_may_fail(self) -> bool:
         """The primary disk may refuse a write that comes now."""
-        return "disk_primary" in self.options.troubles or self.countdown.armed
+        options = self.options
+        return "disk_primary" in options.troubles or "intents" in options.commands or self.countdown.armed
 
     def secondary_host(self) -> Host:
         """The side that is, or was, the secondary."""
@@ -555,9 +500,15 @@ class World:
     def check_secondary(self) -> None:
         host = self.secondary_host()
         process = host.process("secondary")
-        if process is None or self.oracle.promoted:
+        if process is None or self.oracle.promoted or self._has_led(process):
             return
         self.guard(self.oracle.check_secondary, host.platters, exact=self.exact(process))
+
+    @staticmethod
+    def _has_led(process: Running) -> bool:
+        """It took over once, and was left behind since: it follows nobody."""
+        buffer = process.node.__dict__.get("buffer") if process.node is not None else None
+        return buffer is not None and buffer.header.stage is Stage.DONE
 
     def exact(self, process: Running | None) -> bool | None:
         """Whether the secondary itself says that its disk is at a point of the stream; None if it does not say
