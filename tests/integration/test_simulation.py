@@ -15,7 +15,8 @@ import pytest
 
 import tests.simulation.commands
 import tests.simulation.guests
-import tests.simulation.regressions_disks  # noqa: F401 - their stories are scenarios, too
+import tests.simulation.regressions_disks
+import tests.simulation.regressions_roles  # noqa: F401 - and these
 from tests.simulation.bugs import BUGS
 from tests.simulation.nth_fault import PHASES
 from tests.simulation.regressions import REGRESSIONS

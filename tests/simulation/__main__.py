@@ -127,7 +127,8 @@ def report(result: Result, *, brief: bool) -> None:
 def scenarios(name: str) -> int:
     import tests.simulation.commands
     import tests.simulation.guests
-    import tests.simulation.regressions_disks  # noqa: F401 - their stories are scenarios, too
+    import tests.simulation.regressions_disks
+    import tests.simulation.regressions_roles  # noqa: F401 - and these
     from tests.simulation.scenarios import SCENARIOS, tell
 
     failed = 0

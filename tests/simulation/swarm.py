@@ -118,7 +118,7 @@ class Operator:
         more = chance.choice((1, 1, 2, 5, 8)) * sim.options.block_size
         for host in self.world.hosts.values():
             if chance.random() < 0.9:
-                self._grow(host, index, host.platters[index].size + more)
+                self.grow(host, index, host.platters[index].size + more)
         name = chance.choice((None, f"v{index}"))
         size = None
         if name is not None and chance.random() < 0.4:
@@ -142,7 +142,7 @@ class Operator:
 
         self.sim.command(self.sim.primary, "resize", told, volume=name, size=size)
 
-    def _grow(self, host: Host, index: int, size: int) -> None:
+    def grow(self, host: Host, index: int, size: int) -> None:
         platter, oracle = host.platters[index], self.world.oracle
         size = min(size, platter.room)
         sectors = (size - platter.size) // SECTOR
@@ -164,7 +164,7 @@ class Operator:
         for index in range(len(self.world.sizes)):
             size = max(host.platters[index].size for host in self.world.hosts.values())
             for host in self.world.hosts.values():
-                self._grow(host, index, size)
+                self.grow(host, index, size)
 
     async def last_resize(self) -> None:
         """Of a pair at rest: it has to work."""
@@ -172,7 +172,7 @@ class Operator:
         sizes = [min(platter.size + 2 * sim.options.block_size, platter.room) for platter in sim.a.platters]
         for host in self.world.hosts.values():
             for index, size in enumerate(sizes):
-                self._grow(host, index, size)
+                self.grow(host, index, size)
         for _ in range(20):
             await sim.protect()
             answers: list[Any] = []

@@ -1,0 +1,80 @@
+"""Stories, as in ``regressions``, of sides that lead in turn and of volumes that grow: what the operator of the swarm
+(``swarm``) met."""
+
+from __future__ import annotations
+
+from common.errors import TandemDiskError
+from tests.simulation.regressions import REGRESSIONS, generation, operator_stops, protected_again, rejoined, takes_over
+from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, writes
+from tests.simulation.simulator import Simulation
+
+_OLDER = set(SCENARIOS)
+
+
+async def led_by_b(sim: Simulation) -> None:
+    """Side b has taken over, and side a follows it."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.5)
+    await takes_over(sim)
+    await sim.until(sim.write, 30, "a client of the promoted side")
+    await rejoined(sim)
+
+
+@scenario()
+async def a_side_that_was_left_behind_refuses_nobody(sim: Simulation) -> None:
+    """Seed 359: side b leads, and side a is told to take over all the same. Its greeting was refused by side b's
+    secondary process, in the name of what side b was, and it fenced itself: nobody led."""
+    await led_by_b(sim)
+    await takes_over(sim)
+    await sim.pause(1.0)
+    acknowledged = sim.world.oracle.acknowledged
+    await writes(sim, 5)
+    await sim.until(lambda: sim.world.oracle.acknowledged > acknowledged, 20, "an answer of the side that took over")
+    await sim.rest()
+
+
+@scenario()
+async def a_leading_export_process_has_a_successor(sim: Simulation) -> None:
+    """Seeds 323 and 1460: it went on alone in the generation in which its predecessor had led, and side a followed."""
+    await led_by_b(sim)
+    for _ in range(3):
+        both = generation(sim, "a")
+        expect(generation(sim, "b") == both, "the sides are not in one generation")
+        sim.world.network.set_cut(True, True)
+        sim.world.kill(sim.b.process("export"))  # type: ignore[arg-type]
+        acknowledged = sim.world.oracle.acknowledged
+        await sim.until(lambda: sim.b.process("export") is not None, 30, "another export process")
+        await sim.until(
+            lambda before=acknowledged: sim.write() and sim.world.oracle.acknowledged > before,  # type: ignore[misc]
+            30, "an answer of it",
+        )  # fmt: skip
+        expect(generation(sim, "b") > both, "it acknowledged alone what side a knows nothing of, in their generation")
+        sim.world.network.set_cut(False, False)
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario(commands=frozenset({"resize", "dirty_growth"}))
+async def a_resize_that_cannot_be_noted_is_not_clean(sim: Simulation) -> None:
+    """Seed 3098: the write-intent file could not be replaced when the metadata had the new size already. The stop
+    behind that was called clean, and what was new was never compared."""
+    await born(sim)
+    for host in (sim.a, sim.b):
+        sim.operator.grow(host, 0, host.platters[0].size + 4 * sim.options.block_size)
+    sim.a.faults.intents = 1.0
+    answers: list[object] = []
+    sim.command(sim.primary, "resize", answers.append)
+    await sim.until(lambda: answers, 30, "an answer to resize")
+    expect(isinstance(answers[0], TandemDiskError), f"not refused: {answers}")
+    sim.a.faults.intents = 0.0
+    await sim.until(sim.protected, 30, "a pair at rest")
+    operator_stops(sim.primary)
+    await sim.until(lambda: sim.a.process("primary") is None, 30, "the end of the primary")
+    await protected_again(sim)
+    await sim.until(sim.equal, 30, "equal disks, as they are served")
+    await sim.rest()
+
+
+REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
