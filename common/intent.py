@@ -50,12 +50,14 @@ class IntentFile:
     """The file at ``path`` for volumes of ``sizes`` bytes. ``found``: it was there and of this layout."""
 
     def __init__(
-        self, path: str, sizes: Sequence[int], region: int = REGION, *, shared: bool = False, everything: bool = False
-    ) -> None:
+        self, path: str, sizes: Sequence[int], region: int = REGION, *, shared: bool = False, everything: bool = False,
+        read_only: bool = False,
+    ) -> None:  # fmt: skip
         """``shared``: other processes mark in it at the same time. ``everything``: a file that was not there begins
-        with all bits set."""
+        with all bits set. ``read_only``: the process that it belongs to may run, and keeps the file that it has."""
         assert region > 0
         self._shared = shared
+        self._read_only = read_only
         self._everything = everything
         self.path = path
         self.region = region
@@ -64,11 +66,12 @@ class IntentFile:
         self.damaged_pages = 0
         self.synchronous_writes = 0
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            mode = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+            self._file = os.open(path, mode | os.O_CLOEXEC, 0o600)
             try:
                 self.found = self._load()
             except (OSError, DiskError):
-                if not os.fstat(self._file).st_size:
+                if not read_only and not os.fstat(self._file).st_size:
                     os.unlink(path)  # an empty file would say that it is there, and that nothing was written
                 os.close(self._file)
                 raise
@@ -181,6 +184,8 @@ class IntentFile:
 
     def _replace(self) -> None:
         """Put a file of the bits in memory in the place of the one that is open; whole or not at all."""
+        if self._read_only:
+            return
         pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
         temporary = f"{self.path}.new"
         kept = self._file

@@ -104,7 +104,7 @@ def own_bytes(settings: NodeSettings, metadata: Metadata) -> int:
         return 0
     if not os.path.exists(f"{settings.directory}/{INTENT_FILE}"):
         return sum(sizes)
-    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes, everything=True)
+    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes, everything=True, read_only=True)
     try:
         return sum(length for _, _, length in file.ranges())
     finally:
@@ -185,7 +185,7 @@ def save_diverged(settings: NodeSettings) -> list[str]:
     intent = f"{settings.directory}/{INTENT_FILE}"
     ranges = [(index, 0, size) for index, size in enumerate(sizes)]
     if os.path.exists(intent):
-        file = IntentFile(intent, sizes, everything=True)
+        file = IntentFile(intent, sizes, everything=True, read_only=True)
         ranges = file.ranges()
         file.close()
     paths: list[str] = []

@@ -97,11 +97,11 @@ class Operator:
         sim = self.sim
         if self.world.oracle.promoted or len(sim.primaries()) < 2:
             return
-        judgement = judge({"primary": sim.a.settings, "secondary": sim.b.settings})
-        ahead = judgement.loser == ("primary" if sim.leading is sim.a else "secondary")
-        if ahead and not judgement.split_brain:
-            return  # promoted durably, and not at work yet
         with contextlib.suppress(TandemDiskError, Killed):
+            judgement = judge({"primary": sim.a.settings, "secondary": sim.b.settings})
+            ahead = judgement.loser == ("primary" if sim.leading is sim.a else "secondary")
+            if ahead and not judgement.split_brain:
+                return  # promoted durably, and not at work yet
             loser = sim.following
             sim.rejoin()
             sim.restart_at.pop(loser.side, None)

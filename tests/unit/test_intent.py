@@ -196,3 +196,23 @@ def test_growing_that_fails_changes_nothing(tmp_path: Path) -> None:
         file.grow((1 << 21, 300_000))
     assert marked(file) == before
     file.close()
+
+
+@pytest.mark.parametrize("layout", ["grown", "another"])
+def test_who_only_looks_leaves_the_file_to_the_process_that_has_it_open(tmp_path: Path, layout: str) -> None:
+    """A resize has the new sizes in the metadata before they are in this file, and any command may look then."""
+    path = str(tmp_path / "intent")
+    owner = IntentFile(path, SIZES, REGION)
+    owner.set_ranges([(0, 0, 1)])
+    before = os.stat(path)
+    sizes = (SIZES[0] + 3 * REGION, SIZES[1]) if layout == "grown" else (*SIZES, 4096)
+    seen = IntentFile(path, sizes, REGION, everything=True, read_only=True)
+    everything = [(volume, 0, size) for volume, size in enumerate(sizes)]
+    assert seen.ranges() == ([(0, 0, REGION), (0, SIZES[0], 3 * REGION)] if layout == "grown" else everything)
+    seen.close()
+    assert os.stat(path).st_ino == before.st_ino, "the owner marks in a file that nobody will find"
+    owner.set_ranges([(1, 0, 1)])
+    owner.close()
+    found = IntentFile(path, SIZES, REGION)
+    assert marked(found) == [[(0, REGION)], [(0, REGION)]]
+    found.close()
