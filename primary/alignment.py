@@ -163,6 +163,8 @@ class Alignment:
             raise OperationFailed(
                 f"There is nothing to compare with: this side is {engine.state}.", hint="See `tandemdisk status`."
             )
+        if not self._session.attached:
+            raise OperationFailed("There is nothing to compare with: this side is about to stop.")
         if self._commanded is not None:
             what = self._commanded.get_name()
             raise OperationFailed(f"A {what} is under way.", hint="`tandemdisk status` shows how far it is.")

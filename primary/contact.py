@@ -124,8 +124,9 @@ class Contact:
     # -------------------------------------------------------------------------------------------------- the connection
 
     def connect(self, now: float) -> list[Effect]:
-        """The shell has a fresh socket: greet the peer on it."""
-        assert self.state is not State.CLOSED
+        """The shell has a fresh socket: greet the peer on it, unless this side has said goodbye."""
+        if self.state is State.CLOSED:
+            return []
         self._sessions += 1
         self._session = self._instance << 32 | self._sessions
         self._peer_sequence = 0

@@ -77,4 +77,26 @@ async def a_resize_that_cannot_be_noted_is_not_clean(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario()
+async def a_primary_is_asked_while_it_stops(sim: Simulation) -> None:
+    """Seed 8489: a verification began behind the goodbye. Seed 9037: a connection came up behind it."""
+    for life in range(8):
+        if life == 0:
+            await born(sim)
+        sim.world.loop.slowness = 0.1
+        primary = sim.primary
+        operator_stops(primary)
+        for _ in range(400):
+            if sim.primary is not primary:
+                break
+            sim.command(primary, "verify", repair=False)
+            if life % 2:
+                sim.world.network.break_all()
+            await sim.pause(0.001)
+        sim.world.loop.slowness = 0.002
+        await sim.until(lambda ended=primary: not ended.alive, 60, "the end of a primary")  # type: ignore[misc]
+        await protected_again(sim)
+    await sim.rest()
+
+
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]

@@ -181,6 +181,7 @@ class Operator:
             refused = answers[0]
             if not isinstance(refused, TandemDiskError) or "nothing to grow" in refused.sentence:
                 break
+            await sim.pause(5.0)  # another one is under way, and its threads are slow
         else:
             raise Violation("liveness", f"no resize of a protected pair: {refused}")
         noted = {side: self.world.oracle.noted[side] for side in "ab"}
