@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import random
 import sys
@@ -24,7 +23,7 @@ from dataclasses import replace
 
 from tests.simulation.options import Options, draw
 from tests.simulation.runner import Result, run, shrink
-from tests.simulation.soak import soak
+from tests.simulation.soak import calm, soak
 
 SEEDS = 1000
 
@@ -49,8 +48,7 @@ def main() -> int:
     parser.add_argument("--from-then-on", action="store_true")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args()
-    gc.freeze()  # the modules: nothing of them becomes garbage
-    gc.set_threshold(10_000, 20, 50)
+    calm()
     if arguments.scenario is not None:
         return scenarios(arguments.scenario)
     if arguments.nth_fault is not None:

@@ -14,7 +14,7 @@ TROUBLES = (
 
 COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents")
 """What an operator, or a disk, may do in the middle of a life."""
-MOST_GROWTH = 24
+MOST_GROWTH = 12
 """Blocks."""
 
 

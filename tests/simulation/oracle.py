@@ -484,8 +484,8 @@ class Oracle:
     def _sector_versions(self, first: int, contents: bytes) -> Versions:
         """The version of each sector from ``first`` on; every word of it must say the same."""
         words = np.frombuffer(contents, np.uint64).reshape(-1, SECTOR // 8)
-        mixed = (words != words[:, :1]).any(axis=1)
-        if mixed.any() and (mixed & ~self.corrupt[first : first + len(words)]).any():
+        different = words != words[:, :1]
+        if different.any() and (different.any(axis=1) & ~self.corrupt[first : first + len(words)]).any():
             raise Violation("contents", "a sector is a mixture of two writes")
         return words[:, 0]
 
