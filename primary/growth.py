@@ -52,7 +52,7 @@ class Growth:
         engine: Standpoint,
     ) -> None:
         self.on_grown: Callable[[], None] = lambda: None
-        """Called when the disks have grown and the metadata says so, before anybody sees it."""
+        """Called when the disks have grown, the metadata says so and what is new is marked, before anybody sees it."""
         self._settings = settings
         self._record = record
         self._mirror = mirror
@@ -220,8 +220,8 @@ class Growth:
                 await self._loop.run_in_executor(None, volume.disk.use, size)
             names = (volume.name for volume in mirror.volumes)
             await self._record.update_async(volumes=tuple(zip(names, sizes, strict=True)))
-            self.on_grown()
             await self._knowledge.grow(sizes)
+            self.on_grown()  # a promoted side's exports show the new size from here on
             mirror.grow(sizes)
             self._session.grown(sizes)
 

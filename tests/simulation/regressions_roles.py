@@ -77,6 +77,26 @@ async def a_resize_that_cannot_be_noted_is_not_clean(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(commands=frozenset({"resize"}))
+async def a_promoted_side_grows_when_all_is_noted(sim: Simulation) -> None:
+    """Seed 30423: its exports showed the new size before what is new was marked, and the marking failed."""
+    await led_by_b(sim)
+    before = sim.b.platters[0].size
+    for host in (sim.a, sim.b):
+        sim.operator.grow(host, 0, before + 4 * sim.options.block_size)
+    sim.b.faults.intents = 1.0
+    answers: list[object] = []
+    sim.command(sim.primary, "resize", answers.append)
+    await sim.until(lambda: answers, 30, "an answer to resize")
+    expect(isinstance(answers[0], TandemDiskError), f"not refused: {answers}")
+    assert sim.primary is not None
+    assert sim.primary.server is not None
+    sizes = [volume.size for volume in sim.primary.server.volumes.values()]
+    expect(sizes[0] == before, f"clients are shown {sizes[0]} bytes, and the resize failed")
+    sim.b.faults.intents = 0.0
+    await sim.rest()
+
+
 @scenario()
 async def a_primary_is_asked_while_it_stops(sim: Simulation) -> None:
     """Seed 8489: a verification began behind the goodbye. Seed 9037: a connection came up behind it."""
