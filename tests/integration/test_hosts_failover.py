@@ -158,6 +158,7 @@ def test_a_switchover_over_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:
     with SlowLink(hosts, "20mbit"):
         with pairs.Load(pairs.primary_uri(pair), seed=11) as load:
             load.wait_for(60)
+            pair.wait_protected()  # on a machine with much to do the slow link may look dead for a while
             pair.switchover()
             load.join()
         assert load.check(pairs.contents(pairs.guest_uri(pair))) >= load.answered
