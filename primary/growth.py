@@ -232,11 +232,13 @@ class Growth:
             self._comparing = self._loop.create_task(self._compare(), name="comparison")
 
     async def _compare(self) -> None:
-        while self._engine.state == "protected" and not self._closing and any(self._knowledge.suspects):
+        done = not any(self._knowledge.suspects)
+        while not done and self._engine.state == "protected" and not self._closing:
             try:
                 await self._alignment.resync_command({})
-            except OperationFailed as error:  # a verification is under way, or the secondary was lost
-                log.info("what was added is still to be compared: %s", error)
+                done = True
+            except OperationFailed as error:  # a verification is under way, a disk failed, or the secondary was lost
+                log.info("what was added is still to be compared, or sent: %s", error)
                 await asyncio.sleep(COMPARE_AGAIN_S)
 
     async def stop(self) -> None:

@@ -97,6 +97,27 @@ async def a_promoted_side_grows_when_all_is_noted(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(commands=frozenset({"resize", "dirty_growth"}))
+async def what_was_added_cannot_be_read_at_first(sim: Simulation) -> None:
+    """Seed 1009682: it was found to differ, and the disk failed before it was sent. Nobody sent it any more."""
+    await born(sim)
+    for host in (sim.a, sim.b):
+        sim.operator.grow(host, 0, host.platters[0].size + 8 * sim.options.block_size)
+    assert sim.primary is not None
+    bitmaps = sim.primary.node.engine.mirror.bitmaps
+    sim.command(sim.primary, "resize")
+    for _ in range(20000):
+        if any(bitmaps):
+            break
+        await sim.pause(0.0005)
+    sim.a.faults.read = 1.0
+    await sim.pause(3.0)
+    expect(any(bitmaps), "it was sent, although it cannot be read")
+    sim.a.faults.read = 0.0
+    await sim.until(sim.equal, 10, "equal disks after a resize")
+    await sim.rest()
+
+
 @scenario()
 async def a_primary_is_asked_while_it_stops(sim: Simulation) -> None:
     """Seed 8489: a verification began behind the goodbye. Seed 9037: a connection came up behind it."""
