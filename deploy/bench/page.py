@@ -157,6 +157,8 @@ def _figures(run: Run) -> Iterable[str]:
         ["", "process", "peak", "private", "shared"],
         [[escape(cell) for cell in row] for row in report.memory_rows(run)],
     )
+    yield "<p><b>CPU seconds a GiB, of each process</b></p>"
+    yield table(report.cpu_columns(run), [[escape(cell) for cell in row] for row in report.cpu_rows(run)])
     for facts in run.peers:
         if facts.bounds:
             yield f"<p class='quiet'>{escape(facts.title)}: {escape(facts.bounds)}</p>"

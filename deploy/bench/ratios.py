@@ -58,7 +58,7 @@ def p999_us(sample: Sample) -> float:
 
 
 def cpu_s_per_gib(sample: Sample) -> float:
-    return sample.cpu_s_per_gib
+    return sample.cpu_s_per_gib()
 
 
 def by_round(

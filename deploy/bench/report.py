@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from operator import methodcaller
 from typing import Final
 
 from rich.console import Console
@@ -125,6 +127,22 @@ def memory_rows(run: Run) -> Iterator[tuple[str, str, str, str, str]]:
             yield facts.title, name, peak, private, shared
 
 
+def cpu_rows(run: Run) -> Iterator[tuple[str, ...]]:
+    """(peer, process, CPU seconds a GiB in each job): whose processor time the sum of ``job_rows`` is."""
+    jobs = jobs_of(run)
+    for facts in run.peers:
+        processes = dict.fromkeys(name for sample in run.samples if sample.peer == facts.name for name in sample.cpu_s)
+        for process in processes:
+            spent = [ratios.spread(run, job, facts.name, methodcaller("cpu_s_per_gib", process)) for job in jobs]
+            if any(found and found.median for found in spent):
+                yield facts.title, process, *("–" if found is None else f"{found.median:.2f}" for found in spent)
+
+
+def cpu_columns(run: Run) -> list[str]:
+    """Headings of ``cpu_rows``: names of jobs, in two lines."""
+    return ["", "process", *(re.sub(r"-(?=\d)", "\n", job) for job in jobs_of(run))]
+
+
 def show(run: Run, console: Console) -> None:
     """Everything, as tables; the ranges of the figures only where the console has room for them."""
     ranges = console.width >= ROOM_FOR_RANGES
@@ -144,6 +162,10 @@ def show(run: Run, console: Console) -> None:
     )
     for held in memory_rows(run):
         table.add_row(*held)
+    console.print(table)
+    table = _table("CPU seconds a GiB, of each process", cpu_columns(run))
+    for spent in cpu_rows(run):
+        table.add_row(*spent)
     console.print(table)
     _show_goals(run, console)
     for failure in run.failures:

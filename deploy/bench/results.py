@@ -30,11 +30,11 @@ class Sample:
     cpu_s: dict[str, float]
     """CPU seconds of each server process, from the start of the job until it settled."""
 
-    @property
-    def cpu_s_per_gib(self) -> float:
-        """All processes together, for each GiB that clients moved."""
+    def cpu_s_per_gib(self, process: str | None = None) -> float:
+        """CPU seconds of a process, or of all together, for each GiB that clients moved."""
         moved = self.figures.bytes + (self.beside.bytes if self.beside else 0)
-        return sum(self.cpu_s.values()) / (moved / (1 << 30)) if moved else 0.0
+        spent = sum(self.cpu_s.values()) if process is None else self.cpu_s.get(process, 0.0)
+        return spent / (moved / (1 << 30)) if moved else 0.0
 
 
 @dataclass(frozen=True, slots=True)

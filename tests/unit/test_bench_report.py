@@ -118,7 +118,22 @@ def test_checkpoint_goals_take_each_dirty_set_and_flatness() -> None:
 def test_cpu_counts_all_processes_and_both_loads() -> None:
     quarter = Figures(65536, GIB // 4, 1.0, 1.0, 1.0, 1.0)
     one = Sample(1, JOB, SYNC, quarter, quarter, None, 0.0, {"primary": 0.3, "secondary": 0.2})
-    assert one.cpu_s_per_gib == pytest.approx(1.0)
+    assert one.cpu_s_per_gib() == pytest.approx(1.0)
+    assert one.cpu_s_per_gib("secondary") == pytest.approx(0.4)
+    assert one.cpu_s_per_gib("supervisor") == 0
+
+
+def test_cpu_is_shown_for_each_process_that_used_any() -> None:
+    run = make_run()
+    run.samples = [sample(1, SYNC, 131072), sample(1, "qemu-nbd", 131072, job="read-4k-d32")]
+    run.samples[0].cpu_s.update(secondary=2.0, supervisor=0.0)
+    assert report.cpu_columns(run) == ["", "process", "write\n4k-d32", "read\n4k-d32"]
+    assert list(report.cpu_rows(run)) == [
+        (SYNC, "primary", "1.00", "–"),
+        (SYNC, "secondary", "2.00", "–"),
+        ("qemu-nbd", "primary", "–", "1.00"),
+        ("qemu-nbd", "secondary", "–", "1.00"),
+    ]
 
 
 def test_a_run_survives_its_json() -> None:
