@@ -8,8 +8,9 @@ older than what was acknowledged before it and nothing newer than what was sent 
 What a failover to latest may leave behind in async mode is what the leader did not have confirmed: right before it is
 killed it is asked how much that is (``lag``), and of what was acknowledged before that question no more may be missing.
 
-Who may take over is what an operator who looks at both hosts would decide: the follower, if both sides stand in the
-same generation; a primary that had gone on alone is started again instead.
+Who may take over from a leader that died is what an operator who looks at both hosts would decide: the follower, if
+both sides stand in the same generation; a primary that had gone on alone is started again instead. How a leader that
+lives is taken over from says ``deploy.chaos.takeover``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from common.nbd_client import NbdClient
 from common.settings import Mode, Role
 from deploy.chaos.breakage import FileLimit, cable, new_tracebacks
 from deploy.chaos.disks import Choice, DiskErrors, DiskFull, breakable
-from deploy.chaos.expectation import BLOCK, Expectation, Numbers, Wrong
+from deploy.chaos.expectation import BLOCK, Breach, Expectation, Numbers, Wrong
+from deploy.chaos.takeover import Takeover
 from deploy.chaos.tally import Tally
 from deploy.chaos.writer import Writer
 from deploy.faults import Fault, Killed, Paused
@@ -55,20 +57,12 @@ READ: Final = 1 << 20
 
 KINDS: Final = {
     "kill leader": 36, "kill follower": 26, "kill export": 4, "kill both": 5, "pause leader": 4, "pause follower": 5,
-    "cable": 12, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
+    "cable": 12, "takeover": 10, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
     "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6, "EIO follower": 6,
 }  # fmt: skip
 """Faults and commands, and how often each is drawn, where the side lives on a disk that can be broken so."""
 LASTING: Final = (Paused, DiskFull, DiskErrors)
 """Faults that need time to show, beside those of the cable."""
-
-
-class Breach(Exception):
-    """Something that must not be. ``lost``: writes that were acknowledged are gone."""
-
-    def __init__(self, sentence: str, lost: int = 0) -> None:
-        super().__init__(sentence)
-        self.lost = lost
 
 
 class PairUnderChaos:
@@ -77,6 +71,8 @@ class PairUnderChaos:
     def __init__(self, directory: Path, seed: int, chance: random.Random, mode: Mode, hosts: str, tally: Tally) -> None:
         self.chance, self.tally, self.mode = chance, tally, mode
         blocks = chance.choice((256, 512, 1024))
+        self.on_peer_loss: str = chance.choice(("continue", "continue", "block"))
+        self.peer_timeout_s = PEER_TIMEOUT_S
         options = PairOptions(
             size=blocks * BLOCK,
             mode=mode,
@@ -84,13 +80,16 @@ class PairUnderChaos:
             block_size=chance.choice((512, 4096, 4096, 65536)),
             checkpoint_interval_s=chance.choice((0.0, 0.0, 0.05)),
             overrides={
-                "on_peer_loss": chance.choice(("continue", "continue", "block")),
+                "on_peer_loss": self.on_peer_loss,
                 "replication": {"heartbeat_s": HEARTBEAT_S, "peer_timeout_s": PEER_TIMEOUT_S},
             },
         )
         self.pair = Pair.create(directory, options)
-        self.expectation = Expectation(directory.with_suffix(".expected"), blocks)
-        self.writer = Writer(self.expectation, seed, self._generation_of)
+        self._loads = 0
+        self._former: list[Writer] = []
+        """Loads of sides that were taken over from."""
+        self.expectation = Expectation(self.expectation_path(), blocks)
+        self.writer = Writer(self.expectation, seed, self.generation_of)
         self.cable: dict[str, Fault] = {}
         self.disks: dict[tuple[str, Side], Choice] = {}
         self._known: tuple[int, Numbers, Numbers] | None = None
@@ -101,7 +100,28 @@ class PairUnderChaos:
         self._logs: dict[Path, int] = {}
         self._tick = threading.Event()
 
-    def _generation_of(self, side: str) -> int | None:
+    def expectation_path(self) -> Path:
+        """Of a load that begins now."""
+        self._loads += 1
+        return self.pair.directory.path.with_suffix(f".expected{self._loads}")
+
+    def succeed(self, writer: Writer, expectation: Expectation) -> None:
+        """The load is ``writer``'s from now on; the one that was ends."""
+        self.writer.close()
+        self._former.append(self.writer)
+        self.writer, self.expectation = writer, expectation
+        self._errors = writer.errors
+        self._known = self._owed = None
+
+    def writers(self, *more: Writer) -> dict[int, set[str]]:
+        """By generation: the sides that acknowledged writes in it."""
+        merged: dict[int, set[str]] = {}
+        for writer in (*self._former, self.writer, *more):
+            for generation, sides in list(writer.writers.items()):
+                merged.setdefault(generation, set()).update(sides)
+        return merged
+
+    def generation_of(self, side: str) -> int | None:
         metadata = load(str(self.pair.directory.path / side / "metadata"))
         if metadata is None or metadata.role != "primary" or not metadata.history:
             return None
@@ -121,34 +141,37 @@ class PairUnderChaos:
                         self.tally.cycles += 1
             finally:
                 self.writer.close()
-                self.tally.acknowledged += self.writer.acknowledged
-                self.tally.refused_writes += self.writer.errors
-                self.tally.reads += self.writer.reads
-                self.tally.refused_reads += self.writer.errors_of_reads
-                self.tally.generations += len(self.writer.writers)
-                self.tally.two_writers += sum(len(sides) > 1 for sides in self.writer.writers.values())
+                for writer in (*self._former, self.writer):
+                    self.tally.acknowledged += writer.acknowledged
+                    self.tally.refused_writes += writer.errors
+                    self.tally.reads += writer.reads
+                    self.tally.refused_reads += writer.errors_of_reads
+                self.tally.generations += len(self.writers())
+                self.tally.two_writers += sum(len(sides) > 1 for sides in self.writers().values())
 
     # A cycle
 
     def _cycle(self) -> None:
         self._errors = self.writer.errors
         self._aim()
-        self._pause(0.0, 0.05)
+        self.pause(0.0, 0.05)
         faults: list[Fault] = []
         try:
             possible = self._possible()
             kinds = self.chance.choices(list(possible), list(possible.values()), k=self.chance.choice((1, 1, 2, 3)))
             if self.mode == "async" and kinds[0] == "cable":
                 kinds[1:] = ["kill leader"]  # what it had not sent yet is lost
+            if kinds[0] == "takeover":
+                kinds[1:] = []  # both sides live, and lead
             self._kinds = kinds
             for number, kind in enumerate(kinds):
                 with contextlib.suppress(TandemDiskError, ProcessLookupError):  # it hit a pair that is broken already
                     fault = self._begin(kind, broken=number > 0)
                     if fault is not None:
                         faults.append(fault)
-                self._pause(0.0, 0.08)
+                self.pause(0.0, 0.08)
             if any(isinstance(fault, LASTING) or fault in self.cable.values() for fault in faults):
-                self._pause(0.0, 2 * PEER_TIMEOUT_S if self.chance.random() < 0.4 else 0.1)
+                self.pause(0.0, 2 * PEER_TIMEOUT_S if self.chance.random() < 0.4 else 0.1)
         finally:
             for fault in faults:
                 fault.heal()
@@ -166,14 +189,14 @@ class PairUnderChaos:
             possible[name] = KINDS[name]
         return possible
 
-    def _pause(self, least: float, most: float) -> None:
+    def pause(self, least: float, most: float) -> None:
         self._tick.wait(self.chance.uniform(least, most))
 
     def _aim(self) -> None:
         side = SIDES[self.pair.leader()]
-        self.writer.aim(side, self._uri(side))
+        self.writer.aim(side, self.uri(side))
 
-    def _uri(self, side: str) -> str:
+    def uri(self, side: str) -> str:
         return f"nbd+unix:///disk0?socket={self.pair.directory.path}/{side}/nbd.sock"
 
     def _begin(self, kind: str, *, broken: bool) -> Fault | None:
@@ -183,6 +206,11 @@ class PairUnderChaos:
         if kind == "checkpoint":
             self._checkpoint(COMMAND_S)
             self._check_view(SIDES[follower])
+        elif kind == "takeover":
+            if broken:
+                return None
+            with self.tally.phase("takeover"):
+                Takeover(self).run()
         elif kind == "switchover":
             if broken:
                 return None  # its writes may have to wait for what is healed only afterwards
@@ -208,13 +236,13 @@ class PairUnderChaos:
 
     def _break_process(self, kind: str, verb: str, what: str, leader: Role, follower: Role) -> Fault | None:
         if what == "export":
-            pids = [self._ask(role).get("export_pid") for role in (leader, follower)]
+            pids = [self.ask(role).get("export_pid") for role in (leader, follower)]
         elif what == "both":
-            pids = [self._pid(role) for role in (leader, follower)]
+            pids = [self.pid(role) for role in (leader, follower)]
         else:
-            pids = [self._pid(leader if what == "leader" else follower)]
+            pids = [self.pid(leader if what == "leader" else follower)]
         if kind in ("kill leader", "kill both"):
-            self._note_lag(leader)
+            self.note_lag(leader)
         fault: Fault | None = None
         for pid in pids:
             if pid is None:
@@ -227,19 +255,19 @@ class PairUnderChaos:
             fault.begin()
         return fault
 
-    def _pid(self, role: Role) -> int | None:
+    def pid(self, role: Role) -> int | None:
         """What the supervisor has written down: nobody has to answer for it."""
         child = read_state(self.pair.directory).get("children", {}).get(role, {})
         return int(child["pid"]) if child.get("alive") else None
 
-    def _ask(self, role: Role) -> dict[str, Any]:
+    def ask(self, role: Role) -> dict[str, Any]:
         with contextlib.suppress(TandemDiskError):
             return self.pair.client(role, ANSWER_S).call("status")
         return {}
 
-    def _note_lag(self, leader: Role) -> None:
+    def note_lag(self, leader: Role) -> None:
         low = self.expectation.snapshot()[0]
-        lag = self._ask(leader).get("lag") or {}
+        lag = self.ask(leader).get("lag") or {}
         if lag.get("bytes") is not None:
             self._owed = (low, int(lag["bytes"]))
 
@@ -247,10 +275,10 @@ class PairUnderChaos:
         """The guest's view of the checkpoint that was just taken, under load; no later one may have come since."""
         assert self._known is not None
         number, low, high = self._known
-        with NbdClient(self._uri(side), timeout_s=CONVERGE_S) as client:
-            found = self._read(client)
+        with NbdClient(self.uri(side), timeout_s=CONVERGE_S) as client:
+            found = self.read(client)
         follower: Role = "secondary" if self.pair.leader() == "primary" else "primary"
-        if self._ask(follower).get("checkpoint") == number:
+        if self.ask(follower).get("checkpoint") == number:
             self._none(self.expectation.out_of_range(found, low, high), f"in the guest's view of checkpoint {number}")
             self.tally.views += 1
 
@@ -290,7 +318,7 @@ class PairUnderChaos:
             except TandemDiskError as error:
                 if time.monotonic() > deadline:
                     raise Breach(f"The pair does not recover: {error}") from error
-                self._pause(0.02, 0.05)
+                self.pause(0.02, 0.05)
 
     def _may_take_over(self, now: dict[str, Any], leader: Role) -> bool:
         follower: Role = "secondary" if leader == "primary" else "primary"
@@ -313,7 +341,7 @@ class PairUnderChaos:
             self.tally.recoveries["failover refused"] += 1
             self._aim()
             return
-        with self._client(new) as client:
+        with self.client(new) as client:
             connected = time.monotonic()
             number, data = self.expectation.begin(0, 1)
             if not any(data):
@@ -325,19 +353,20 @@ class PairUnderChaos:
                 written=time.monotonic() - connected, beside=self._kinds,
             )  # fmt: skip
             self.tally.recoveries[f"failover to {target}"] += 1
-            found = self._read(client)
+            found = self.read(client)
         self.expectation.log.pop()
-        self._judge_failover(target, int(done["checkpoint"]), found, probe=number)
+        self.judge_failover(target, int(done["checkpoint"]), found, self.expectation, probe=number)
         self.expectation.settle(found)
         self._known = self._owed = None
-        self.writer.aim(new, self._uri(new))
-        self._pause(0.0, 0.05)
+        self.writer.aim(new, self.uri(new))
+        self.pause(0.0, 0.05)
         self.pair.rejoin()
         self.tally.recoveries["rejoin"] += 1
 
-    def _judge_failover(self, target: str, number: int, found: npt.NDArray[np.int64], *, probe: int) -> None:
-        """Block 0 holds the probe; the others what the target promises."""
-        expectation = self.expectation
+    def judge_failover(
+        self, target: str, number: int, found: npt.NDArray[np.int64], expectation: Expectation, *, probe: int | None
+    ) -> None:
+        """What was found after it, against what the target promises. Block 0 holds the probe, if there was one."""
         missing = found < expectation.acknowledged.astype(np.int64)
         if target == "checkpoint":
             self.tally.rolled_back += int(np.count_nonzero(missing))
@@ -345,14 +374,15 @@ class PairUnderChaos:
                 _, low, high = self._known
                 if number > self._known[0]:
                     high = expectation.snapshot()[1]
-                high[0] = probe
+                if probe is not None:
+                    high[0] = probe
                 self._none(expectation.out_of_range(found, low, high), f"after a failover to checkpoint {number}")
             return
-        if self.writer.errors == self._errors:
+        if self.writer.errors == self._errors or probe is None:
             seen = found.copy()
-            seen[0] = expectation.log[-1][0] if expectation.log else 0
-            newest = int(found[1:].max())
-            seen[0] = min(int(seen[0]), newest)
+            if probe is not None:
+                seen[0] = expectation.log[-1][0] if expectation.log else 0
+                seen[0] = min(int(seen[0]), int(found[1:].max()))
             self._none(expectation.not_a_beginning(seen), "after a failover to latest: no beginning of the order")
         if self.mode == "async":
             left = expectation.missing_bytes(found, expectation.acknowledged)
@@ -372,7 +402,7 @@ class PairUnderChaos:
 
     def _compare(self) -> None:
         self._aim()
-        self._pause(0.0, 0.01)
+        self.pause(0.0, 0.01)
         deadline = time.monotonic() + CONVERGE_S
         while True:
             try:
@@ -397,8 +427,8 @@ class PairUnderChaos:
         if self.writer.errors != self._errors:
             self._repair(deadline)
         leader = self.pair.leader()
-        with self._client(SIDES[leader]) as client:
-            found = self._read(client)
+        with self.client(SIDES[leader]) as client:
+            found = self.read(client)
         self._none(self.expectation.wrong(found), "in the leader's export")
         follower: Role = "secondary" if leader == "primary" else "primary"
         for role in (leader, follower):
@@ -412,8 +442,8 @@ class PairUnderChaos:
                     f"what its leader exports, block {at} holds write {there} instead of {int(found[at])}.",
                     len(different),
                 )
-        with self._client(SIDES[follower]) as client:
-            view = self._read(client)
+        with self.client(SIDES[follower]) as client:
+            view = self.read(client)
         self._none(
             [Wrong(int(at), int(view[at]), int(found[at])) for at in np.flatnonzero(view != found)],
             "in the guest's view of the last checkpoint",
@@ -438,18 +468,18 @@ class PairUnderChaos:
                     raise Breach(f"A repair is not possible: {error}") from error
                 self._recover()
 
-    def _client(self, side: str) -> NbdClient:
+    def client(self, side: str) -> NbdClient:
         """A connection to the export of ``side``, whose process may be about to be started again."""
         deadline = time.monotonic() + CONVERGE_S
         while True:
             try:
-                return NbdClient(self._uri(side))
+                return NbdClient(self.uri(side))
             except (NotRunning, NbdError) as error:
                 if time.monotonic() > deadline:
                     raise Breach(f"The export of side {side} does not come back: {error}") from error
-                self._pause(0.005, 0.02)
+                self.pause(0.005, 0.02)
 
-    def _read(self, client: NbdClient) -> npt.NDArray[np.int64]:
+    def read(self, client: NbdClient) -> npt.NDArray[np.int64]:
         data = bytearray(client.size)
         pieces = ((at, min(READ, client.size - at)) for at in range(0, client.size, READ))
         for offset, piece in client.read_many(pieces, depth=4):
@@ -483,5 +513,6 @@ def campaign(directory: Path, seed: int, mode: Mode, hosts: str, tally: Tally, p
             tally.failure = f"pair {number}: {error}"
         else:
             subject.pair.directory.remove()
-            home.with_suffix(".expected").unlink()
+            for path in directory.glob(f"{number}.expected*"):
+                path.unlink()
         number += 1

@@ -20,11 +20,21 @@ import numpy.typing as npt
 BLOCK: Final = 4096
 ZEROES: Final = 11
 """Write number n asks for zeroes if n is a multiple of this."""
+APART: Final = ZEROES * 1_000_000
+"""Between the numbers of two loads that go on beside each other."""
 TORN: Final = (1 << 64) - 1
 """Instead of a number, of a block that was found torn: by a disk that failed in the middle of a write in doubt."""
 _WORDS: Final = BLOCK // 16
 
 Numbers = npt.NDArray[np.uint64]
+
+
+class Breach(Exception):
+    """Something that must not be. ``lost``: writes that were acknowledged are gone."""
+
+    def __init__(self, sentence: str, lost: int = 0) -> None:
+        super().__init__(sentence)
+        self.lost = lost
 
 
 class Wrong(NamedTuple):
@@ -48,6 +58,13 @@ class Expectation:
         self.log: list[tuple[int, int, int]] = []
         """(number, first block, count) of all writes since ``settle``, in the order in which they were sent."""
         self.answered_bytes = 0
+
+    def fork(self, path: Path, found: npt.NDArray[np.int64]) -> Expectation:
+        """That of a load that goes on from ``found``, beside this one, with numbers that this one does not reach."""
+        other = Expectation(path, self.blocks)
+        other.settle(found)
+        other.number = self.number + APART
+        return other
 
     def begin(self, first: int, count: int) -> tuple[int, bytes]:
         """Note a write that is about to be sent; its number and contents, all zeroes if it shall ask for these."""

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from rich.table import Table
 
+_RESTARTED: Final = "failover_seconds_where_the_export_process_was_killed_too"
 _SHOWN: Final = {"kills": "SIGKILLs"}
 _TIMES: Final = {
     "failover to first write, ms": "failover_seconds",
-    "  of these, where a new export process had to start": "failover_seconds_where_the_export_process_was_killed_too",
+    "  of these, where a new export process had to start": _RESTARTED,
     "  the others": "failover_seconds_of_the_others",
 }
 
@@ -45,6 +46,10 @@ class Tally:
         """Comparisons of the guest's view, at rest and under load."""
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
+        self.takeovers: Counter[str] = Counter()
+        """From a leader that lived: what it was, and how it ended."""
+        self.alone = 0
+        """Writes that a leader acknowledged in a generation of its own, beside the one that had taken over."""
         self.failovers: list[dict[str, Any]] = []
         """Each: "seconds" from the command to the first write that the new leader acknowledged, and its parts."""
         self.phases: dict[str, float] = {}
@@ -82,6 +87,25 @@ class Tally:
         """SIGKILLs of a process, each with a recovery and a comparison after it."""
         return sum(count for name, count in self.faults.items() if name.startswith("kill "))
 
+    def _writes(self) -> dict[str, int]:
+        told = {
+            "acknowledged": self.acknowledged,
+            "refused": self.refused_writes,
+            "reads_compared": self.reads,
+            "reads_refused": self.refused_reads,
+            "lost": self.lost,
+            "acknowledged_alone_in_split_brain": self.alone,
+            "rolled_back_to_checkpoints": self.rolled_back,
+        }
+        if self.mode == "async":
+            told |= {
+                "most_async_bytes_left_behind": self.lost_async_bytes,
+                "async_failovers_that_left_any": self.left_behind,
+                "async_failovers_bounded": self.bounded,
+                "most_bytes_unconfirmed": self.bounded_by,
+            }
+        return told
+
     def report(self) -> dict[str, Any]:
         """The JSON object."""
         restarted = [failover for failover in self.failovers if "kill export" in failover["beside"]]
@@ -97,22 +121,12 @@ class Tally:
             "faults": dict(sorted(self.faults.items())),
             "operations_failed_by_disks": self.failed_operations,
             "recoveries": dict(sorted(self.recoveries.items())),
+            "takeovers": dict(sorted(self.takeovers.items())),
             "comparisons": self.comparisons,
             "guest_views": self.views,
-            "writes": {
-                "acknowledged": self.acknowledged,
-                "refused": self.refused_writes,
-                "reads_compared": self.reads,
-                "reads_refused": self.refused_reads,
-                "lost": self.lost,
-                "rolled_back_to_checkpoints": self.rolled_back,
-                "most_async_bytes_left_behind": self.lost_async_bytes,
-                "async_failovers_that_left_any": self.left_behind,
-                "async_failovers_bounded": self.bounded,
-                "most_bytes_unconfirmed": self.bounded_by,
-            },
+            "writes": self._writes(),
             "failover_seconds": _spread(self.failovers),
-            "failover_seconds_where_the_export_process_was_killed_too": _spread(restarted),
+            _RESTARTED: _spread(restarted),
             "failover_seconds_of_the_others": _spread([one for one in self.failovers if one not in restarted]),
             "failover_each": self.failovers,
             "phase_seconds": {name: round(seconds, 1) for name, seconds in self.phases.items()},
@@ -128,13 +142,13 @@ class Tally:
         for name in ("pairs", "cycles", "kills", "failovers", "comparisons", "guest_views",
                      "operations_failed_by_disks"):
             table.add_row(_SHOWN.get(name, name.replace("_", " ")), f"{told[name]:,}")
-        for group in ("faults", "recoveries"):
+        for group in ("faults", "recoveries", "takeovers"):
             table.add_row(group, ", ".join(f"{name} {count}" for name, count in told[group].items()))
         for name, value in told["writes"].items():
             table.add_row(f"writes: {name.replace('_', ' ')}", f"{value:,}")
         for name, key in _TIMES.items():
             times = told[key]
-            if times["max"] is not None:
+            if times["max"] is not None and (name.startswith("failover") or told[_RESTARTED]["count"]):
                 shown = " / ".join(f"{1000 * times[which]:.0f}" for which in ("p50", "p99", "max"))
                 table.add_row(name, f"p50 / p99 / max of {times['count']}: {shown}")
         table.add_row("generations seen, with two writers", f"{self.generations}, {self.two_writers}")

@@ -3,6 +3,9 @@ and after.
 
 No two writes in flight touch the same block, so what NBD leaves open about their order does not matter. A connection
 that breaks leaves its writes in doubt; the writer comes back as soon as somebody listens there.
+
+A writer that is ``watch``ed knows the generation of each acknowledgement, by what its side has on disk when it is
+there: what was acknowledged in any other generation than the one that counts is a ``stray``, and stays in doubt.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -30,6 +33,16 @@ FUA: Final = 0.05
 REST_S: Final = 40.0
 
 
+class Stray(NamedTuple):
+    """A write that was acknowledged in a generation that does not count."""
+
+    number: int
+    first: int
+    length: int
+    """In blocks."""
+    generation: int | None
+
+
 class Writer:
     """``aim`` at an export, ``rest`` before anybody reads, ``aim`` again. ``trouble``: what must not be."""
 
@@ -40,11 +53,13 @@ class Writer:
         """Writes that the server refused, all of them in doubt."""
         self.writers: dict[int, set[str]] = {}
         """By generation: the sides that acknowledged writes in it."""
+        self.strays: list[Stray] = []
         self.trouble: TandemDiskError | None = None
         self.wrong = ""
         """What a read brought that it may not bring."""
         self.reads = self.errors_of_reads = 0
         self._witness = witness
+        self._counts: Callable[[int | None], bool] | None = None
         self._chance = random.Random(seed)
         self._target: tuple[str, str] | None = None
         self._client: NbdClient | None = None
@@ -60,6 +75,10 @@ class Writer:
             self._target = (side, uri)
             self._idle = False
             self._changed.notify_all()
+
+    def watch(self, counts: Callable[[int | None], bool] | None) -> None:
+        """From now on only what is acknowledged in a generation that ``counts``; None: all does."""
+        self._counts = counts
 
     def rest(self, patience_s: float = REST_S, *, abandon: bool = False) -> None:
         """No more writes; returns when none is in flight, TimedOut after ``patience_s``. With ``abandon`` answers are
@@ -116,12 +135,23 @@ class Writer:
                 f"{', '.join(map(str, doubts)) or 'none'} in doubt"
             )
 
+    def _acknowledged(self, side: str, number: int, first: int, count: int) -> None:
+        self.acknowledged += 1
+        if self._counts is not None:
+            now = self._witness(side)  # a generation is on disk before anything is acknowledged in it
+            if now is not None:
+                self.writers.setdefault(now, set()).add(side)
+            if not self._counts(now):
+                self.strays.append(Stray(number, first, count, now))
+                return
+        self.expectation.acknowledge(number, first, count)
+
     def _write(self, client: NbdClient, target: tuple[str, str]) -> None:
         expectation, chance = self.expectation, self._chance
         flying: dict[int, tuple[int, int, int]] = {}
         busy: set[int] = set()
         depth = chance.choice((1, 4, 16, 32))
-        sample = (self._witness(target[0]), time.monotonic())
+        sample = (self._witness(target[0]), time.monotonic(), self.acknowledged)
         while self._target == target or flying:
             while self._target == target and len(flying) < depth:
                 count = min(chance.choice((1, 1, 1, 2, 8)), expectation.blocks)
@@ -147,14 +177,13 @@ class Writer:
                 if number == READ:
                     self._look(first, completion)
                 elif completion.error is None:
-                    expectation.acknowledge(number, first, count)
-                    self.acknowledged += 1
+                    self._acknowledged(target[0], number, first, count)
                 else:
                     self.errors += 1
                     time.sleep(PAUSE_S)
             if time.monotonic() - sample[1] > SAMPLE_S:
                 now = self._witness(target[0])
-                if now is not None and now == sample[0]:
+                if now is not None and now == sample[0] and self.acknowledged > sample[2]:
                     self.writers.setdefault(now, set()).add(target[0])
-                sample = (now, time.monotonic())
+                sample = (now, time.monotonic(), self.acknowledged)
             time.sleep(0.0005)  # the processes under test need the machine more
