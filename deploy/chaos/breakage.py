@@ -17,9 +17,10 @@ from typing import Final
 import psutil
 
 from common.config import write_config
-from deploy.faults import Cut, Fault, OneWayCut, SlowLink
+from common.keys import generate_keys
+from deploy.faults import Cut, Fault, Flapping, OneWayCut, SlowLink, Unplugged
 from deploy.hosts import NetnsHosts
-from deploy.layout import ROLES
+from deploy.layout import ROLES, SIDES
 from deploy.pair import Pair
 from deploy.proxy import Direction, Proxy
 
@@ -100,7 +101,8 @@ def cable(pair: Pair) -> Iterator[dict[str, Fault]]:
     if hosts is not None:
         yield {
             "cut": Cut(hosts), "cut to a": OneWayCut(hosts, "a"), "cut to b": OneWayCut(hosts, "b"),
-            "slow link": SlowLink(hosts, "2mbit"),
+            "slow link": SlowLink(hosts, "2mbit"), "unplugged a": Unplugged(hosts, "a"),
+            "unplugged b": Unplugged(hosts, "b"), "flapping": Flapping(hosts, 0.1, 0.15),
         }  # fmt: skip
         return
     with contextlib.ExitStack() as stack:
@@ -119,6 +121,22 @@ def cable(pair: Pair) -> Iterator[dict[str, Fault]]:
             "cut backward": ProxyCut(proxies, "backward"), "slow link": ProxySlow(proxies),
             "reset": ProxyReset(proxies),
         }  # fmt: skip
+
+
+def encrypt(pair: Pair) -> None:
+    """CURVE on the stream of a pair on this machine, which has none by itself. Before it runs."""
+    for side in SIDES.values():
+        generate_keys(pair.directory.path / side, side)
+    for role in ROLES:
+        settings = pair.settings(role)
+        peer = next(side for side in SIDES.values() if side != settings.side)
+        home = pair.directory.path
+        keyed = replace(
+            settings.replication,
+            secret_key=str(home / settings.side / f"{settings.side}.key_secret"),
+            peer_key=str(home / peer / f"{peer}.key"),
+        )
+        write_config(replace(settings, replication=keyed), pair.directory.config(role), role)
 
 
 def new_tracebacks(directory: Path, seen: dict[Path, int]) -> str:

@@ -30,13 +30,14 @@ from common.errors import NbdError, NeedsForce, NotRunning, OperationFailed, Tan
 from common.metadata import load
 from common.nbd_client import NbdClient
 from common.settings import Mode, Role
-from deploy.chaos.breakage import FileLimit, cable, new_tracebacks
+from deploy.chaos.breakage import FileLimit, cable, encrypt, new_tracebacks
 from deploy.chaos.disks import Choice, DiskErrors, DiskFull, breakable
 from deploy.chaos.expectation import BLOCK, Breach, Expectation, Numbers, Wrong
+from deploy.chaos.guest import Guest
 from deploy.chaos.takeover import Takeover
 from deploy.chaos.tally import Tally
 from deploy.chaos.writer import Writer
-from deploy.faults import Fault, Killed, Paused
+from deploy.faults import Fault, HostGone, Killed, Paused
 from deploy.hosts import Side
 from deploy.launcher import read_state
 from deploy.layout import SIDES
@@ -58,10 +59,11 @@ READ: Final = 1 << 20
 KINDS: Final = {
     "kill leader": 36, "kill follower": 26, "kill export": 4, "kill both": 5, "pause leader": 4, "pause follower": 5,
     "cable": 12, "takeover": 10, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
+    "host gone leader": 10, "host gone follower": 6,
     "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6, "EIO follower": 6,
 }  # fmt: skip
 """Faults and commands, and how often each is drawn, where the side lives on a disk that can be broken so."""
-LASTING: Final = (Paused, DiskFull, DiskErrors)
+LASTING: Final = (Paused, HostGone, DiskFull, DiskErrors)
 """Faults that need time to show, beside those of the cable."""
 
 
@@ -73,18 +75,24 @@ class PairUnderChaos:
         blocks = chance.choice((256, 512, 1024))
         self.on_peer_loss: str = chance.choice(("continue", "continue", "block"))
         self.peer_timeout_s = PEER_TIMEOUT_S
+        interval_s = chance.choice((0.0, 0.0, 0.05))
         options = PairOptions(
             size=blocks * BLOCK,
             mode=mode,
             hosts=hosts,
             block_size=chance.choice((512, 4096, 4096, 65536)),
-            checkpoint_interval_s=chance.choice((0.0, 0.0, 0.05)),
+            checkpoint_interval_s=interval_s,
+            compression=chance.choice(("off", "off", "zstd")),
             overrides={
                 "on_peer_loss": self.on_peer_loss,
                 "replication": {"heartbeat_s": HEARTBEAT_S, "peer_timeout_s": PEER_TIMEOUT_S},
             },
         )
         self.pair = Pair.create(directory, options)
+        if hosts == "local" and chance.random() < 0.3:
+            encrypt(self.pair)
+        self.guest = Guest(blocks, seed) if not interval_s and chance.random() < 0.6 else None
+        """Writes on the follower, where checkpoints are rare enough for it."""
         self._loads = 0
         self._former: list[Writer] = []
         """Loads of sides that were taken over from."""
@@ -141,6 +149,10 @@ class PairUnderChaos:
                         self.tally.cycles += 1
             finally:
                 self.writer.close()
+                if self.guest is not None:
+                    self.guest.end()
+                    self.tally.guest_writes += self.guest.acknowledged
+                    self.tally.guest_writes_kept += self.guest.kept
                 for writer in (*self._former, self.writer):
                     self.tally.acknowledged += writer.acknowledged
                     self.tally.refused_writes += writer.errors
@@ -154,6 +166,7 @@ class PairUnderChaos:
     def _cycle(self) -> None:
         self._errors = self.writer.errors
         self._aim()
+        self._aim_guest()
         self.pause(0.0, 0.05)
         faults: list[Fault] = []
         try:
@@ -175,6 +188,7 @@ class PairUnderChaos:
         finally:
             for fault in faults:
                 fault.heal()
+            self._end_guest()
         with self.tally.phase("recovery"):
             self._recover()
         with self.tally.phase("comparison"):
@@ -184,6 +198,8 @@ class PairUnderChaos:
         """What can be drawn, and how often: a fault of a disk only if it is that of a side that has such a disk."""
         leading = SIDES[self.pair.leader()]
         possible = {kind: share for kind, share in KINDS.items() if kind[0] != "E" or kind.startswith("EFBIG")}
+        if self.pair.directory.hosts() is None:
+            possible = {kind: share for kind, share in possible.items() if not kind.startswith("host")}
         for kind, side in self.disks:
             name = f"{kind} {'leader' if side == leading else 'follower'}"
             possible[name] = KINDS[name]
@@ -195,6 +211,23 @@ class PairUnderChaos:
     def _aim(self) -> None:
         side = SIDES[self.pair.leader()]
         self.writer.aim(side, self.uri(side))
+
+    def _aim_guest(self) -> None:
+        if self.guest is not None:
+            follower: Role = "secondary" if self.pair.leader() == "primary" else "primary"
+            self.guest.begin(
+                self.uri(SIDES[follower]), lambda: self.ask(follower).get("checkpoint"), self.expectation.number
+            )
+
+    def _end_guest(self) -> None:
+        if self.guest is not None:
+            self.guest.end()
+            if self.guest.wrong:
+                raise Breach(f"Under load {self.guest.wrong}.", 1)
+
+    def _guests(self, checkpoint: int | None = None) -> set[int]:
+        """Blocks in which the guest may have written, on one checkpoint or on any."""
+        return self.guest.touched(checkpoint) if self.guest is not None else set()
 
     def uri(self, side: str) -> str:
         return f"nbd+unix:///disk0?socket={self.pair.directory.path}/{side}/nbd.sock"
@@ -209,6 +242,8 @@ class PairUnderChaos:
         elif kind == "takeover":
             if broken:
                 return None
+            self._end_guest()
+            self._checkpoint(COMMAND_S)  # nothing of the guest's is left
             with self.tally.phase("takeover"):
                 Takeover(self).run()
         elif kind == "switchover":
@@ -237,6 +272,8 @@ class PairUnderChaos:
     def _break_process(self, kind: str, verb: str, what: str, leader: Role, follower: Role) -> Fault | None:
         if what == "export":
             pids = [self.ask(role).get("export_pid") for role in (leader, follower)]
+        elif verb == "host":
+            return self._lose_host(leader if what == "gone leader" else follower, leader)
         elif what == "both":
             pids = [self.pid(role) for role in (leader, follower)]
         else:
@@ -253,6 +290,16 @@ class PairUnderChaos:
             else:
                 fault = Killed(pid) if verb == "kill" else Paused(pid)
             fault.begin()
+        return fault
+
+    def _lose_host(self, role: Role, leader: Role) -> Fault:
+        hosts = self.pair.directory.hosts()
+        assert hosts is not None
+        if role == leader:
+            self.note_lag(leader)
+        self.tally.faults["host gone"] += 1
+        fault = HostGone(hosts, SIDES[role])
+        fault.begin()
         return fault
 
     def pid(self, role: Role) -> int | None:
@@ -279,7 +326,9 @@ class PairUnderChaos:
             found = self.read(client)
         follower: Role = "secondary" if self.pair.leader() == "primary" else "primary"
         if self.ask(follower).get("checkpoint") == number:
-            self._none(self.expectation.out_of_range(found, low, high), f"in the guest's view of checkpoint {number}")
+            guests = self._guests()
+            wrong = [one for one in self.expectation.out_of_range(found, low, high) if one.block not in guests]
+            self._none(wrong, f"in the guest's view of checkpoint {number}")
             self.tally.views += 1
 
     def _checkpoint(self, timeout_s: float = CONVERGE_S / 2) -> None:
@@ -291,6 +340,7 @@ class PairUnderChaos:
     def _switchover(self) -> None:
         if self.pair.status()["state"] != "protected":
             raise OperationFailed("not now")
+        self._end_guest()
         self.writer.rest(PATIENCE_S)
         self.pair.switchover()
         self._aim()
@@ -330,12 +380,19 @@ class PairUnderChaos:
         )
 
     def _fail_over(self) -> None:
-        target = self.chance.choice(("latest", "latest", "latest", "checkpoint"))
+        target = self.chance.choice(("latest", "checkpoint") if self._guests() else ("latest",) * 3 + ("checkpoint",))
         new = "b" if SIDES[self.pair.leader()] == "a" else "a"
         self.writer.rest(abandon=True)
         started = time.monotonic()
+        forced = False
         try:
-            done = self.pair.failover(target)
+            try:
+                done = self.pair.failover(target)
+            except NeedsForce:
+                if self.guest is None or target == "checkpoint":
+                    raise
+                forced = True
+                done = self.pair.failover(target, force=True)  # what the guest wrote is dropped
             answered = time.monotonic()
         except (OperationFailed, NeedsForce, NotRunning):
             self.tally.recoveries["failover refused"] += 1
@@ -352,16 +409,33 @@ class PairUnderChaos:
                 target, decided=done["seconds"], answered=answered - started, connected=connected - answered,
                 written=time.monotonic() - connected, beside=self._kinds,
             )  # fmt: skip
-            self.tally.recoveries[f"failover to {target}"] += 1
+            self.tally.recoveries[f"failover to {target}{', forced' if forced else ''}"] += 1
+            if self.guest is not None:
+                self.expectation.number = max(self.expectation.number, self.guest.number)
             found = self.read(client)
         self.expectation.log.pop()
+        if self.guest is not None and not forced:
+            self._judge_guest(target, int(done["checkpoint"]), found)
         self.judge_failover(target, int(done["checkpoint"]), found, self.expectation, probe=number)
         self.expectation.settle(found)
         self._known = self._owed = None
+        if self.guest is not None:
+            self.guest.forget()
         self.writer.aim(new, self.uri(new))
         self.pause(0.0, 0.05)
         self.pair.rejoin()
         self.tally.recoveries["rejoin"] += 1
+
+    def _judge_guest(self, target: str, number: int, found: npt.NDArray[np.int64]) -> None:
+        """The failover was done without force: nothing that the guest wrote on that checkpoint may be gone."""
+        assert self.guest is not None
+        if target == "latest" and self.guest.certain(number):
+            raise Breach("A failover to latest dropped writes of the guest without anybody's word.", 1)
+        if target == "checkpoint" and (lost := self.guest.lost(number, found)):
+            raise Breach(
+                f"{len(lost)} blocks that the guest wrote on checkpoint {number} are not there after a failover to it: "
+                f"block {lost[0]} holds write {int(found[lost[0]])}.", len(lost),
+            )  # fmt: skip
 
     def judge_failover(
         self, target: str, number: int, found: npt.NDArray[np.int64], expectation: Expectation, *, probe: int | None
@@ -376,7 +450,9 @@ class PairUnderChaos:
                     high = expectation.snapshot()[1]
                 if probe is not None:
                     high[0] = probe
-                self._none(expectation.out_of_range(found, low, high), f"after a failover to checkpoint {number}")
+                guests = self._guests(number)
+                wrong = [one for one in expectation.out_of_range(found, low, high) if one.block not in guests]
+                self._none(wrong, f"after a failover to checkpoint {number}")
             return
         if self.writer.errors == self._errors or probe is None:
             seen = found.copy()

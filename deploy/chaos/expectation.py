@@ -45,6 +45,14 @@ class Wrong(NamedTuple):
     acknowledged: int
 
 
+def contents_of(number: int, first: int, count: int) -> bytes:
+    """What write ``number`` puts into ``count`` blocks from ``first`` on."""
+    data = np.empty((count, _WORDS, 2), np.uint64)
+    data[:, :, 0] = number
+    data[:, :, 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
+    return data.tobytes()
+
+
 class Expectation:
     """One thread writes at a time; ``snapshot`` may be called from any."""
 
@@ -76,10 +84,7 @@ class Expectation:
             self.doubt.setdefault(block, set()).add(number)
         if number % ZEROES == 0:
             return number, bytes(count * BLOCK)
-        data = np.empty((count, _WORDS, 2), np.uint64)
-        data[:, :, 0] = number
-        data[:, :, 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
-        return number, data.tobytes()
+        return number, contents_of(number, first, count)
 
     def acknowledge(self, number: int, first: int, count: int) -> None:
         """The write was answered well: nothing older may be found there from now on."""

@@ -42,6 +42,8 @@ class Tally:
         """Failovers in async mode that left anything behind."""
         self.bounded = self.bounded_by = 0
         """Failovers that were held against what the leader had not had confirmed, and the most bytes that was."""
+        self.guest_writes = self.guest_writes_kept = 0
+        """Blocks that guests of followers wrote, and those that a failover to a checkpoint had to keep, and did."""
         self.views = 0
         """Comparisons of the guest's view, at rest and under load."""
         self.faults: Counter[str] = Counter()
@@ -125,6 +127,7 @@ class Tally:
             "comparisons": self.comparisons,
             "guest_views": self.views,
             "writes": self._writes(),
+            "guest_writes": {"acknowledged": self.guest_writes, "kept_by_failovers": self.guest_writes_kept},
             "failover_seconds": _spread(self.failovers),
             _RESTARTED: _spread(restarted),
             "failover_seconds_of_the_others": _spread([one for one in self.failovers if one not in restarted]),
@@ -139,13 +142,22 @@ class Tally:
         """The same for people."""
         told = self.report()
         table = Table(title=f"chaos: seed {self.seed}, {self.mode}, {told['seconds']} s", show_header=False)
-        for name in ("pairs", "cycles", "kills", "failovers", "comparisons", "guest_views",
-                     "operations_failed_by_disks"):
+        for name in (
+            "pairs",
+            "cycles",
+            "kills",
+            "failovers",
+            "comparisons",
+            "guest_views",
+            "operations_failed_by_disks",
+        ):
             table.add_row(_SHOWN.get(name, name.replace("_", " ")), f"{told[name]:,}")
         for group in ("faults", "recoveries", "takeovers"):
             table.add_row(group, ", ".join(f"{name} {count}" for name, count in told[group].items()))
         for name, value in told["writes"].items():
             table.add_row(f"writes: {name.replace('_', ' ')}", f"{value:,}")
+        for name, value in told["guest_writes"].items():
+            table.add_row(f"blocks that guests wrote: {name.replace('_', ' ')}", f"{value:,}")
         for name, key in _TIMES.items():
             times = told[key]
             if times["max"] is not None and (name.startswith("failover") or told[_RESTARTED]["count"]):

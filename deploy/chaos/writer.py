@@ -137,11 +137,12 @@ class Writer:
 
     def _acknowledged(self, side: str, number: int, first: int, count: int) -> None:
         self.acknowledged += 1
-        if self._counts is not None:
+        counts = self._counts
+        if counts is not None:
             now = self._witness(side)  # a generation is on disk before anything is acknowledged in it
             if now is not None:
                 self.writers.setdefault(now, set()).add(side)
-            if not self._counts(now):
+            if not counts(now):
                 self.strays.append(Stray(number, first, count, now))
                 return
         self.expectation.acknowledge(number, first, count)
