@@ -53,7 +53,7 @@ ANSWER_S: Final = 0.3
 """For a question under faults: who is paused does not answer."""
 PATIENCE_S: Final = 3.0
 """For the last answers to the load, before it is looked whether a death was noticed only now."""
-CYCLES_A_PAIR: Final = 40
+CYCLES_A_PAIR: Final = 20
 READ: Final = 1 << 20
 
 KINDS: Final = {
@@ -167,7 +167,7 @@ class PairUnderChaos:
         self._errors = self.writer.errors
         self._aim()
         self._aim_guest()
-        self.pause(0.0, 0.05)
+        self.pause(0.0, 0.05 if self.guest is None else 0.2)
         faults: list[Fault] = []
         try:
             possible = self._possible()

@@ -31,14 +31,16 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 @click.command()
 @click.option("--minutes", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="How long.")
 @click.option("--cycles", type=click.IntRange(1), help="End after so many cycles, if that is sooner.")
+@click.option("--kills", type=click.IntRange(1), help="End after so many SIGKILLs, if that is sooner.")
+@click.option("--failovers", type=click.IntRange(1), help="The same of failovers; with --kills, after both.")
 @click.option("--seed", type=click.IntRange(0), help="All choices follow from it.  [default: a random one]")
 @click.option("--mode", type=click.Choice(["sync", "async"]), default="sync", show_default=True)
 @click.option("--hosts", type=click.Choice(["local", "netns"]), default="local", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there, as JSON.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Where pairs live.")
 def chaos(
-    minutes: float, cycles: int | None, seed: int | None, mode: Any, hosts: str, report: Path | None,
-    directory: Path | None,
+    minutes: float, cycles: int | None, kills: int | None, failovers: int | None, seed: int | None, mode: Any,
+    hosts: str, report: Path | None, directory: Path | None,
 ) -> None:  # fmt: skip
     """Break a pair of real processes under verified load, heal it, compare every byte.
 
@@ -53,17 +55,23 @@ def chaos(
     tally = Tally(seed, mode, hosts)
     tally.not_tried = missing(home)
     end = time.monotonic() + 60 * minutes
+
+    def proceed() -> bool:
+        if time.monotonic() >= end or (cycles is not None and tally.cycles >= cycles):
+            return False
+        counted = [(tally.kill_cycles, kills), (len(tally.failovers), failovers)]
+        return all(wanted is None for _, wanted in counted) or any(have < wanted for have, wanted in counted if wanted)
+
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        campaign(
-            home, seed, mode, hosts, tally,
-            lambda: time.monotonic() < end and (cycles is None or tally.cycles < cycles),
-        )  # fmt: skip
+        campaign(home, seed, mode, hosts, tally, proceed)
     except KeyboardInterrupt:
         console.print("Interrupted.")
     finally:
         signal.signal(signal.SIGTERM, before)
     console.print(tally.table())
+    if not tally.failure and (tally.kill_cycles < (kills or 0) or len(tally.failovers) < (failovers or 0)):
+        console.print("The time was over before all SIGKILLs and failovers that were asked for.", style="yellow")
     if report is not None:
         report.write_text(json.dumps(tally.report(), indent=2) + "\n")
     if tally.failure or tally.two_writers:
