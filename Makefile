@@ -1,12 +1,19 @@
 # make demo    a pair on this machine, its primary killed, the disk alive: needs Python >= 3.11, no root
 # make test    the tests; clients that are not installed (qemu-io, fio, nbdcopy …) are named and skipped
-# make soak    copy-before-write under readers, guests, checkpoints and kills, against a model: millions of operations
+# make soak    all that takes hours: copy-before-write against a model, the simulation, n-th faults, the long tests, chaos
+#              until KILLS SIGKILLs and FAILOVERS failovers; OPERATIONS, SIMULATION_MINUTES and CHAOS_MINUTES say how long,
+#              PARTS which of it; a summary at the end, exit code non-zero if anything failed
 # make chaos   a pair of real processes, broken at random for MINUTES under verified load, compared byte by byte
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= 2
 TESTS   ?= tests
 OPERATIONS ?= 3000000
+SIMULATION_MINUTES ?= 120
+CHAOS_MINUTES ?= 120
+KILLS ?= 1000
+FAILOVERS ?= 200
+PARTS ?=
 MINUTES ?= 5
 SOURCES := $(shell find common primary secondary deploy -name '*.py') pyproject.toml
 
@@ -19,7 +26,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 soak: $(VENV)/.test
-	$(BIN)/python -m tests.soak_cow --operations $(OPERATIONS)
+	$(BIN)/python -m tests.soak --operations $(OPERATIONS) --simulation-minutes $(SIMULATION_MINUTES) --jobs $(JOBS) \
+		--chaos-minutes $(CHAOS_MINUTES) --kills $(KILLS) --failovers $(FAILOVERS) $(if $(PARTS),--only $(PARTS))
 
 chaos: $(VENV)/.test
 	$(BIN)/tandemdisk chaos --minutes $(MINUTES)
