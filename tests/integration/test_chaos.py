@@ -15,17 +15,26 @@ from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
 from tests.pairs import tandemdisk
 
 
-def test_a_short_run_loses_nothing(short_dir: Path) -> None:
+RUNS = [
+    pytest.param("sync", "local", 7, id="sync"),
+    pytest.param("async", "local", 8, id="async"),
+    pytest.param("sync", "netns", 9, id="netns", marks=pytest.mark.root),
+]
+
+
+@pytest.mark.parametrize(("mode", "hosts", "seed"), RUNS)
+def test_a_short_run_loses_nothing(short_dir: Path, mode: str, hosts: str, seed: int) -> None:
     report = short_dir / "report.json"
     done = tandemdisk(
-        "chaos", "--seed", "7", "--minutes", "1", "--cycles", "6", "--dir", short_dir / "c", "--report", report,
-        timeout_s=110,
+        "chaos", "--seed", str(seed), "--mode", mode, "--hosts", hosts, "--minutes", "1", "--cycles", "2",
+        "--dir", short_dir / "c", "--report", report, timeout_s=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(report.read_text())
     assert told["cycles"] >= 1
     assert told["comparisons"] == told["cycles"] <= told["guest_views"]
     assert told["writes"]["acknowledged"] > 0
+    assert ("most_async_bytes_left_behind" in told["writes"]) == (mode == "async")
     assert (told["writes"]["lost"], told["generations"]["with_two_writers"], told["failure"]) == (0, 0, "")
 
 
