@@ -14,7 +14,6 @@ from deploy.chaos.disks import DiskErrors, DiskFull, Keeper, missing
 from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
 from tests.pairs import tandemdisk
 
-
 RUNS = [
     pytest.param("sync", "local", 7, id="sync"),
     pytest.param("async", "local", 8, id="async"),

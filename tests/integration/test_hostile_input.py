@@ -12,8 +12,7 @@ import json
 import random
 import socket
 import struct
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from common import nbd, wire
 from common.generation import Generation, Standing
 from deploy.pair import Pair, PairOptions
 from tests.pairs import MIB, QUICK, Load, compare_disks, contents, primary_uri, running
+from tests.recording import recording
 
 SIZE = 4 * MIB
 GROWTH = 96 * MIB
@@ -65,38 +65,6 @@ def throw(path: str, data: bytes) -> None:
             sock.sendall(data)
             while sock.recv(65536):
                 pass
-
-
-@contextlib.contextmanager
-def recording(path: Path, target: str) -> Iterator[bytearray]:
-    """A Unix socket at ``path`` that leads to ``target``, and what was sent to it by the first who connects."""
-    heard = bytearray()
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as far:
-        listener.bind(str(path))
-        listener.listen()
-        far.connect(target)
-        near: list[socket.socket] = []
-
-        def forward() -> None:
-            near.append(listener.accept()[0])
-            threading.Thread(target=pump, args=(far, near[0], bytearray()), daemon=True).start()
-            pump(near[0], far, heard)
-
-        def pump(source: socket.socket, sink: socket.socket, record: bytearray) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    record += data
-                    sink.sendall(data)
-
-        thread = threading.Thread(target=forward, daemon=True)
-        thread.start()
-        yield heard
-        for sock in (*near, far):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
-        for sock in near:
-            sock.close()
 
 
 def nbd_session() -> bytes:
