@@ -27,12 +27,12 @@ from tests.pairs import MIB, QUICK, Load, compare_disks, contents, primary_uri, 
 from tests.recording import recording
 
 SIZE = 4 * MIB
-GROWTH = 96 * MIB
-"""More than one process may hold after all of it than before: pools that were not touched yet, and no leak."""
+GROWTH = 8 * MIB
+"""More than one process may hold after an attack than after the same one before: what it needs it has by then."""
 PATIENCE_S = 0.02
 
 SOAK = [pytest.mark.soak, pytest.mark.timeout(900)]
-ROUNDS = [pytest.param(25, id="short"), pytest.param(1500, id="long", marks=SOAK)]
+ROUNDS = [pytest.param(12, id="short"), pytest.param(750, id="long", marks=SOAK)]
 
 
 def mutated(chance: random.Random, data: bytes) -> bytes:
@@ -119,6 +119,7 @@ def at_the_stream(path: Path, pair: Pair, chance: random.Random, rounds: int) ->
     settings = pair.settings("secondary")
     target = str(settings.replication.listen).removeprefix("ipc://")
     with zmq.Context() as context:
+        (path / "rec").unlink(missing_ok=True)
         with recording(path / "rec", target) as heard, context.socket(zmq.DEALER) as dealer:
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.connect(f"ipc://{path}/rec")
@@ -222,6 +223,7 @@ def test_hostile_input_changes_nothing(
         with Load(primary_uri(pair), seed=3, depth=4) as load:
             load.wait_for(50)
             there = processes(pair)
+            attack(short_dir, pair, random.Random(5), rounds)
             before = [process.memory_info().rss for process in there]
             attack(short_dir, pair, random.Random(5), rounds)
             load.wait_for(load.answered + 50)
