@@ -263,21 +263,16 @@ _TABLES: Final[dict[str, type[_Table]]] = {
 }  # fmt: skip
 
 
-def load_config(path: Path, role: Role | None = None) -> NodeSettings:
-    """The settings in the file at ``path``; with ``role``, also checked for what a side needs to start in that role.
-
-    Raises ConfigError whose ``problems`` name everything that is wrong.
-    """
+def read_toml(path: Path, *, hint: str) -> dict[str, Any]:
+    """What a TOML file holds. ConfigError, with ``hint`` if it cannot be read, whatever else the file is."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_FILE + 1)
         if len(text) > MAX_FILE:
             raise ConfigError(f"{path} has more than {format_size(MAX_FILE)}: it is no configuration.")
-        raw = tomllib.loads(text.decode("utf-8"))
+        return tomllib.loads(text.decode("utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"Cannot read {path}: {error.strerror}.", hint="`tandemdisk up` writes configurations."
-        ) from error
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.", hint=hint) from error
     except RecursionError:
         raise ConfigError(f"{path} is no configuration: it is nested too deeply.") from None
     except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
@@ -286,6 +281,14 @@ def load_config(path: Path, role: Role | None = None) -> NodeSettings:
             f"{path} is not TOML: {sentence[:_SHOWN]}{'…' if len(sentence) > _SHOWN else ''}.",
             hint="Correct that place.",
         ) from error
+
+
+def load_config(path: Path, role: Role | None = None) -> NodeSettings:
+    """The settings in the file at ``path``; with ``role``, also checked for what a side needs to start in that role.
+
+    Raises ConfigError whose ``problems`` name everything that is wrong.
+    """
+    raw = read_toml(path, hint="`tandemdisk up` writes configurations.")
     return make_settings(raw, base=path.resolve().parent, role=role, source=str(path))
 
 

@@ -307,7 +307,7 @@ def remove_buffer(directory: str) -> None:
 
 def read_state(directory: PairDirectory) -> dict[str, Any]:
     """What the last supervisor in ``directory`` knew; empty if there was none."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         state = json.loads(directory.supervisor_state.read_text())
         if isinstance(state, dict):
             return state

@@ -102,10 +102,10 @@ class PairDirectory:
         """The hosts that the sides run on; None: this machine as it is."""
         try:
             raw = json.loads(self.hosts_file.read_text(encoding="utf-8"))
-            return NetnsHosts(raw["tag"], raw["rate"])
+            return NetnsHosts(raw["tag"], None if raw["rate"] is None else parse_rate(raw["rate"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{self.hosts_file} does not name hosts: {error}.", hint="Correct or delete it."
             ) from None

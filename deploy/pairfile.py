@@ -24,13 +24,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from common.config import make_settings
+from common.config import make_settings, read_toml
 from common.errors import ConfigError
 from common.settings import NodeSettings, Role
 from deploy.hosts import REPLICATION_PORT, SIDES, Machine, Side
@@ -75,12 +74,7 @@ class PairFile:
 
 def load_pair_file(path: Path) -> PairFile:
     """The hosts in the file at ``path``. Raises ConfigError whose ``problems`` name everything that is wrong."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.", hint="See deploy/examples/pair.toml.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.", hint="Correct that place.") from error
+    raw = read_toml(path, hint="See deploy/examples/pair.toml.")
     problems = _problems(raw)
     if problems:
         raise ConfigError(f"{path} does not describe a pair of hosts:", problems=tuple(problems))
@@ -110,7 +104,9 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         problems += [f"`hosts.{name}.{key}` is not known" for key in sorted(host.keys() - _HOST_KEYS)]
         if not isinstance(host.get("address"), str):
             problems.append(f"`hosts.{name}.address` is missing")
-    if {str(host.get("starts_as")) for host in hosts.values()} != {"primary", "secondary"}:
+        if not isinstance(host.get("export", ""), str):
+            problems.append(f"`hosts.{name}.export` must be \"HOST:PORT\"")
+    if [host.get("starts_as") for host in hosts.values()] not in (["primary", "secondary"], ["secondary", "primary"]):
         problems.append("one host's `starts_as` must be primary, the other one's secondary")
     volumes = raw.get("volumes")
     if not isinstance(volumes, list) or not volumes:

@@ -307,7 +307,7 @@ class VolumeBuffer:
 
     def announce(self, size: int) -> None:
         """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first."""
-        self.header.words[self.base + h.V_SIZE] = size
+        self.header.words[self.base + h.V_SIZE] = h.size_word(size)
         self.follow()
 
     def grow(self, disk: Disk) -> None:
@@ -320,7 +320,7 @@ class VolumeBuffer:
     def follow(self) -> bool:
         """Take over the size in the header. True if it had grown; from any thread."""
         with self._following:
-            size = self.header.words[self.base + h.V_SIZE]
+            size = h.size_of(self.header.words[self.base + h.V_SIZE])
             if size == self.size:
                 return False
             hidden, active = _layers(size, self.block_size, *self._slots)

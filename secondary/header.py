@@ -16,6 +16,10 @@ Stores are 8 bytes, aligned, through a memoryview cast to native words, which CP
 machines. Ordering between processes comes from the kernel: whoever relies on an order holds a CowRequest, whose lock
 and unlock are system calls on both sides.
 
+What does not change while the buffer lives (pair, block size, volumes, slots) is under a checksum, and a volume's size
+carries its own in the same word, so that growing is one store as well: a process that attaches to a damaged header says
+so. The words that change with every batch are memory, and believed.
+
 Words that nothing depends on (counters, the fairness hint, commit progress) live here, too, and may be torn by a crash.
 """
 
@@ -31,13 +35,15 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from xxhash import xxh3_64, xxh3_64_intdigest
+
 from common import limits
 from common.disk import FLOCK
 from common.errors import DiskError, TandemDiskError
 from common.failures import Failure as Failure  # the words of the header speak of it
 
 MAGIC: Final = int.from_bytes(b"TDBUFFER", "little")
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 
 EPOCH_MASK: Final = 0xFFFF_FFFF
 LAST_EPOCH: Final = 0xFFFF_FFFF
@@ -55,6 +61,8 @@ W_APPLIED: Final = 6
 W_STREAM: Final = 7
 W_SYNCS: Final = 8
 W_BEGUN: Final = 9
+W_SEAL: Final = 10
+"""xxh3-64 of all that does not change."""
 W_RECORDS: Final = 12
 W_ERROR_SERIAL: Final = 18
 W_ERROR_CASE: Final = 19
@@ -73,6 +81,7 @@ HEADER_BYTES: Final = PAGE + VOLUME_BYTES * limits.MAX_VOLUMES
 
 # Words of a volume's record.
 V_SIZE: Final = 0
+"""See ``size_word``."""
 V_HIDDEN_SLOTS: Final = 1
 V_ACTIVE_SLOTS: Final = 2
 V_HIDDEN_BUMP: Final = 3
@@ -90,6 +99,8 @@ V_SPILL_SLOTS: Final = 14
 VOLUME_NAME: Final = slice(256, 512)
 VOLUME_DISK: Final = slice(512, 2048)
 
+_SIZE_BITS: Final = 48
+_REMOVE: Final = "Remove the buffer: the disk is compared as a whole then."
 _LOCK_ERROR: Final = 1 << 40
 _LOCK_OWNER: Final = _LOCK_ERROR + 1
 
@@ -165,8 +176,12 @@ class PairHeader:
                 f"{self.path} has layout version {self.words[W_VERSION]}, this program knows {LAYOUT_VERSION}.",
                 hint="Finish the failover with the version that made it.",
             )
+        if self.words[W_SEAL] != _seal(self.bytes):
+            raise _damaged(self.path)
         if pair_id is not None and self.pair_id != pair_id:
             raise DiskError(f"{self.path} belongs to pair {self.pair_id}, not to {pair_id}.")
+        if self.words[W_STATE] >> STAGE_SHIFT > Stage.DONE:
+            raise _damaged(self.path)
 
     @classmethod
     def create(cls, path: str, pair_id: str, block_size: int, volumes: list[VolumeGeometry]) -> PairHeader:
@@ -180,13 +195,14 @@ class PairHeader:
         words[W_PAIR_BYTES] = _put(image, PAIR_ID, pair_id)
         for index, volume in enumerate(volumes):
             base = volume_base(index)
-            words[base + V_SIZE] = volume.size
+            words[base + V_SIZE] = size_word(volume.size)
             words[base + V_HIDDEN_SLOTS] = volume.hidden_slots
             words[base + V_ACTIVE_SLOTS] = volume.active_slots
             words[base + V_SPILL_SLOTS] = volume.spill_slots
             start = base * 8
             words[base + V_NAME_BYTES] = _put(image, _shift(VOLUME_NAME, start), volume.name)
             words[base + V_DISK_BYTES] = _put(image, _shift(VOLUME_DISK, start), volume.disk)
+        words[W_SEAL] = _seal(memoryview(image))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, HEADER_BYTES)
@@ -216,7 +232,7 @@ class PairHeader:
 
         return VolumeGeometry(
             name=text(VOLUME_NAME, self.words[base + V_NAME_BYTES]),
-            size=self.words[base + V_SIZE],
+            size=size_of(self.words[base + V_SIZE]),
             disk=text(VOLUME_DISK, self.words[base + V_DISK_BYTES]),
             hidden_slots=self.words[base + V_HIDDEN_SLOTS],
             active_slots=self.words[base + V_ACTIVE_SLOTS],
@@ -394,6 +410,41 @@ class PairHeader:
 def volume_base(index: int) -> int:
     """Number of the first word of a volume's record."""
     return (PAGE + VOLUME_BYTES * index) // 8
+
+
+def size_word(size: int) -> int:
+    """A volume's size as the header holds it: 48 bits, and 16 of its checksum above them."""
+    assert 0 <= size < 1 << _SIZE_BITS
+    return size | (xxh3_64_intdigest(size.to_bytes(8, "little")) & 0xFFFF) << _SIZE_BITS
+
+
+def size_of(word: int) -> int:
+    """The size in such a word. DiskError if it is none."""
+    size = word & ((1 << _SIZE_BITS) - 1)
+    if size_word(size) != word:
+        raise DiskError("The header of the disk buffer is damaged: a volume's size is not what its checksum says.",
+                        hint=_REMOVE)  # fmt: skip
+    return size
+
+
+def _seal(image: memoryview) -> int:
+    """The checksum of what does not change, in the bytes of a header."""
+    words = image.cast("Q")
+    digest = xxh3_64(image[W_VERSION * 8 : W_STATE * 8])
+    digest.update(image[W_PAIR_BYTES * 8 : W_PAIR_BYTES * 8 + 8])
+    digest.update(image[PAIR_ID])
+    for index in range(min(words[W_VOLUMES], limits.MAX_VOLUMES)):
+        base = volume_base(index)
+        for word in (V_HIDDEN_SLOTS, V_ACTIVE_SLOTS, V_SPILL_SLOTS, V_NAME_BYTES, V_DISK_BYTES):
+            digest.update(image[(base + word) * 8 : (base + word) * 8 + 8])
+        digest.update(image[_shift(VOLUME_NAME, base * 8)])
+        digest.update(image[_shift(VOLUME_DISK, base * 8)])
+    words.release()
+    return digest.intdigest()
+
+
+def _damaged(path: str) -> DiskError:
+    return DiskError(f"{path} is damaged: it does not say what it said when it was made.", hint=_REMOVE)
 
 
 def _shift(where: slice, by: int) -> slice:

@@ -63,7 +63,8 @@ class GuestVolume(VolumeView):
         self._lock = threading.Lock()
         self._queue: deque[tuple[WriteBatch, asyncio.AbstractEventLoop]] = deque()
         self._working = False
-        self._size_word = buffer.base + h.V_SIZE
+        self._size_at = buffer.base + h.V_SIZE
+        self._size_word = h.size_word(self._size)
         self._successor: Volume | None = None
         self._arriving: list[WriteBatch] | None = None
 
@@ -161,7 +162,7 @@ class GuestVolume(VolumeView):
             return self._all_failed(operations, error.sentence)
 
     def _apply_locked(self, operations: Sequence[Operation], view: memoryview, wait: bool) -> Mapping[int, int] | None:
-        if self._words[self._size_word] != self._size:
+        if self._words[self._size_at] != self._size_word:
             self.follow()  # what was the end of the last block is its middle now
         state = self._words[h.W_STATE]
         stage = state >> h.STAGE_SHIFT
@@ -203,7 +204,7 @@ class GuestVolume(VolumeView):
     @property
     def size(self) -> int:
         """Bytes, by the header of the disk buffer: what a client is told that connects now."""
-        if self._words[self._size_word] != self._size:
+        if self._words[self._size_at] != self._size_word:
             self.follow()
         return self._size
 
@@ -212,6 +213,7 @@ class GuestVolume(VolumeView):
         self.buffer.follow()
         self.disk.use(self.buffer.size)
         self._size = self.buffer.size
+        self._size_word = h.size_word(self._size)
 
     def client_connected(self) -> None:
         self._clients += 1
