@@ -6,7 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from common.nbd_client import NbdClient
+from common.settings import Mode
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from tests.pairs import (
@@ -39,9 +42,10 @@ def filled(pair: Pair, size: int = 8 * MIB, seed: int = 7) -> None:
         client.flush()
 
 
-def test_a_difference_behind_a_hole_is_found(short_dir: Path) -> None:
-    """Its piece begins with a hole: the verification asked about that hole for ever (chaos, seed 112)."""
-    with running(short_dir / "p", PairOptions(size=16 * MIB)) as pair:
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_difference_behind_a_hole_is_found(short_dir: Path, mode: Mode) -> None:
+    """Its piece begins with a hole: the verification asked about that hole for ever (chaos, seeds 112 and 122)."""
+    with running(short_dir / "p", PairOptions(size=16 * MIB, mode=mode)) as pair:
         with NbdClient(primary_uri(pair)) as client:
             client.write(2 * BLOCK, random_bytes(1, BLOCK))
             client.flush()
