@@ -4,6 +4,7 @@
     writer         the load: writes over one connection, and what was acknowledged
     guest          writes on the follower, between checkpoints
     takeover       a failover from a leader that lives, with a client left on either side
+    kinds          what can be drawn
     campaign       cycles of faults, recovery and comparison, all drawn from one seed
     tally          the report
     entry          ``tandemdisk chaos``

@@ -19,7 +19,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,9 +31,10 @@ from common.metadata import load
 from common.nbd_client import NbdClient
 from common.settings import Mode, Role
 from deploy.chaos.breakage import FileLimit, cable, encrypt, new_tracebacks
-from deploy.chaos.disks import Choice, DiskErrors, DiskFull, breakable
+from deploy.chaos.disks import Choice, breakable
 from deploy.chaos.expectation import BLOCK, Breach, Expectation, Numbers, Wrong
 from deploy.chaos.guest import Guest
+from deploy.chaos.kinds import LASTING, possible
 from deploy.chaos.takeover import Takeover
 from deploy.chaos.tally import Tally
 from deploy.chaos.writer import Writer
@@ -56,22 +57,16 @@ PATIENCE_S: Final = 3.0
 CYCLES_A_PAIR: Final = 20
 READ: Final = 1 << 20
 
-KINDS: Final = {
-    "kill leader": 36, "kill follower": 26, "kill export": 4, "kill both": 5, "pause leader": 4, "pause follower": 5,
-    "cable": 12, "takeover": 10, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
-    "host gone leader": 10, "host gone follower": 6,
-    "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6, "EIO follower": 6,
-}  # fmt: skip
-"""Faults and commands, and how often each is drawn, where the side lives on a disk that can be broken so."""
-LASTING: Final = (Paused, HostGone, DiskFull, DiskErrors)
-"""Faults that need time to show, beside those of the cable."""
-
 
 class PairUnderChaos:
     """One pair and its cycles."""
 
-    def __init__(self, directory: Path, seed: int, chance: random.Random, mode: Mode, hosts: str, tally: Tally) -> None:
-        self.chance, self.tally, self.mode = chance, tally, mode
+    def __init__(
+        self, directory: Path, seed: int, chance: random.Random, mode: Mode, hosts: str, tally: Tally,
+        kinds: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """``kinds``: only these faults are drawn; all if there are none."""
+        self.chance, self.tally, self.mode, self.kinds = chance, tally, mode, kinds
         blocks = chance.choice((256, 512, 1024))
         self.on_peer_loss: str = chance.choice(("continue", "continue", "block"))
         self.peer_timeout_s = PEER_TIMEOUT_S
@@ -170,8 +165,8 @@ class PairUnderChaos:
         self.pause(0.0, 0.05 if self.guest is None else 0.2)
         faults: list[Fault] = []
         try:
-            possible = self._possible()
-            kinds = self.chance.choices(list(possible), list(possible.values()), k=self.chance.choice((1, 1, 2, 3)))
+            shares = self._possible()
+            kinds = self.chance.choices(list(shares), list(shares.values()), k=self.chance.choice((1, 1, 2, 3)))
             if self.mode == "async" and kinds[0] == "cable":
                 kinds[1:] = ["kill leader"]  # what it had not sent yet is lost
             if kinds[0] == "takeover":
@@ -195,15 +190,7 @@ class PairUnderChaos:
             self._compare()
 
     def _possible(self) -> dict[str, int]:
-        """What can be drawn, and how often: a fault of a disk only if it is that of a side that has such a disk."""
-        leading = SIDES[self.pair.leader()]
-        possible = {kind: share for kind, share in KINDS.items() if kind[0] != "E" or kind.startswith("EFBIG")}
-        if self.pair.directory.hosts() is None:
-            possible = {kind: share for kind, share in possible.items() if not kind.startswith("host")}
-        for kind, side in self.disks:
-            name = f"{kind} {'leader' if side == leading else 'follower'}"
-            possible[name] = KINDS[name]
-        return possible
+        return possible(self.kinds, self.disks, SIDES[self.pair.leader()], self.pair.directory.hosts() is not None)
 
     def pause(self, least: float, most: float) -> None:
         self._tick.wait(self.chance.uniform(least, most))
@@ -572,13 +559,16 @@ class PairUnderChaos:
             )
 
 
-def campaign(directory: Path, seed: int, mode: Mode, hosts: str, tally: Tally, proceed: Callable[[], bool]) -> None:
+def campaign(
+    directory: Path, seed: int, mode: Mode, hosts: str, tally: Tally, proceed: Callable[[], bool],
+    kinds: Collection[str] = (),
+) -> None:  # fmt: skip
     """Pair after pair while ``proceed``; a Breach goes into ``tally`` and ends the run, its directory kept."""
     number = 0
     while proceed() and not tally.failure:
         chance = random.Random(f"{seed}/{number}")
         home = directory / str(number)
-        subject = PairUnderChaos(home, seed + number, chance, mode, hosts, tally)
+        subject = PairUnderChaos(home, seed + number, chance, mode, hosts, tally, kinds)
         tally.pairs += 1
         try:
             subject.live(proceed)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from deploy.chaos.campaign import campaign
 from deploy.chaos.disks import missing
+from deploy.chaos.kinds import KINDS
 from deploy.chaos.tally import Tally
 
 LOST: Final = 12
@@ -33,14 +34,22 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 @click.option("--cycles", type=click.IntRange(1), help="End after so many cycles, if that is sooner.")
 @click.option("--kills", type=click.IntRange(1), help="End after so many SIGKILLs, if that is sooner.")
 @click.option("--failovers", type=click.IntRange(1), help="The same of failovers; with --kills, after both.")
+@click.option(
+    "--fault",
+    "kinds",
+    type=click.Choice(sorted(KINDS)),
+    multiple=True,
+    metavar="KIND",
+    help="Draw only this (and others so given), where it can be.",
+)
 @click.option("--seed", type=click.IntRange(0), help="All choices follow from it.  [default: a random one]")
 @click.option("--mode", type=click.Choice(["sync", "async"]), default="sync", show_default=True)
 @click.option("--hosts", type=click.Choice(["local", "netns"]), default="local", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there, as JSON.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="Where pairs live.")
 def chaos(
-    minutes: float, cycles: int | None, kills: int | None, failovers: int | None, seed: int | None, mode: Any,
-    hosts: str, report: Path | None, directory: Path | None,
+    minutes: float, cycles: int | None, kills: int | None, failovers: int | None,
+    kinds: tuple[str, ...], seed: int | None, mode: Any, hosts: str, report: Path | None, directory: Path | None,
 ) -> None:  # fmt: skip
     """Break a pair of real processes under verified load, heal it, compare every byte.
 
@@ -64,7 +73,7 @@ def chaos(
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        campaign(home, seed, mode, hosts, tally, proceed)
+        campaign(home, seed, mode, hosts, tally, proceed, kinds)
     except KeyboardInterrupt:
         console.print("Interrupted.")
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -10,22 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.disk import FileDisk
 from deploy.chaos.disks import DiskErrors, DiskFull, Keeper, missing
 from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
+from deploy.chaos.writer import Writer
+from tests.conftest import wait_until
 from tests.pairs import tandemdisk
+from tests.serving import serving
+from tests.volumes import PlainVolume
 
 RUNS = [
-    pytest.param("sync", "local", 7, id="sync"),
-    pytest.param("async", "local", 8, id="async"),
-    pytest.param("sync", "netns", 9, id="netns", marks=pytest.mark.root),
+    pytest.param("sync", "local", 7, (), id="sync"),
+    pytest.param("async", "local", 8, (), id="async"),
+    pytest.param("sync", "netns", 9, (), id="netns", marks=pytest.mark.root),
+    pytest.param("sync", "local", 1, ("--fault", "takeover"), id="takeover"),
 ]
 
 
-@pytest.mark.parametrize(("mode", "hosts", "seed"), RUNS)
-def test_a_short_run_loses_nothing(short_dir: Path, mode: str, hosts: str, seed: int) -> None:
+@pytest.mark.parametrize(("mode", "hosts", "seed", "more"), RUNS)
+def test_a_short_run_loses_nothing(short_dir: Path, mode: str, hosts: str, seed: int, more: tuple[str, ...]) -> None:
     report = short_dir / "report.json"
     done = tandemdisk(
-        "chaos", "--seed", str(seed), "--mode", mode, "--hosts", hosts, "--minutes", "1", "--cycles", "2",
+        "chaos", "--seed", str(seed), "--mode", mode, "--hosts", hosts, "--minutes", "1", "--cycles", "2", *more,
         "--dir", short_dir / "c", "--report", report, timeout_s=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,8 +40,42 @@ def test_a_short_run_loses_nothing(short_dir: Path, mode: str, hosts: str, seed:
     assert told["cycles"] >= 1
     assert told["comparisons"] == told["cycles"] <= told["guest_views"]
     assert told["writes"]["acknowledged"] > 0
+    assert sum(told["takeovers"].values()) >= (2 if more else 0)
     assert ("most_async_bytes_left_behind" in told["writes"]) == (mode == "async")
     assert (told["writes"]["lost"], told["generations"]["with_two_writers"], told["failure"]) == (0, 0, "")
+
+
+def test_acknowledgements_of_two_sides_in_one_generation_are_seen(short_dir: Path) -> None:
+    """Two loads on two exports whose sides both say that they lead: in one generation, then each in its own."""
+    generations: dict[str, int | None] = {"a": 7, "b": 7}
+    with contextlib.ExitStack() as stack:
+        writers: list[Writer] = []
+        for number, side in enumerate("ab"):
+            (short_dir / side).mkdir()
+            disk = FileDisk(str(image(short_dir / side / "disk")))
+            stack.callback(disk.close)
+            served = stack.enter_context(serving(short_dir / side, PlainVolume(disk, "disk0")))
+            writer = Writer(Expectation(short_dir / f"e{side}", 8), number, generations.__getitem__)
+            stack.callback(writer.close)
+            writer.watch(lambda generation: generation == 7)
+            writer.aim(side, served.uri())
+            writers.append(writer)
+        one, other = writers
+        wait_until(lambda: min(writer.acknowledged for writer in writers) > 20, 20, "writes on both sides")
+        assert 7 in one.writers.keys() & other.writers.keys(), "a generation with two writers"
+        assert not one.strays
+        generations["b"] = 8
+        wait_until(lambda: other.strays, 20, "a write in a generation that does not count")
+        other.rest()
+        assert {stray.generation for stray in other.strays} == {8}
+        assert set(other.writers) == {7, 8}
+        assert all(stray.number not in other.expectation.acknowledged for stray in other.strays), "still in doubt"
+
+
+def image(path: Path) -> Path:
+    with path.open("wb") as file:
+        file.truncate(8 * BLOCK)
+    return path
 
 
 def expectation(directory: Path) -> tuple[Expectation, bytearray]:
