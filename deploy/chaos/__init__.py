@@ -2,9 +2,11 @@
 
     expectation    what each block may hold, in a file outside of the pair
     writer         the load: writes over one connection, and what was acknowledged
+    beside         the load on a second volume
     guest          writes on the follower, between checkpoints
     takeover       a failover from a leader that lives, with a client left on either side
     kinds          what can be drawn
+    judgement      what a failover has to have brought
     campaign       cycles of faults, recovery and comparison, all drawn from one seed
     tally          the report
     entry          ``tandemdisk chaos``

@@ -30,14 +30,16 @@ from common.errors import NbdError, NeedsForce, NotRunning, OperationFailed, Tan
 from common.metadata import load
 from common.nbd_client import NbdClient
 from common.settings import Mode, Role
+from deploy.chaos.beside import Beside
 from deploy.chaos.breakage import FileLimit, cable, encrypt, new_tracebacks
 from deploy.chaos.disks import Choice, breakable
-from deploy.chaos.expectation import BLOCK, Breach, Expectation, Numbers, Wrong
+from deploy.chaos.expectation import BLOCK, Breach, Expectation, Numbers, Wrong, none_wrong
 from deploy.chaos.guest import Guest
+from deploy.chaos.judgement import judge_failover
 from deploy.chaos.kinds import LASTING, possible
 from deploy.chaos.takeover import Takeover
 from deploy.chaos.tally import Tally
-from deploy.chaos.writer import Writer
+from deploy.chaos.writer import REST_S, Writer
 from deploy.faults import Fault, HostGone, Killed, Paused
 from deploy.hosts import Side
 from deploy.launcher import read_state
@@ -71,8 +73,10 @@ class PairUnderChaos:
         self.on_peer_loss: str = chance.choice(("continue", "continue", "block"))
         self.peer_timeout_s = PEER_TIMEOUT_S
         interval_s = chance.choice((0.0, 0.0, 0.05))
+        volumes = chance.choice((1, 1, 2))
         options = PairOptions(
             size=blocks * BLOCK,
+            volumes=volumes,
             mode=mode,
             hosts=hosts,
             block_size=chance.choice((512, 4096, 4096, 65536)),
@@ -93,11 +97,15 @@ class PairUnderChaos:
         """Loads of sides that were taken over from."""
         self.expectation = Expectation(self.expectation_path(), blocks)
         self.writer = Writer(self.expectation, seed, self.generation_of)
+        self.beside: list[Beside] = []
+        """The load on the second volume, if there is one."""
+        if volumes == 2:
+            self.beside = [Beside("disk1", self.expectation_path(), blocks, ~seed, self.generation_of)]
         self.cable: dict[str, Fault] = {}
         self.disks: dict[tuple[str, Side], Choice] = {}
-        self._known: tuple[int, Numbers, Numbers] | None = None
+        self.known: tuple[int, Numbers, Numbers] | None = None
         """The last checkpoint that was asked for: its number, what was acknowledged before and sent until then."""
-        self._owed: tuple[Numbers, int] | None = None
+        self.owed: tuple[Numbers, int] | None = None
         """What was acknowledged when the leader told how many bytes the follower had not confirmed, and these."""
         self._kinds: list[str] = []
         self._logs: dict[Path, int] = {}
@@ -113,13 +121,13 @@ class PairUnderChaos:
         self.writer.close()
         self._former.append(self.writer)
         self.writer, self.expectation = writer, expectation
-        self._errors = writer.errors
-        self._known = self._owed = None
+        self.errors = writer.errors
+        self.known = self.owed = None
 
     def writers(self, *more: Writer) -> dict[int, set[str]]:
         """By generation: the sides that acknowledged writes in it."""
         merged: dict[int, set[str]] = {}
-        for writer in (*self._former, self.writer, *more):
+        for writer in (*self._former, self.writer, *more, *(other.writer for other in self.beside)):
             for generation, sides in list(writer.writers.items()):
                 merged.setdefault(generation, set()).update(sides)
         return merged
@@ -144,11 +152,13 @@ class PairUnderChaos:
                         self.tally.cycles += 1
             finally:
                 self.writer.close()
+                for other in self.beside:
+                    other.writer.close()
                 if self.guest is not None:
                     self.guest.end()
                     self.tally.guest_writes += self.guest.acknowledged
                     self.tally.guest_writes_kept += self.guest.kept
-                for writer in (*self._former, self.writer):
+                for writer in (*self._former, self.writer, *(other.writer for other in self.beside)):
                     self.tally.acknowledged += writer.acknowledged
                     self.tally.refused_writes += writer.errors
                     self.tally.reads += writer.reads
@@ -159,7 +169,7 @@ class PairUnderChaos:
     # A cycle
 
     def _cycle(self) -> None:
-        self._errors = self.writer.errors
+        self.errors = self.writer.errors
         self._aim()
         self._aim_guest()
         self.pause(0.0, 0.05 if self.guest is None else 0.2)
@@ -197,7 +207,26 @@ class PairUnderChaos:
 
     def _aim(self) -> None:
         side = SIDES[self.pair.leader()]
+        self.aim_at(side)
+
+    def aim_at(self, side: str) -> None:
+        """All load goes to the exports of ``side``."""
         self.writer.aim(side, self.uri(side))
+        for other in self.beside:
+            other.writer.aim(side, self.uri(side, other.name))
+
+    def rest(self, patience_s: float = REST_S, *, abandon: bool = False) -> None:
+        """No load any more."""
+        self.writer.rest(patience_s, abandon=abandon)
+        for other in self.beside:
+            other.writer.rest(patience_s, abandon=abandon)
+
+    def judge_beside(self, target: str, number: int, side: str) -> None:
+        """The second volume after a failover, as ``side`` exports it."""
+        for other in self.beside:
+            with self.client(side, other.name) as client:
+                found = other.expectation.decode(self.read_bytes(client))
+            other.judge_failover(target, number, found, self.mode)
 
     def _aim_guest(self) -> None:
         if self.guest is not None:
@@ -212,12 +241,12 @@ class PairUnderChaos:
             if self.guest.wrong:
                 raise Breach(f"Under load {self.guest.wrong}.", 1)
 
-    def _guests(self, checkpoint: int | None = None) -> set[int]:
+    def guests(self, checkpoint: int | None = None) -> set[int]:
         """Blocks in which the guest may have written, on one checkpoint or on any."""
         return self.guest.touched(checkpoint) if self.guest is not None else set()
 
-    def uri(self, side: str) -> str:
-        return f"nbd+unix:///disk0?socket={self.pair.directory.path}/{side}/nbd.sock"
+    def uri(self, side: str, volume: str = "disk0") -> str:
+        return f"nbd+unix:///{volume}?socket={self.pair.directory.path}/{side}/nbd.sock"
 
     def _begin(self, kind: str, *, broken: bool) -> Fault | None:
         leader = self.pair.leader()
@@ -303,32 +332,41 @@ class PairUnderChaos:
         low = self.expectation.snapshot()[0]
         lag = self.ask(leader).get("lag") or {}
         if lag.get("bytes") is not None:
-            self._owed = (low, int(lag["bytes"]))
+            self.owed = (low, int(lag["bytes"]))
 
     def _check_view(self, side: str) -> None:
         """The guest's view of the checkpoint that was just taken, under load; no later one may have come since."""
-        assert self._known is not None
-        number, low, high = self._known
+        assert self.known is not None
+        number, low, high = self.known
         with NbdClient(self.uri(side), timeout_s=CONVERGE_S) as client:
             found = self.read(client)
         follower: Role = "secondary" if self.pair.leader() == "primary" else "primary"
         if self.ask(follower).get("checkpoint") == number:
-            guests = self._guests()
+            guests = self.guests()
             wrong = [one for one in self.expectation.out_of_range(found, low, high) if one.block not in guests]
-            self._none(wrong, f"in the guest's view of checkpoint {number}")
+            none_wrong(wrong, f"in the guest's view of checkpoint {number}")
+            for other in self.beside:
+                with self.client(side, other.name) as client:
+                    view = other.expectation.decode(self.read_bytes(client))
+                if self.ask(follower).get("checkpoint") == number:
+                    other.judge_view(number, view)
             self.tally.views += 1
 
     def _checkpoint(self, timeout_s: float = CONVERGE_S / 2) -> None:
         low, _ = self.expectation.snapshot()
+        for other in self.beside:
+            other.begin_checkpoint()
         leader = self.pair.client(self.pair.leader(), timeout_s + 1)
         number = int(leader.call("checkpoint", timeout_s=timeout_s)["checkpoint"])
-        self._known = (number, low, self.expectation.snapshot()[1])
+        self.known = (number, low, self.expectation.snapshot()[1])
+        for other in self.beside:
+            other.end_checkpoint(number)
 
     def _switchover(self) -> None:
         if self.pair.status()["state"] != "protected":
             raise OperationFailed("not now")
         self._end_guest()
-        self.writer.rest(PATIENCE_S)
+        self.rest(PATIENCE_S)
         self.pair.switchover()
         self._aim()
 
@@ -367,9 +405,9 @@ class PairUnderChaos:
         )
 
     def _fail_over(self) -> None:
-        target = self.chance.choice(("latest", "checkpoint") if self._guests() else ("latest",) * 3 + ("checkpoint",))
+        target = self.chance.choice(("latest", "checkpoint") if self.guests() else ("latest",) * 3 + ("checkpoint",))
         new = "b" if SIDES[self.pair.leader()] == "a" else "a"
-        self.writer.rest(abandon=True)
+        self.rest(abandon=True)
         started = time.monotonic()
         forced = False
         try:
@@ -400,66 +438,19 @@ class PairUnderChaos:
             if self.guest is not None:
                 self.expectation.number = max(self.expectation.number, self.guest.number)
             found = self.read(client)
+        self.judge_beside(target, int(done["checkpoint"]), new)
         self.expectation.log.pop()
         if self.guest is not None and not forced:
-            self._judge_guest(target, int(done["checkpoint"]), found)
-        self.judge_failover(target, int(done["checkpoint"]), found, self.expectation, probe=number)
+            self.guest.judge(target, int(done["checkpoint"]), found)
+        judge_failover(self, target, int(done["checkpoint"]), found, self.expectation, probe=number)
         self.expectation.settle(found)
-        self._known = self._owed = None
+        self.known = self.owed = None
         if self.guest is not None:
             self.guest.forget()
-        self.writer.aim(new, self.uri(new))
+        self.aim_at(new)
         self.pause(0.0, 0.05)
         self.pair.rejoin()
         self.tally.recoveries["rejoin"] += 1
-
-    def _judge_guest(self, target: str, number: int, found: npt.NDArray[np.int64]) -> None:
-        """The failover was done without force: nothing that the guest wrote on that checkpoint may be gone."""
-        assert self.guest is not None
-        if target == "latest" and self.guest.certain(number):
-            raise Breach("A failover to latest dropped writes of the guest without anybody's word.", 1)
-        if target == "checkpoint" and (lost := self.guest.lost(number, found)):
-            raise Breach(
-                f"{len(lost)} blocks that the guest wrote on checkpoint {number} are not there after a failover to it: "
-                f"block {lost[0]} holds write {int(found[lost[0]])}.", len(lost),
-            )  # fmt: skip
-
-    def judge_failover(
-        self, target: str, number: int, found: npt.NDArray[np.int64], expectation: Expectation, *, probe: int | None
-    ) -> None:
-        """What was found after it, against what the target promises. Block 0 holds the probe, if there was one."""
-        missing = found < expectation.acknowledged.astype(np.int64)
-        if target == "checkpoint":
-            self.tally.rolled_back += int(np.count_nonzero(missing))
-            if self._known is not None and number >= self._known[0]:
-                _, low, high = self._known
-                if number > self._known[0]:
-                    high = expectation.snapshot()[1]
-                if probe is not None:
-                    high[0] = probe
-                guests = self._guests(number)
-                wrong = [one for one in expectation.out_of_range(found, low, high) if one.block not in guests]
-                self._none(wrong, f"after a failover to checkpoint {number}")
-            return
-        if self.writer.errors == self._errors or probe is None:
-            seen = found.copy()
-            if probe is not None:
-                seen[0] = expectation.log[-1][0] if expectation.log else 0
-                seen[0] = min(int(seen[0]), int(found[1:].max()))
-            self._none(expectation.not_a_beginning(seen), "after a failover to latest: no beginning of the order")
-        if self.mode == "async":
-            left = expectation.missing_bytes(found, expectation.acknowledged)
-            self.tally.lost_async_bytes = max(self.tally.lost_async_bytes, left)
-            self.tally.left_behind += left > 0
-            if self._owed is not None:
-                low, lag = self._owed
-                left = expectation.missing_bytes(found, low)
-                self.tally.bounded += 1
-                self.tally.bounded_by = max(self.tally.bounded_by, lag)
-                if left > lag:
-                    raise Breach(f"{left} bytes were left behind; only {lag} were not confirmed.", left // BLOCK)
-            return
-        self._none(expectation.wrong(found), "after a failover to latest")
 
     # Comparison
 
@@ -469,16 +460,17 @@ class PairUnderChaos:
         deadline = time.monotonic() + CONVERGE_S
         while True:
             try:
-                self.writer.rest(PATIENCE_S)
+                self.rest(PATIENCE_S)
                 break
             except TimedOut as error:
                 if time.monotonic() > deadline:
                     raise Breach(f"The load hung: {error}") from error
                 self._recover()  # "protected" was the word of a leader that had yet to notice a death
-        if self.writer.trouble is not None:
-            raise Breach(f"The load hung: {self.writer.trouble}")
-        if self.writer.wrong:
-            raise Breach(f"Under load {self.writer.wrong}.", 1)
+        for writer in (self.writer, *(other.writer for other in self.beside)):
+            if writer.trouble is not None:
+                raise Breach(f"The load hung: {writer.trouble}")
+            if writer.wrong:
+                raise Breach(f"Under load {writer.wrong}.", 1)
         while True:
             try:
                 self._checkpoint()
@@ -487,12 +479,12 @@ class PairUnderChaos:
                 if time.monotonic() > deadline:
                     raise Breach(f"No checkpoint can be taken: {error}") from error
                 self._recover()
-        if self.writer.errors != self._errors:
+        if self.writer.errors != self.errors or any(other.failed for other in self.beside):
             self._repair(deadline)
         leader = self.pair.leader()
         with self.client(SIDES[leader]) as client:
             found = self.read(client)
-        self._none(self.expectation.wrong(found), "in the leader's export")
+        none_wrong(self.expectation.wrong(found), "in the leader's export")
         follower: Role = "secondary" if leader == "primary" else "primary"
         for role in (leader, follower):
             disk = Path(self.pair.settings(role).volumes[0].disk).read_bytes()
@@ -507,17 +499,27 @@ class PairUnderChaos:
                 )
         with self.client(SIDES[follower]) as client:
             view = self.read(client)
-        self._none(
+        none_wrong(
             [Wrong(int(at), int(view[at]), int(found[at])) for at in np.flatnonzero(view != found)],
             "in the guest's view of the last checkpoint",
         )
+        self._compare_beside(leader, follower)
         self.tally.views += 1
         self.expectation.settle(found)
-        self._known = self._known and (self._known[0], *self.expectation.snapshot())
-        self._owed = (self.expectation.snapshot()[0], 0)
+        self.known = self.known and (self.known[0], *self.expectation.snapshot())
+        self.owed = (self.expectation.snapshot()[0], 0)
         self.tally.comparisons += 1
         if trace := new_tracebacks(self.pair.directory.path, self._logs):
             raise Breach(f"An error that nobody caught, in {trace}")
+
+    def _compare_beside(self, leader: Role, follower: Role) -> None:
+        for other in self.beside:
+            shown: list[bytes] = []
+            for role in (leader, follower):
+                with self.client(SIDES[role], other.name) as client:
+                    shown.append(self.read_bytes(client))
+            one, two = (Path(self.pair.settings(role).volumes[1].disk).read_bytes() for role in (leader, follower))
+            other.compare(shown[0], (one, two), shown[1])
 
     def _repair(self, deadline: float) -> None:
         """What the leader's disk refused and the follower's took differs, by design, until a resync or a repair."""
@@ -531,32 +533,27 @@ class PairUnderChaos:
                     raise Breach(f"A repair is not possible: {error}") from error
                 self._recover()
 
-    def client(self, side: str) -> NbdClient:
+    def client(self, side: str, volume: str = "disk0") -> NbdClient:
         """A connection to the export of ``side``, whose process may be about to be started again."""
         deadline = time.monotonic() + CONVERGE_S
         while True:
             try:
-                return NbdClient(self.uri(side))
+                return NbdClient(self.uri(side, volume))
             except (NotRunning, NbdError) as error:
                 if time.monotonic() > deadline:
                     raise Breach(f"The export of side {side} does not come back: {error}") from error
                 self.pause(0.005, 0.02)
 
     def read(self, client: NbdClient) -> npt.NDArray[np.int64]:
+        return self.expectation.decode(self.read_bytes(client))
+
+    def read_bytes(self, client: NbdClient) -> bytes:
+        """All of an export."""
         data = bytearray(client.size)
         pieces = ((at, min(READ, client.size - at)) for at in range(0, client.size, READ))
         for offset, piece in client.read_many(pieces, depth=4):
             data[offset : offset + len(piece)] = piece
-        return self.expectation.decode(data)
-
-    def _none(self, wrong: list[Wrong], where: str) -> None:
-        if wrong:
-            first = wrong[0]
-            raise Breach(
-                f"{len(wrong)} blocks are wrong {where}: block {first.block} holds write {first.found}, write "
-                f"{first.acknowledged} was due.",
-                len(wrong),
-            )
+        return bytes(data)
 
 
 def campaign(

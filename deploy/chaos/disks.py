@@ -160,7 +160,7 @@ def breakable(pair: Pair, chance: random.Random, tally: Tally) -> Iterator[dict[
                 directory, image = Path(settings.directory), Path(settings.volumes[0].disk)
                 size = image.stat().st_size
                 if small:
-                    stack.enter_context(_in_memory(keeper, directory, size + SPARE))
+                    stack.enter_context(_in_memory(keeper, directory, len(settings.volumes) * size + SPARE))
                     faults["ENOSPC", side] = partial(DiskFull, directory)
                 if failing:
                     keeper.ask(serve=str(image), seed=seed)

@@ -172,3 +172,13 @@ class Expectation:
         self.sent[:] = self.acknowledged
         self.doubt.clear()
         self.log.clear()
+
+
+def none_wrong(wrong: list[Wrong], where: str, volume: str = "the volume") -> None:
+    """Breach if anything is."""
+    if wrong:
+        first = wrong[0]
+        raise Breach(
+            f"{len(wrong)} blocks of {volume} are wrong {where}: block {first.block} holds write {first.found}, write "
+            f"{first.acknowledged} was due.", len(wrong),
+        )  # fmt: skip

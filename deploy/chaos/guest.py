@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from common.errors import TandemDiskError
 from common.nbd_client import NbdClient
-from deploy.chaos.expectation import APART, BLOCK, ZEROES, contents_of
+from deploy.chaos.expectation import APART, BLOCK, ZEROES, Breach, contents_of
 
 PAUSE_S: Final = 0.004
 """Between two batches; the processes under test need the machine more."""
@@ -84,6 +84,16 @@ class Guest:
         lost = [block for block, number in certain.items() if int(found[block]) != number]
         self.kept += len(certain) - len(lost)
         return lost
+
+    def judge(self, target: str, number: int, found: npt.NDArray[np.int64]) -> None:
+        """A failover to ``target``, done without force, with checkpoint ``number``: nothing of it may be gone."""
+        if target == "latest" and self.certain(number):
+            raise Breach("A failover to latest dropped writes of the guest without anybody's word.", 1)
+        if target == "checkpoint" and (lost := self.lost(number, found)):
+            raise Breach(
+                f"{len(lost)} blocks that the guest wrote on checkpoint {number} are not there after a failover to it: "
+                f"block {lost[0]} holds write {int(found[lost[0]])}.", len(lost),
+            )  # fmt: skip
 
     def _run(self, uri: str, checkpoint: Callable[[], int | None]) -> None:
         while not self._ending.is_set() and not self.wrong:

@@ -26,6 +26,7 @@ from common.metadata import load
 from common.nbd_client import NbdClient, NbdClientError
 from common.settings import Role
 from deploy.chaos.expectation import BLOCK, Breach
+from deploy.chaos.judgement import judge_failover
 from deploy.chaos.writer import Writer
 from deploy.faults import Fault, Paused
 from deploy.layout import SIDES
@@ -62,6 +63,8 @@ class Takeover:
         standings = judge(self.pair.directory.settings()).standings
         if self.pair.status()["state"] != "protected" or standings[self.old].history != standings[self.new].history:
             raise OperationFailed("not now")
+        for other in subject.beside:
+            other.writer.rest()
         self.before.watch(lambda generation: generation == self.shared)
         subject.note_lag(self.old)
         fault = self._fault()
@@ -104,6 +107,7 @@ class Takeover:
         subject, chance = self.subject, self.chance
         with subject.client(SIDES[self.new]) as client:
             found = subject.read(client)
+        subject.judge_beside(done["to"], int(done["checkpoint"]), SIDES[self.new])
         expectation = subject.expectation.fork(subject.expectation_path(), found)
         after = Writer(expectation, chance.getrandbits(31), subject.generation_of)
         after.watch(lambda generation: generation is not None and generation not in self.past)
@@ -163,7 +167,7 @@ class Takeover:
         subject, before = self.subject, self.before
         if before.trouble is not None or before.wrong:
             raise Breach(f"At the leader that was left behind: {before.trouble or before.wrong}.")
-        subject.judge_failover(done["to"], int(done["checkpoint"]), found, before.expectation, probe=None)
+        judge_failover(subject, done["to"], int(done["checkpoint"]), found, before.expectation, probe=None)
         if before.strays and not alone:
             raise Breach("A fenced leader acknowledged writes in no generation of the pair.", len(before.strays))
         if after.strays:
