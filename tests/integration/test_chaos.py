@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from common.disk import FileDisk
+from deploy.chaos.beside import Beside
 from deploy.chaos.disks import DiskErrors, DiskFull, Keeper, missing
-from deploy.chaos.expectation import BLOCK, ZEROES, Expectation
+from deploy.chaos.expectation import BLOCK, ZEROES, Breach, Expectation
+from deploy.chaos.guest import Guest
 from deploy.chaos.writer import Writer
 from tests.conftest import wait_until
 from tests.pairs import tandemdisk
@@ -70,6 +72,59 @@ def test_acknowledgements_of_two_sides_in_one_generation_are_seen(short_dir: Pat
         assert {stray.generation for stray in other.strays} == {8}
         assert set(other.writers) == {7, 8}
         assert all(stray.number not in other.expectation.acknowledged for stray in other.strays), "still in doubt"
+
+
+def test_what_a_guest_wrote_on_a_checkpoint_has_to_be_kept(short_dir: Path) -> None:
+    number = [3]
+    disk = FileDisk(str(image(short_dir / "disk")))
+    guest = Guest(8, 1)
+    with serving(short_dir, PlainVolume(disk, "disk0")) as served:
+        guest.begin(served.uri(), lambda: number[0], 100)
+        wait_until(lambda: len(guest.certain(3)) > 3 and guest.reads > 5, 20, "writes that are certain")
+        number[0] = 4
+        wait_until(lambda: len(guest.certain(4)) > 3, 20, "writes on the next checkpoint")
+        guest.end()
+    disk.close()
+    assert not guest.wrong
+    assert not guest.certain(3).keys() & guest.certain(4).keys(), "the last one counts"
+    made = Expectation(short_dir / "expected", 8)
+    made.number = guest.number
+    found = made.decode((short_dir / "disk").read_bytes())
+    guest.judge("checkpoint", 4, found)
+    with pytest.raises(Breach, match="without anybody's word"):
+        guest.judge("latest", 4, found)
+    found[next(iter(guest.certain(4)))] = 0
+    with pytest.raises(Breach, match="not there after a failover"):
+        guest.judge("checkpoint", 4, found)
+    guest.judge("checkpoint", 5, found)
+    guest.judge("latest", 5, found)
+
+
+def test_the_second_volume_has_an_oracle_of_its_own(short_dir: Path) -> None:
+    beside = Beside("disk1", short_dir / "e", 8, 1, lambda _side: 7)
+    disk = FileDisk(str(image(short_dir / "disk")))
+    with contextlib.ExitStack() as stack:
+        stack.callback(disk.close)
+        served = stack.enter_context(serving(short_dir, PlainVolume(disk, "disk1")))
+        stack.callback(beside.writer.close)
+        beside.begin_checkpoint()
+        beside.writer.aim("a", served.uri())
+        wait_until(lambda: beside.writer.acknowledged > 200, 20, "writes")
+        beside.writer.rest()
+    beside.end_checkpoint(5)
+    data = (short_dir / "disk").read_bytes()
+    lost = beside.expectation.decode(bytes(len(data)))
+    for target in ("latest", "checkpoint"):
+        beside.begin_checkpoint()
+        beside.end_checkpoint(6)
+        with pytest.raises(Breach, match="disk1"):
+            beside.judge_failover(target, 6, lost, "sync")
+    for disks, view in (((data, bytes(len(data))), data), ((data, data), bytes(len(data)))):
+        with pytest.raises(Breach, match="disk1"):
+            beside.compare(data, disks, view)
+    beside.judge_view(6, beside.expectation.decode(data))
+    beside.compare(data, (data, data), data)
+    beside.judge_failover("latest", 6, beside.expectation.decode(data), "sync")
 
 
 def image(path: Path) -> Path:
