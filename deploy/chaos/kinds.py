@@ -11,7 +11,7 @@ from deploy.hosts import Side
 
 KINDS: Final = {
     "kill leader": 36, "kill follower": 26, "kill export": 4, "kill both": 5, "pause leader": 4, "pause follower": 5,
-    "cable": 12, "takeover": 10, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
+    "cable": 12, "takeover": 18, "EFBIG leader": 2, "EFBIG follower": 2, "checkpoint": 20, "switchover": 5,
     "host gone leader": 10, "host gone follower": 6, "ENOSPC leader": 6, "ENOSPC follower": 6, "EIO leader": 6,
     "EIO follower": 6,
 }  # fmt: skip
