@@ -28,17 +28,19 @@ from common.config import check_block_size, format_size, load_config, parse_size
 from common.control import error_to_dict
 from common.errors import ConfigError, NeedsForce, TandemDiskError
 from common.keys import generate_keys
-from common.settings import Role
+from common.settings import NodeSettings, Role
 from deploy import __version__
 from deploy.bench.command import bench
 from deploy.chaos.entry import chaos
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.hosts_commands import RATE, hosts, redirect, wrap
+from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.render import deployment
-from deploy.roles import accept_disks
+from deploy.roles import accept_disks, process_role
 from deploy.snapshot import snapshot
+from secondary.buffer import DiskBuffer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -484,15 +486,31 @@ def _process_command(role: Role) -> click.Command:
     @click.option("--config", required=True, type=click.Path(path_type=Path), help="The side's TOML file.")
     @reporting
     def command(config: Path) -> None:
-        settings = load_config(config, role)
+        settings, process = _side_to_run(config, role)
         Path(settings.directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = settings_memfd(settings)
         os.set_inheritable(fd, True)
-        arguments = [*python_command(role), "--settings-fd", str(fd)]
+        arguments = [*python_command(process), "--settings-fd", str(fd)]
         sys.stdout.flush()
         os.execve(arguments[0], arguments, python_environment())
 
     return command
+
+
+def _side_to_run(config: Path, role: Role) -> tuple[NodeSettings, Role]:
+    """The settings in ``config``, and the process that the side is started as: what it remembers to be, ``role`` only
+    if it never ran. An old primary started as secondary would lead beside the side that took over from it."""
+    settings = load_config(config, role)
+    process = process_role(settings, role)
+    if process != role:
+        settings = load_config(config, process)
+        stderr.print(
+            f"Side {settings.side} was started as {role} and runs as {process}: that is what it is by its metadata.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if process == "primary" and DiskBuffer.exists(settings.buffer.directory):
+        remove_buffer(settings.buffer.directory)  # of the time before its promotion, which is complete
+    return settings, process
 
 
 main.add_command(_process_command("primary"))

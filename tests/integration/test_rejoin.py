@@ -195,6 +195,20 @@ def test_a_stale_primary_is_turned_away_after_a_restart(short_dir: Path) -> None
         settled(pair)
 
 
+def test_a_side_that_was_left_behind_is_refused_whatever_it_is_started_as(short_dir: Path) -> None:
+    """As secondary it would lead, beside the side that took over: what it is, its metadata says."""
+    with running(short_dir / "p", PairOptions(size=MIB, overrides=QUICK)) as pair:
+        kill_primary(pair)
+        pair.failover("latest")
+        led_by_b(pair)
+        told = tandemdisk("secondary", "--config", pair.directory.config("primary"), timeout_s=20)
+        assert told.returncode == PeerRefused.exit_code, told.stderr
+        assert "side a has to rejoin as secondary" in told.stderr
+        assert "was started as secondary and runs as primary" in told.stderr
+        pair.rejoin()
+        settled(pair)
+
+
 def split(pair: Pair) -> None:
     """Both sides write alone: the secondary is stopped, then the primary killed, then the secondary promoted."""
     put(primary_uri(pair), 0, random_bytes(1, MIB))
