@@ -76,6 +76,8 @@ VERIFIED: Final = 15
 FAILED: Final = 16
 RESIZE: Final = 17
 RESIZED: Final = 18
+ASK: Final = 19
+TOLD: Final = 20
 
 FLUSH: Final = 1
 """Batch flag: make everything up to here durable and say so in an ACK."""
@@ -318,9 +320,27 @@ class Resized:
     sentence: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Outside any session: where do you stand? ``ended``: and lead, for the side that led ended in good order there."""
+
+    session: int
+    sequence: int
+    ended: History
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Answer to an ASK: what the metadata says here."""
+
+    session: int
+    sequence: int
+    standing: Standing
+
+
 Message = (
     Hello | Welcome | Refuse | Batch | Checkpoint | Ack | Checkpointed | Pressure | Ping | Pong | Bye | Resync | Synced
-    | Verify | Verified | Failed | Resize | Resized
+    | Verify | Verified | Failed | Resize | Resized | Ask | Told
 )
 
 # ---------------------------------------------------------------------------------------------- hot path, by hand
@@ -435,6 +455,8 @@ _LAYOUT: Final[dict[int, tuple[type[Any], tuple[terms.Check, ...]]]] = {
                       terms.SENTENCE)),
     RESIZE: (Resize, (terms.sizes, terms.flag)),
     RESIZED: (Resized, (terms.I64, terms.sizes, terms.SENTENCE)),
+    ASK: (Ask, (terms.history,)),
+    TOLD: (Told, (terms.standing,)),
 }
 _CODE: Final = {cls: code for code, (cls, _) in _LAYOUT.items()}
 for _cls, _checks in _LAYOUT.values():

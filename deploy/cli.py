@@ -37,6 +37,7 @@ from deploy.hosts_commands import RATE, hosts, redirect, wrap
 from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
+from deploy.peer import as_owner
 from deploy.render import deployment
 from deploy.roles import accept_disks, process_role
 from deploy.snapshot import snapshot
@@ -413,6 +414,13 @@ def rejoin(directory: Path, as_json: bool, discard: Any, dry_run: bool) -> None:
     console.print(f"Side {told['side']} {verb} as secondary; {lost}.", soft_wrap=True, highlight=False)
     for path in told["saved"]:
         console.print(f"Saved them in {path}.", soft_wrap=True)
+    _tell_start(told)
+
+
+def _tell_start(told: dict[str, Any]) -> None:
+    """A side that no supervisor runs was stopped, and is started by whoever started it."""
+    if told["start"] is not None:
+        console.print(f"Now start it: {told['start']}", soft_wrap=True, highlight=False, markup=False)
 
 
 @main.command()
@@ -425,8 +433,9 @@ def switchover(directory: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(done))
         return
-    number, uri = done["generation"], done["nbd_uri"]
+    number, uri = done["generation"], done["nbd_uri"] or "on the other host"
     console.print(f"Roles are swapped, generation {number}; the new primary is {uri}.", soft_wrap=True)
+    _tell_start(done)
 
 
 @main.command()
@@ -474,7 +483,8 @@ def accept_disk(directory: Path | None, config: Path | None) -> None:
         raise ConfigError("Name the side: either --dir or --config.")
     if config is not None:
         settings = load_config(config)
-        accept_disks(settings)
+        with as_owner(settings.directory):
+            accept_disks(settings)
     elif directory is not None:
         settings = Pair(directory).accept_disks()
     names = ", ".join(volume.disk for volume in settings.volumes)

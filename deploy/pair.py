@@ -31,6 +31,15 @@ from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.overview import merge
+from deploy.peer import (
+    as_owner,
+    check_switchover,
+    is_run_by_systemd,
+    let_peer_lead,
+    other,
+    start_command,
+    told_by_peer,
+)
 from deploy.presence import answers, control_path, process_of, watched
 from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered, save_diverged
 from secondary.buffer import DiskBuffer
@@ -130,6 +139,12 @@ class Pair:
 
         A new pair that does not come up leaves nothing behind.
         """
+        if is_run_by_systemd(self.directory):
+            name = self.directory.path.name
+            raise ConfigError(
+                f"systemd runs the side in {self.directory.path}: `up` would start it twice.",
+                hint=f"`systemctl start tandemdisk-{next(iter(self.directory.settings()))}@{name}`.",
+            )
         fresh = not self.directory.holds_a_pair()
         if fresh:
             existed = self.directory.path.exists()
@@ -302,12 +317,13 @@ class Pair:
 
         ``discard`` names the side whose writes are thrown away when both wrote (split brain), which is refused without.
         With ``dry_run`` nothing happens; the answer says what would. Raises PeerRefused, or OperationFailed if there is
-        nothing to do.
+        nothing to do. A side on another machine is asked; the command has to be given where the loser is. "start" is
+        the command that starts what was not started, because no supervisor of ours runs here.
         """
         sides = self.directory.settings()
-        judgement = judge(sides)
+        judgement = judge(sides, told_by_peer(sides))
         loser = choose_loser(judgement, discard)
-        winner: Role = "secondary" if loser == "primary" else "primary"
+        winner = other(loser)
         standing = judgement.standings[loser]
         report: dict[str, Any] = {
             "side": standing.side,
@@ -317,14 +333,22 @@ class Pair:
             "bytes": standing.own_bytes,
             "dry_run": dry_run,
             "saved": [],
+            "start": None,
         }
         if dry_run:
             return report
+        if loser not in sides:
+            raise OperationFailed(
+                f"Side {standing.side} has to rejoin, and is on the other host.",
+                hint=f"Give the command there: `tandemdisk rejoin --dir DIR{f' --discard {discard}' * bool(discard)}`.",
+            )
         self._stop_one(loser)
-        if sides[loser].keep_diverged:
-            report["saved"] = save_diverged(sides[loser])
-        give_up(sides[loser], judgement.standings[winner].history)
-        self._start_all(winner)
+        with as_owner(sides[loser].directory):
+            if sides[loser].keep_diverged:
+                report["saved"] = save_diverged(sides[loser])
+            give_up(sides[loser], judgement.standings[winner].history)
+        if not self._start_all(winner):
+            report["start"] = start_command(self.directory, loser)
         return report
 
     def accept_disks(self) -> NodeSettings:
@@ -334,22 +358,26 @@ class Pair:
         settings = self.settings(leader)
         if answers(control_path(settings, leader)):
             raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
-        accept_disks(settings)
+        with as_owner(settings.directory):
+            accept_disks(settings)
         return settings
 
     def switchover(self) -> dict[str, Any]:
         """Swap the roles without losing a write: the primary stops with a final checkpoint, the secondary takes over,
         the old primary follows it. Raises OperationFailed, with the roles as they were, if the pair is not
-        protected."""
+        protected. A secondary on another machine is told to; "start" is then as of ``rejoin``."""
         started = time.perf_counter()
         sides = self.directory.settings()
         old, new = self.leader(), self.follower()
         state = self.client(old).call("status")["state"]
-        if state != "protected" or old == new:
+        across = len(sides) == 1
+        if state != "protected" or (old == new and not across):
             raise OperationFailed(
                 f"Roles can be swapped only while the pair is protected; it is {str(state).lower()}.",
                 hint="`tandemdisk failover` takes over from a primary that is dead.",
             )
+        if across:
+            return self._switch_across(old, sides[old]) | {"seconds": time.perf_counter() - started}
         self._stop_one(old)
         try:
             if not lacks_nothing(sides[new], sides[old]):
@@ -365,8 +393,34 @@ class Pair:
         seconds = time.perf_counter() - started
         history = judge(sides).standings[new].history
         give_up(sides[old], history, in_line=True)
-        self._start_all(new)
-        return {**done, "seconds": seconds}
+        start = None if self._start_all(new) else start_command(self.directory, old)
+        return {**done, "seconds": seconds, "start": start}
+
+    def _switch_across(self, old: Role, settings: NodeSettings) -> dict[str, Any]:
+        """``switchover`` where the secondary is on another machine."""
+        check_switchover(self.directory, old, settings)
+        start = start_command(self.directory, old)
+        self._stop_one(old)
+        ended = remembered(settings)
+        try:
+            if ended is None or not ended.clean:
+                raise OperationFailed("The primary lost its secondary, or did not stop in good order, before the swap.")
+            standing = let_peer_lead(settings, ended)
+        except NotRunning as error:
+            error.hint = (
+                "It may have taken over or not. `tandemdisk rejoin --dry-run` asks it again: if it leads, rejoin; if "
+                f"not, the roles are as they were: `{start}`."
+            )
+            raise
+        except TandemDiskError as error:
+            if not self._start_all(old):
+                error.hint = f"{error.hint} The roles are as they were, and this side is stopped: `{start}`.".strip()
+            raise
+        with as_owner(settings.directory):
+            give_up(settings, standing.history, in_line=True)
+        run = self._start_all(other(old))
+        generation = standing.history[-1].number
+        return {"to": "latest", "generation": generation, "nbd_uri": None, "start": None if run else start}
 
     def _stop_one(self, role: Role) -> None:
         """Stop the process of one side, if it runs."""
@@ -376,14 +430,16 @@ class Pair:
             with contextlib.suppress(NotRunning):
                 self._stop_side(role, checkpoint=True)
 
-    def _start_all(self, leader: Role) -> None:
-        """Start what does not run, and tell the leader that the other side is there."""
+    def _start_all(self, leader: Role) -> bool:
+        """Start what does not run, and tell the leader that the other side is there. False if there is no supervisor:
+        sides that run by themselves are started by whoever started them."""
         try:
             ControlClient(self.directory.supervisor_control, START_TIMEOUT_S).call("start")
         except NotRunning:
-            return  # sides that run by themselves are started by whoever started them
+            return False
         with contextlib.suppress(TandemDiskError):
             self.client(leader).call("redial")
+        return True
 
     def failover(self, to: str = "latest", *, force: bool = False, primary_dead: bool = False) -> dict[str, Any]:
         """Promote the secondary, ``to`` "latest" or "checkpoint"; what it says. Its export is writable then.

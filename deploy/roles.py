@@ -20,6 +20,7 @@ from common import limits
 from common.disk import HOLE, FileDisk
 from common.errors import DiskError, NotRunning, OperationFailed, PeerRefused
 from common.generation import RETURNING, History, Rejoin, SplitBrain, Standing, common_past, decide
+from common.inquiry import remembered_standing
 from common.intent import INTENT_FILE, IntentFile
 from common.metadata import Metadata, load, save
 from common.settings import NodeSettings, Role
@@ -79,14 +80,14 @@ def unfinished_promotion(settings: NodeSettings, metadata: Metadata) -> bool:
         header.close()
 
 
-def judge(sides: Mapping[Role, NodeSettings]) -> Judgement:
-    """What both sides' memory says; with one side only, or one that never ran, there is nothing to decide."""
-    standings: dict[Role, Standing] = {}
+def judge(sides: Mapping[Role, NodeSettings], told: Mapping[Role, Standing] | None = None) -> Judgement:
+    """What both sides' memory says; ``told``: of a side that is elsewhere, by its own word. With one side only, or one
+    that never ran, there is nothing to decide."""
+    standings: dict[Role, Standing] = {**(told or {})}
     for role, settings in sides.items():
-        metadata = remembered(settings)
-        if metadata is not None:
-            size = own_bytes(settings, metadata)
-            standings[role] = metadata.standing(-(-size // settings.buffer.block_size), size)
+        standing = remembered_standing(settings)
+        if standing is not None:
+            standings[role] = standing
     if len(standings) < 2:
         return Judgement("one side has never run", None, False, standings)
     first, second = standings.values()
@@ -95,20 +96,6 @@ def judge(sides: Mapping[Role, NodeSettings]) -> Judgement:
     if isinstance(decision, Rejoin):
         loser = next(role for role, standing in standings.items() if standing.side == decision.side)
     return Judgement(decision.sentence, loser, isinstance(decision, SplitBrain), standings)
-
-
-def own_bytes(settings: NodeSettings, metadata: Metadata) -> int:
-    """Bytes of the regions in which a primary may have written what the other side lacks: an upper bound."""
-    sizes = [size for _, size in metadata.volumes]
-    if metadata.role != "primary" or metadata.clean:
-        return 0
-    if not os.path.exists(f"{settings.directory}/{INTENT_FILE}"):
-        return sum(sizes)
-    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes, everything=True, read_only=True)
-    try:
-        return sum(length for _, _, length in file.ranges())
-    finally:
-        file.close()
 
 
 def choose_loser(judgement: Judgement, discard: Side | None) -> Role:

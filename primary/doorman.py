@@ -1,4 +1,4 @@
-"""Listens at this side's own address while it leads, and turns away whoever comes.
+"""Listens at this side's own address while it leads, turns away whoever comes, and tells who asks where it stands.
 
 A secondary listens there anyway. A primary has to as well: when the other side, left behind long ago, starts again as
 the primary that it was, its greeting must not fall silent, or it would take this side for dead and go on alone.
@@ -16,6 +16,7 @@ import zmq
 from common import wire
 from common.errors import WireError
 from common.generation import CODES, Rejoin, Standing, decide
+from common.inquiry import Informant
 from common.keys import CurveKeys
 from common.port import Frame
 from common.transport import listen
@@ -33,8 +34,10 @@ class Doorman:
         address: str,
         keys: CurveKeys | None,
         standing: Callable[[], Standing],
+        informant: Informant,
     ) -> None:
         self._standing = standing
+        self._informant = informant
         self._told = ""
         self._listener = listen(context, address, keys, self._received, _nothing, _nothing)
 
@@ -43,6 +46,8 @@ class Doorman:
             message = wire.decode(frames)
         except WireError:
             return
+        if isinstance(message, wire.Ask) and (told := self._informant.tell(message.session)):
+            self._listener.send(peer, told)
         if not isinstance(message, wire.Hello):
             return
         mine = self._standing()

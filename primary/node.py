@@ -15,6 +15,7 @@ from common.disk import FileDisk
 from common.errors import OperationFailed
 from common.export import NbdServer
 from common.generation import extend
+from common.inquiry import Informant
 from common.intent import INTENT_FILE
 from common.keys import stream_keys
 from common.metadata import load
@@ -70,7 +71,7 @@ class PrimaryNode:
         self._stack.push_async_callback(control.close)
         if settings.replication.listen is not None:
             listen, keys = settings.replication.listen, stream_keys(settings.replication)
-            doorman = Doorman(context, listen, keys, lambda: engine.session.standing)
+            doorman = Doorman(context, listen, keys, lambda: engine.session.standing, Informant(settings))
             self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()

@@ -17,6 +17,13 @@ class Send(NamedTuple):
     frames: Frames
 
 
+class Asked(NamedTuple):
+    """A command on the other host wants to know what is remembered here."""
+
+    peer: bytes
+    ask: wire.Ask
+
+
 class Apply(NamedTuple):
     """Copy old contents, then write ``extents`` out of the batch's payload. Done: ``applied``.
 
@@ -104,4 +111,4 @@ class Refused(NamedTuple):
 
 
 Work = Apply | Checkpoint | BeginResync | EndResync | Verify | Resize | Grow
-Effect = Send | Work | Connected | Disconnected | Refused
+Effect = Send | Work | Connected | Disconnected | Refused | Asked

@@ -10,20 +10,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import zmq
 
+from common import wire
 from common.keys import CurveKeys
 from common.port import Frame
 from common.transport import listen
+from common.wire import Frames
 from secondary.applier import Applier
-from secondary.session import Connected, Disconnected, Effect, Refused, SecondarySession, Send
+from secondary.session import Asked, Connected, Disconnected, Effect, Refused, SecondarySession, Send
 
 log = logging.getLogger("link")
 
 
 class Link:
-    """Listens on ``address``. ``on_change`` is called when a primary came or went."""
+    """Listens on ``address``. ``on_change`` is called when a primary came or went, ``on_ask`` with a question from
+    outside and the way to answer it."""
 
     def __init__(
         self,
@@ -32,11 +36,13 @@ class Link:
         address: str,
         keys: CurveKeys | None,
         on_change: Callable[[], None],
+        on_ask: Callable[[wire.Ask, Callable[[Frames], object]], None],
     ) -> None:
         self.session = session
         self.applier: Applier
         self.last_refusal = ""
         self._on_change = on_change
+        self._on_ask = on_ask
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = self._deaf = False
@@ -60,6 +66,8 @@ class Link:
                 if effect.sentence != self.last_refusal:
                     log.warning("primary refused code=%s sentence=%r", effect.code, effect.sentence)
                 self.last_refusal = effect.sentence
+            elif isinstance(effect, Asked):
+                self._on_ask(effect.ask, partial(self._listener.send, effect.peer))
             else:
                 self.applier.put(effect)
 

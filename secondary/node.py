@@ -248,7 +248,9 @@ class SecondaryNode:
         standing = self.record.value.standing()._replace(consistent=not self.buffer.header.syncing)
         self.session = SecondarySession(config, standing, position, free_blocks=free)
         self.session.own = self._own_writes()
-        self.link = Link(self.session, context, replication.listen, keys, self._connection_changed)
+        self.link = Link(
+            self.session, context, replication.listen, keys, self._connection_changed, self.promotion.asked
+        )
         self._stack.callback(self.link.close)
         self.applier = Applier(self.session, self.backup, self.disks, self, self.link.perform)
         self._stack.callback(self.applier.close)

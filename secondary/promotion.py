@@ -16,17 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from common import wire
 from common.arguments import flag_of
 from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
 from common.generation import History, extend
+from common.inquiry import Informant
 from common.intent import INTENT_FILE, IntentFile
 from common.record import Record, random_number
 from common.settings import NodeSettings
+from common.wire import Frames
 from secondary.applier import Applier
 from secondary.backup import PairBackup
 from secondary.buffer import DiskBuffer
@@ -76,6 +79,9 @@ class Promotion:
         self._loop = asyncio.get_running_loop()
         self._committing: asyncio.Task[None] | None = None
         self._failing_over = asyncio.Lock()
+        self._informant = Informant(settings)
+        self._taking_over: asyncio.Task[None] | None = None
+        """Set while the other side's order to take over is carried out."""
         self._withdrawing: asyncio.Task[None] | None = None
         """Set while a promotion that failed is being taken back."""
         self._handed_over = False
@@ -113,6 +119,31 @@ class Promotion:
                 "nbd_uri": self._exporter.uri(self._settings.volumes[0].name),
                 "state": self._buffer.header.stage.name,
             }
+
+    def asked(self, ask: wire.Ask, answer: Callable[[Frames], object]) -> None:
+        """A command on the other host asks; TOLD or REFUSE goes to ``answer``."""
+        if ask.ended and self._record.value.role == "secondary":
+            if self._taking_over is None:
+                self._taking_over = self._loop.create_task(self._take_over(ask, answer), name="take over")
+        elif told := self._informant.tell(ask.session):
+            answer(told)
+
+    async def _take_over(self, ask: wire.Ask, answer: Callable[[Frames], object]) -> None:
+        """The second half of a switchover: the other side ended in good order, and says so itself."""
+        try:
+            if self._settings.replication.secret_key is None:
+                raise OperationFailed("The stream has no keys: whoever reaches this port could say that.")
+            if ask.ended != self._record.value.history:
+                raise OperationFailed(f"Side {self._settings.side} does not stand where the other one ended.")
+            await self._last_words()
+            await self.command({"to": "latest"})
+        except TandemDiskError as error:
+            answer(wire.encode(wire.Refuse(ask.session, 0, "switchover", str(error))))
+        else:
+            if told := self._informant.tell(ask.session, always=True):
+                answer(told)
+        finally:
+            self._taking_over = None
 
     async def _last_words(self) -> None:
         """Until all that a dead primary sent has arrived."""
@@ -216,7 +247,7 @@ class Promotion:
 
     def stop(self) -> None:
         """Tell and try nothing more; a commit is ended by ``stop_commit``."""
-        for task in (self.leading, self._withdrawing):
+        for task in (self.leading, self._withdrawing, self._taking_over):
             if task is not None:
                 task.cancel()
 

@@ -36,6 +36,9 @@ from secondary.effects import (
     Apply as Apply,
 )
 from secondary.effects import (
+    Asked as Asked,
+)
+from secondary.effects import (
     BeginResync as BeginResync,
 )
 from secondary.effects import (
@@ -192,6 +195,8 @@ class SecondarySession:
             return []
         if isinstance(message, wire.Hello):
             return self._on_hello(peer, message, now)
+        if isinstance(message, wire.Ask):
+            return [Asked(peer, message)]
         if message.session != self._session or peer != self._peer:
             return self._tell_off(peer, message)
         self._heard = now

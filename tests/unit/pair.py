@@ -325,7 +325,7 @@ class Pair:
             match effect:
                 case down.Send(peer, frames):
                     self.to_primary.append((int(peer[1:]) if peer != OLD_PEER else -1, tuple(bytes(f) for f in frames)))
-                case down.Connected() | down.Disconnected() | down.Refused():
+                case down.Connected() | down.Disconnected() | down.Refused() | down.Asked():
                     self.log.append(type(effect).__name__)
                 case _:
                     self.queue.append(effect)

@@ -43,6 +43,8 @@ SAMPLES: list[wire.Message] = [
     wire.Failed(1, 5, "apply", 3, 5, "the disk gave an I/O error"),
     wire.Resize(1, 8, (1 << 40, 5), True),
     wire.Resized(1, 6, 8, (5,), "side b's disk is too small"),
+    wire.Ask(1, 0, STANDING.history),
+    wire.Told(1, 0, STANDING),
 ]
 IDS = [f"{index}-{type(sample).__name__}" for index, sample in enumerate(SAMPLES)]
 

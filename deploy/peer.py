@@ -1,0 +1,93 @@
+"""What a command does where only one side of the pair is configured, because the other is on another machine.
+
+What the other side remembers is asked of its process (``common.inquiry``). Nothing is started or stopped there, save
+that a side which follows takes over at the end of a switchover. And here a side may be run by a user of its own, as
+systemd does it: what root's command writes into its directory has to stay that user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from common.errors import OperationFailed, PeerRefused
+from common.generation import Standing
+from common.inquiry import ask
+from common.metadata import Metadata
+from common.settings import NodeSettings, Role
+from deploy.layout import PairDirectory
+from deploy.pairfile import ETC
+
+TAKE_OVER_TIMEOUT_S: Final = 60.0
+
+
+def other(role: Role) -> Role:
+    """What the peer of a side that is configured as ``role`` is configured as."""
+    return "secondary" if role == "primary" else "primary"
+
+
+def told_by_peer(sides: Mapping[Role, NodeSettings]) -> dict[Role, Standing]:
+    """Where the side stands that is not configured here, by its own word; empty if both are. NotRunning if it does not
+    answer."""
+    if len(sides) != 1:
+        return {}
+    ((role, settings),) = sides.items()
+    return {other(role): ask(settings)}
+
+
+def check_switchover(directory: PairDirectory, role: Role, settings: NodeSettings) -> None:
+    """Before anything is stopped: that the side on the other machine can be told to take over from this one, which is
+    configured as ``role``. OperationFailed that names the steps if not."""
+    if settings.replication.secret_key is None:
+        raise OperationFailed(
+            "Without keys the other side cannot be told from here to take over: whoever reaches its port could.",
+            hint="In steps, nothing is lost either: here `tandemdisk down`, there `tandemdisk failover`, then here "
+            f"`tandemdisk rejoin` and `{start_command(directory, role)}`. (`tandemdisk keygen` makes keys.)",
+        )
+    standing = ask(settings)
+    if standing.role != "secondary":
+        raise PeerRefused(f"Side {standing.side} does not follow: it calls itself primary.")
+
+
+def let_peer_lead(settings: NodeSettings, ended: Metadata) -> Standing:
+    """The side on the other machine takes over from this one, which ``ended`` in good order; where it stands then.
+    PeerRefused if it will not: then nobody leads. NotRunning if it does not say: then it may."""
+    standing = ask(settings, ended.history, TAKE_OVER_TIMEOUT_S)
+    if standing.role != "primary" or ended.history[-1] not in standing.history:
+        raise PeerRefused(f"Side {standing.side} did not take over.")
+    return standing
+
+
+def start_command(directory: PairDirectory, role: Role) -> str:
+    """What starts the side that is configured as ``role`` by itself."""
+    if is_run_by_systemd(directory):
+        return f"systemctl start tandemdisk-{role}@{directory.path.name}"
+    return f"tandemdisk {role} --config {directory.config(role)}"
+
+
+def is_run_by_systemd(directory: PairDirectory) -> bool:
+    """The files of ``tandemdisk deploy render`` are in it."""
+    return directory.path.parent == ETC
+
+
+@contextlib.contextmanager
+def as_owner(directory: str) -> Iterator[None]:
+    """What root does in the context, the user does to whom ``directory`` belongs."""
+    owner = os.stat(directory)
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    before = os.getgroups()
+    with contextlib.suppress(KeyError):  # a user without a name has no further groups
+        os.setgroups(os.getgrouplist(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid))
+    try:
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
