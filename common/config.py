@@ -170,6 +170,7 @@ class _Export(_Table):
     unix: SocketPath | None = None
     host: Annotated[str, Field(min_length=1)] | None = None
     port: Annotated[int, Field(ge=0, le=65535)] = 10809
+    group_access: bool = False
 
 
 class _Replication(_Table):
@@ -442,6 +443,8 @@ def format_config(settings: NodeSettings, role: Role) -> str:
         names = [name for name in _TABLES[table].model_fields if getattr(values, name) is not None]
         if table == "export" and values.host is None:
             names.remove("port")
+        if table == "export" and not values.group_access:
+            names.remove("group_access")
         if table == "replication" and not values.plaintext:
             names.remove("plaintext")
         lines += [_line(name, getattr(values, name)) for name in names]

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -96,7 +97,7 @@ class NbdServer:
         sockets = []
         try:
             if settings.unix is not None:
-                sockets.append(self._listen_unix(settings.unix))
+                sockets.append(self._listen_unix(settings.unix, group_access=settings.group_access))
             if settings.host is not None:
                 sockets += await _listen_tcp(settings.host, settings.port)
         except BaseException:
@@ -111,11 +112,14 @@ class NbdServer:
             loop.add_reader(listener, self._accept, listener)
         self._listeners += sockets
 
-    def _listen_unix(self, path: str) -> socket.socket:
-        """Bind ``path`` with mode 0600. A socket file that nobody listens on is a crash's left-over: it is replaced."""
+    def _listen_unix(self, path: str, *, group_access: bool) -> socket.socket:
+        """Bind ``path`` with mode 0600, or 0660. A socket file that nobody listens on is a crash's left-over: it is
+        replaced."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._unix = bind_unix(listener, path, "Stop it, or choose another path for the export.")
+            if group_access:
+                os.chmod(path, 0o660)  # whatever the umask
         except OSError as error:
             listener.close()
             if error.errno == errno.EADDRINUSE:

@@ -35,6 +35,8 @@ class ExportSettings:
     unix: str | None = None
     host: str | None = None
     port: int = 10809
+    group_access: bool = False
+    """The Unix socket is open to the group of the process, too (0660), and not to its owner alone."""
 
 
 @dataclass(frozen=True, slots=True)

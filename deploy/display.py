@@ -142,19 +142,23 @@ def watch_resync(pair: Pair, console: Console) -> None:
 
 
 def where_to_connect(status: dict[str, Any], directory: str) -> RenderableType:
-    """What to do with a pair that has just come up."""
+    """What to do with a pair that has just come up, as far as its sides are here."""
     table = Table.grid(padding=(0, 2))
     lead, follow = ("secondary", "primary") if status["secondary"].get("role") == "primary" else SIDES
+    here = [side for side in SIDES if status[side].get("state") != "elsewhere"]
     for volume in status["volumes"]:
-        write, view = volume[f"{lead}_uri"], volume[f"{follow}_uri"]
-        table.add_row(volume["name"], "write here", Text(str(write), style="bold green", overflow="fold"))
-        table.add_row("", "guest's view", Text(str(view), style="cyan", overflow="fold"))
+        name = volume["name"]
+        for side, what, style in ((lead, "write here", "bold green"), (follow, "guest's view", "cyan")):
+            if side in here:
+                table.add_row(name, what, Text(str(volume[f"{side}_uri"]), style=style, overflow="fold"))
+                name = ""
     commands = Table.grid(padding=(0, 2))
-    for command, what in (
-        ("checkpoint", "the secondary's guest sees what the primary has now"),
-        ("status", "what is going on"),
-        ("failover", "when the primary is dead: the secondary takes over"),
-        ("down", "stop everything"),
+    for command, what, side in (
+        ("checkpoint", "the secondary's guest sees what the primary has now", lead),
+        ("status", "what is going on", here[0]),
+        ("failover", "when the primary is dead: the secondary takes over", follow),
+        ("down", "stop everything", here[0]),
     ):
-        commands.add_row(Text(f"tandemdisk {command} --dir {directory}", style="bold"), what)
+        if side in here:
+            commands.add_row(Text(f"tandemdisk {command} --dir {directory}", style="bold"), what)
     return Group(table, Text(), commands)

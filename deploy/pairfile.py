@@ -7,6 +7,7 @@
     address = "10.0.0.1"                 # where the other one reaches it
     starts_as = "primary"
     export = "10.0.0.1:10809"            # the NBD export on TCP, beside its Unix socket (optional)
+    agent = "10.0.0.1:10811"             # says to HAProxy whether this host leads (optional; haproxy.cfg)
 
     [hosts.west]
     address = "10.0.0.2"
@@ -24,6 +25,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +38,11 @@ from deploy.hosts import REPLICATION_PORT, SIDES, Machine, Side
 
 ETC: Final = Path("/etc/tandemdisk")
 STATE: Final = Path("/var/lib/tandemdisk")
+RUN: Final = Path("/run/tandemdisk")
+"""Sockets for clients: a side's own directory is closed to them."""
 _OWN_KEYS: Final = frozenset({"hosts", "volumes", "replication"})
-_HOST_KEYS: Final = frozenset({"address", "starts_as", "export"})
+_HOST_KEYS: Final = frozenset({"address", "starts_as", "export", "agent"})
+_AGENT: Final = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}")
 _NOT_SHARED: Final = frozenset({"side", "directory", "export"})
 """Keys of a side's configuration that follow from the host."""
 
@@ -51,6 +56,8 @@ class PairHost:
     role: Role
     settings: NodeSettings
     """With the paths that the files have on that host."""
+    agent: str | None
+    """Where it says whether it leads, ``HOST:PORT``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,9 @@ def load_pair_file(path: Path) -> PairFile:
         settings = make_settings(
             _side(raw, side, name, other, port, replication), base=STATE, role=role, source=f"{path}, host {name},"
         )
-        hosts[name] = PairHost(Machine(name, raw["hosts"][name]["address"]), side, role, _keyed(settings, name, other))
+        host = raw["hosts"][name]
+        machine = Machine(name, host["address"])
+        hosts[name] = PairHost(machine, side, role, _keyed(settings, name, other), host.get("agent"))
     return PairFile(str(raw["pair_id"]), port, hosts)
 
 
@@ -106,6 +115,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"`hosts.{name}.address` is missing")
         if not isinstance(host.get("export", ""), str):
             problems.append(f"`hosts.{name}.export` must be \"HOST:PORT\"")
+        if "agent" in host and not _AGENT.fullmatch(str(host["agent"])):
+            problems.append(f"`hosts.{name}.agent` must be HOST:PORT")
     if [host.get("starts_as") for host in hosts.values()] not in (["primary", "secondary"], ["secondary", "primary"]):
         problems.append("one host's `starts_as` must be primary, the other one's secondary")
     volumes = raw.get("volumes")
@@ -127,7 +138,10 @@ def _side(
 ) -> dict[str, Any]:
     """What a configuration file of that side would hold, except keys: they need not exist where this is rendered."""
     directory = STATE / str(raw["pair_id"])
-    export: dict[str, Any] = {"unix": str(directory / "nbd.sock")}
+    export: dict[str, Any] = {"unix": str(RUN / str(raw["pair_id"]) / "nbd.sock"), "group_access": True}
+    buffer = raw.get("buffer", {})
+    if isinstance(buffer, dict):  # beside the disks the unit may write nothing
+        buffer = {"spill_directory": str(directory)} | buffer
     if "export" in raw["hosts"][name]:
         host, _, number = str(raw["hosts"][name]["export"]).rpartition(":")
         export |= {"host": host.strip("[]"), "port": int(number) if number.isdecimal() else number}
@@ -141,6 +155,7 @@ def _side(
             for volume in raw["volumes"]
         ],
         "export": export,
+        "buffer": buffer,
         "replication": {
             **replication,
             "listen": f"tcp://{addresses[name]}:{port}",

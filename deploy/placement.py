@@ -22,7 +22,7 @@ from common.errors import ConfigError
 from common.keys import PUBLIC_SUFFIX, SECRET_SUFFIX
 from common.settings import NodeSettings, Role
 from deploy.hosts import ADDRESSES, NetnsHosts
-from deploy.pairfile import PairFile, PairHost, load_pair_file
+from deploy.pairfile import ETC, PairFile, PairHost, load_pair_file
 from deploy.render import make_keys
 
 ANSWER_TIMEOUT_S: Final = 1.0
@@ -84,12 +84,18 @@ class Placement:
             name, address = host.machine.name, host.machine.address
             lines += [
                 f"Host {name} ({address}) is another machine. What it needs, keys included:",
-                f"    tandemdisk deploy render {self.path} --host {name} --output FILES    # then copy FILES to its /",
-                "    useradd --system tandemdisk                                          # there, once",
-                f"    systemctl enable --now tandemdisk-{host.role}@{self.pair.pair_id}",
+                f"    tandemdisk deploy render {self.path} --host {name} --output FILES    # then copy FILES there",
+                "    sh FILES/install.sh                                                  # there, as root",
+                f"    tandemdisk status --dir {ETC / self.pair.pair_id}                    # and so other commands",
+                *self._when_alone(host),
                 f"Its replication port: {_answer(address, self.pair.port)}.",
             ]
         return lines
+
+    def _when_alone(self, host: PairHost) -> list[str]:
+        if host.role == "primary":
+            return []
+        return [f"    tandemdisk failover --dir {ETC / self.pair.pair_id}                  # there, if this host dies"]
 
     def _peer(self, host: PairHost) -> PairHost:
         return self.pair.peer(host.machine.name)
@@ -103,8 +109,11 @@ def _moved(host: PairHost, peer: PairHost, directory: Path) -> NodeSettings:
         secret_key=str(directory / f"{host.machine.name}{SECRET_SUFFIX}"),
         peer_key=str(directory / f"{peer.machine.name}{PUBLIC_SUFFIX}"),
     )
-    export = replace(settings.export, unix=str(directory / "nbd.sock"))
-    return replace(settings, directory=str(directory), replication=replication, export=export)
+    export = replace(settings.export, unix=str(directory / "nbd.sock"), group_access=False)
+    buffer = settings.buffer
+    if buffer.spill_directory == settings.directory:
+        buffer = replace(buffer, spill_directory=None)
+    return replace(settings, directory=str(directory), replication=replication, export=export, buffer=buffer)
 
 
 def is_here(address: str) -> bool:

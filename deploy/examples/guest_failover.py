@@ -38,7 +38,9 @@ from deploy.pair import Pair
 from deploy.redirect import Redirector
 
 SIZE: Final = 64 * MIB
-TOOLS: Final = {"qemu-storage-daemon": "qemu-utils", "mkfs.ext4": "e2fsprogs", "losetup": "mount", "mount": "mount"}
+TOOLS: Final = {
+    "qemu-storage-daemon": "qemu-system-common", "mkfs.ext4": "e2fsprogs", "losetup": "mount", "mount": "mount",
+}  # fmt: skip
 RECONNECT_S: Final = 60
 WAIT_S: Final = 60.0
 FILES_KEPT: Final = 200

@@ -3,8 +3,7 @@
 #
 #   leads.sh /var/lib/tandemdisk/mail
 #
-# tandemdisk-leads.socket:            [Socket] ListenStream=10811  Accept=yes
-# tandemdisk-leads@.service:          [Service] StandardOutput=socket  ExecStart=/usr/local/bin/leads.sh /var/lib/tandemdisk/mail
+# `agent = "HOST:10811"` in a pair file makes `tandemdisk deploy render` install it with units for systemd's socket activation.
 exec python3 - "$1" <<'PYTHON'
 import json, os, socket, sys
 

@@ -82,7 +82,10 @@ def test_the_other_host_is_another_machine(short_dir: Path) -> None:
     try:
         assert up.returncode == 0, up.stderr
         assert f"tandemdisk deploy render {path} --host west" in up.stdout
-        assert "systemctl enable --now tandemdisk-secondary@placed" in up.stdout
+        assert "sh FILES/install.sh" in up.stdout
+        assert "tandemdisk failover --dir /etc/tandemdisk/placed" in up.stdout
+        assert f"tandemdisk failover --dir {directory}" not in up.stdout, "nothing here could take over"
+        assert "None" not in up.stdout
         assert "192.0.2.7:17420 does not answer yet" in up.stdout
         status = json.loads(tandemdisk("status", "--dir", directory, "--json").stdout)
         assert status["secondary"]["state"] == "elsewhere"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,16 @@ def test_the_example_renders_for_both_hosts(tmp_path: Path) -> None:
         for rendered in render(pair, name, tmp_path / "keys", "/opt/td/bin/tandemdisk"):
             path = write(rendered, root)
             assert path.stat().st_mode & 0o777 == rendered.mode
-        unit = (root / "etc/systemd/system/tandemdisk-primary@.service").read_text()
-        assert "ExecStart=/opt/td/bin/tandemdisk primary --config /etc/tandemdisk/%i.toml" in unit
+        role = pair.host(name).role
+        unit = (root / f"etc/systemd/system/tandemdisk-{role}@.service").read_text()
+        assert f"ExecStart=/opt/td/bin/tandemdisk {role} --config /etc/tandemdisk/%i/{role}.toml" in unit
         for line in ("Type=notify", "WatchdogSec=", "NoNewPrivileges=yes", "ProtectSystem=strict"):
             assert line in unit
-        dropin = (root / "etc/systemd/system/tandemdisk-secondary@mail.service.d/disks.conf").read_text()
+        dropin = (root / f"etc/systemd/system/tandemdisk-{role}@mail.service.d/disks.conf").read_text()
         assert "rw" in dropin
         assert "ReadWritePaths=/var/lib/images/spool.raw" in dropin
+        socket = (root / "etc/systemd/system/tandemdisk-leads-mail.socket").read_text()
+        assert f"ListenStream={pair.host(name).machine.address}:10811" in socket
         firewall = (root / "etc/nftables.d/tandemdisk-mail.nft").read_text()
         assert f"saddr {pair.peer(name).machine.address} accept" in firewall
     secrets = {name: (tmp_path / name / f"etc/tandemdisk/mail/{name}.key_secret").read_text() for name in pair.hosts}
@@ -53,7 +58,7 @@ def test_a_rendered_configuration_is_what_the_process_reads(tmp_path: Path) -> N
     pair = load_pair_file(EXAMPLE)
     (config, *_) = render(pair, "east", tmp_path / "keys")
     here = tmp_path / "keys"
-    path = tmp_path / "mail.toml"
+    path = tmp_path / "primary.toml"
     path.write_text(config.text.replace("/etc/tandemdisk/mail/", f"{here}/"))
     settings = load_config(path, "primary")
     assert settings.replication.connect == "tcp://10.0.0.2:10810"
@@ -66,10 +71,12 @@ def test_a_rendered_configuration_is_what_the_process_reads(tmp_path: Path) -> N
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     pair = load_pair_file(EXAMPLE)
     true = shutil.which("true") or "/bin/true"
+    programs = re.compile(r"/usr/sbin/nft|/usr/local/lib/\S*/leads.sh")
     units = [
-        write(rendered, tmp_path)
-        for rendered in render(pair, "east", tmp_path / "keys", true)
-        if rendered.path.suffix == ".service"
+        write(replace(rendered, text=programs.sub(true, rendered.text)), tmp_path)
+        for name in pair.hosts
+        for rendered in render(pair, name, tmp_path / "keys", true)
+        if rendered.path.suffix in (".service", ".socket")
     ]
     done = subprocess.run(
         ["systemd-analyze", "verify", *map(str, units)], capture_output=True, text=True, timeout=60, check=False
@@ -86,6 +93,7 @@ def test_the_command_keeps_the_secret_to_itself(tmp_path: Path) -> None:
     assert "secret-key" not in result.output
     assert "tcp 10810: replication" in result.output
     assert "systemctl enable --now tandemdisk-secondary@mail" in result.output
+    assert "tandemdisk rejoin --dir /etc/tandemdisk/mail" in result.output
     unknown = CliRunner().invoke(main, ["deploy", "render", str(config), "--host", "north"])
     assert unknown.exit_code == 2
     assert "east and west" in unknown.output
@@ -103,6 +111,7 @@ def test_the_command_keeps_the_secret_to_itself(tmp_path: Path) -> None:
         ('size_bytes = "1G"', 'size = "1G"', "size"),
         ('mode = "sync"', 'mode = "fast"', "fast"),
         ('export = "10.0.0.1:10809"', 'export = "10.0.0.1"', "port"),
+        ('agent = "10.0.0.1:10811"', 'agent = "10811"', "HOST:PORT"),
     ],
 )
 def test_a_wrong_pair_file_is_told_apart(tmp_path: Path, old: str, new: str, sentence: str) -> None:
