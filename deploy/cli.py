@@ -483,7 +483,7 @@ def accept_disk(directory: Path | None, config: Path | None) -> None:
         raise ConfigError("Name the side: either --dir or --config.")
     if config is not None:
         settings = load_config(config)
-        with as_owner(settings.directory):
+        with as_owner(settings):
             accept_disks(settings)
     elif directory is not None:
         settings = Pair(directory).accept_disks()

@@ -343,7 +343,7 @@ class Pair:
                 hint=f"Give the command there: `tandemdisk rejoin --dir DIR{f' --discard {discard}' * bool(discard)}`.",
             )
         self._stop_one(loser)
-        with as_owner(sides[loser].directory):
+        with as_owner(sides[loser]):
             if sides[loser].keep_diverged:
                 report["saved"] = save_diverged(sides[loser])
             give_up(sides[loser], judgement.standings[winner].history)
@@ -358,7 +358,7 @@ class Pair:
         settings = self.settings(leader)
         if answers(control_path(settings, leader)):
             raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
-        with as_owner(settings.directory):
+        with as_owner(settings):
             accept_disks(settings)
         return settings
 
@@ -416,7 +416,7 @@ class Pair:
             if not self._start_all(old):
                 error.hint = f"{error.hint} The roles are as they were, and this side is stopped: `{start}`.".strip()
             raise
-        with as_owner(settings.directory):
+        with as_owner(settings):
             give_up(settings, standing.history, in_line=True)
         run = self._start_all(other(old))
         generation = standing.history[-1].number

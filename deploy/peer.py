@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -62,9 +61,11 @@ def let_peer_lead(settings: NodeSettings, ended: Metadata) -> Standing:
 
 
 def start_command(directory: PairDirectory, role: Role) -> str:
-    """What starts the side that is configured as ``role`` by itself."""
+    """What starts the side that is configured as ``role`` while no supervisor does."""
     if is_run_by_systemd(directory):
         return f"systemctl start tandemdisk-{role}@{directory.path.name}"
+    if directory.supervisor_lock.exists():  # one has looked after it before
+        return f"tandemdisk up --dir {directory.path}"
     return f"tandemdisk {role} --config {directory.config(role)}"
 
 
@@ -74,16 +75,16 @@ def is_run_by_systemd(directory: PairDirectory) -> bool:
 
 
 @contextlib.contextmanager
-def as_owner(directory: str) -> Iterator[None]:
-    """What root does in the context, the user does to whom ``directory`` belongs."""
-    owner = os.stat(directory)
+def as_owner(settings: NodeSettings) -> Iterator[None]:
+    """What root does in the context, the user does to whom the side's directory belongs."""
+    owner = os.stat(settings.directory)
     if os.geteuid() != 0 or owner.st_uid == 0:
         yield
         return
     before = os.getgroups()
-    with contextlib.suppress(KeyError):  # a user without a name has no further groups
-        os.setgroups(os.getgrouplist(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid))
+    groups = {owner.st_gid, *(os.stat(volume.disk).st_gid for volume in settings.volumes)}  # SupplementaryGroups=disk
     try:
+        os.setgroups(sorted(groups))
         os.setegid(owner.st_gid)
         os.seteuid(owner.st_uid)
         yield
