@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from common.errors import OperationFailed, PeerRefused
+from common.errors import NotRunning, OperationFailed, PeerRefused
 from common.export import CLOSE_TIMEOUT_S
+from common.generation import extend
+from common.inquiry import ask, remembered_standing
+from common.keys import generate_keys
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -198,6 +201,9 @@ def test_a_stale_primary_is_turned_away_after_a_restart(short_dir: Path) -> None
 def test_a_side_that_was_left_behind_is_refused_whatever_it_is_started_as(short_dir: Path) -> None:
     """As secondary it would lead, beside the side that took over: what it is, its metadata says."""
     with running(short_dir / "p", PairOptions(size=MIB, overrides=QUICK)) as pair:
+        here = pair.settings("primary")
+        with pytest.raises(PeerRefused, match="no keys"):  # else whoever reaches its port could make it lead
+            ask(here, ended=ask(here).history)
         kill_primary(pair)
         pair.failover("latest")
         led_by_b(pair)
@@ -207,6 +213,27 @@ def test_a_side_that_was_left_behind_is_refused_whatever_it_is_started_as(short_
         assert "was started as secondary and runs as primary" in told.stderr
         pair.rejoin()
         settled(pair)
+
+
+def test_a_side_is_asked_where_it_stands_and_leads_only_from_where_it_stands(short_dir: Path) -> None:
+    public, secret = generate_keys(short_dir, "both")
+    replication = {**QUICK["replication"], "secret_key": str(secret), "peer_key": str(public)}
+    with running(short_dir / "p", PairOptions(size=MIB, overrides={"replication": replication})) as pair:
+        here = pair.settings("primary")
+        standing = ask(here)
+        assert standing == remembered_standing(pair.settings("secondary"))
+        assert (standing.side, standing.role) == ("b", "secondary")
+        elsewhere = extend(standing.history, 7, "a")
+        with pytest.raises(PeerRefused, match="does not stand where"):
+            ask(here, ended=elsewhere)
+        with pytest.raises(PeerRefused, match="alive and connected"):
+            ask(here, ended=standing.history)
+        assert ask(here) == standing
+        settled(pair)
+        kill(pair.status()["secondary"]["pid"])
+        pair.wait_for(lambda now: now["secondary"]["pid"] is None, "without its secondary", 20)
+        with pytest.raises(NotRunning, match="did not say where it stands"):
+            ask(here, timeout_s=0.3)
 
 
 def split(pair: Pair) -> None:
