@@ -115,7 +115,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"`hosts.{name}.address` is missing")
         if not isinstance(host.get("export", ""), str):
             problems.append(f"`hosts.{name}.export` must be \"HOST:PORT\"")
-        if "agent" in host and not _AGENT.fullmatch(str(host["agent"])):
+        agent = host.get("agent", "0:0")
+        if not isinstance(agent, str) or not _AGENT.fullmatch(agent):
             problems.append(f"`hosts.{name}.agent` must be HOST:PORT")
     if [host.get("starts_as") for host in hosts.values()] not in (["primary", "secondary"], ["secondary", "primary"]):
         problems.append("one host's `starts_as` must be primary, the other one's secondary")
