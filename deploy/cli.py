@@ -457,6 +457,8 @@ def _tell_down(report: dict[str, Any], directory: Path) -> None:
         console.print("Nothing was running.")
     else:
         console.print(f"Stopped {' and '.join(report['stopped']) or 'nothing by itself'}.")
+    if report.get("hosts"):
+        console.print(f"Removed the hosts {', '.join(report['hosts'])}, which a killed supervisor had left.")
     if report["killed"]:
         console.print(
             f"Did not end by itself, or not well: {', '.join(report['killed'])}; its log says why.", style="red"

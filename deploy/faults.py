@@ -115,7 +115,7 @@ class SlowLink(Fault):
         self._before: tuple[str | None] | None = None
 
     def begin(self) -> None:
-        self._before = self._before or (self.hosts.rate,)
+        self._before = self._before or (self.hosts.current_rate(),)
         self.hosts.set_rate(self.rate)
 
     def heal(self) -> None:

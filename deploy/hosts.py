@@ -13,9 +13,11 @@ sockets work from outside.
 
 All laboratories have the same addresses (of RFC 2544's range for benchmarks, which nobody routes): they cannot meet.
 
-Whoever made namespaces holds a lock on their record in /run/tandemdisk and removes them at its end. A maker that was
-killed with SIGKILL leaves them behind with the lock free: the next maker, or ``tandemdisk hosts down``, removes them.
-Namespaces need root; nothing else here does.
+Whoever made namespaces holds a lock on their record in /run/tandemdisk and removes them at its end; should it be
+killed, ``deploy.guardian`` does. What outlives that one too (a machine out of memory) lies there with the lock free:
+the next maker, or ``tandemdisk hosts down``, removes it. Hosts that are kept (``hosts up``) have no maker any more:
+whoever runs a pair on them holds a shared lock, and nobody removes them under it unless they are named. Namespaces need
+root; nothing else here does.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
+from common.child import python_command, python_environment
 from common.errors import ConfigError, NotRunning, OperationFailed
 
 Side = Literal["a", "b"]
@@ -48,7 +52,14 @@ REPLICATION_PORT: Final = 10810
 RECORDS: Final = Path("/run/tandemdisk")
 NAMESPACES: Final = Path("/run/netns")
 COMMAND_TIMEOUT_S: Final = 20.0
+TAKE_OVER_S: Final = 5.0
+"""For the guardian of a maker that was killed to remove what it watches."""
+SUDO: Final = "Give the command with sudo."
+SUDO_OR_LOCAL: Final = f"{SUDO[:-1]}, or leave --hosts out: both sides then run on this machine as it is."
 
+_CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
+"""By their bits in CapEff (capabilities(7)): what ip netns and tc ask for."""
+_RECORD_BYTES: Final = 160
 _RATE: Final = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)bit", re.IGNORECASE)
 _SCALE: Final = {"k": 1e3, "m": 1e6, "g": 1e9}
 _TAG: Final = re.compile(r"[A-Za-z0-9]{1,10}")
@@ -141,16 +152,23 @@ def run(command: Sequence[str], *, text: str = "", check: bool = True) -> str:
     return done.stdout
 
 
-def require_root(what: str = "Network namespaces") -> None:
+def require_root(what: str = "Network namespaces", hint: str = SUDO) -> None:
     """ConfigError unless this process may make namespaces and has the tools for them."""
     if os.geteuid() != 0:
+        raise ConfigError(f"{what} need root.", hint=hint)
+    if lacking := [name for name, bit in _CAPABILITIES.items() if not _effective_capabilities() >> bit & 1]:
         raise ConfigError(
-            f"{what} need root.",
-            hint="Give the command with sudo, or leave --hosts out: both sides then run on this machine as it is.",
+            f"{what} need {' and '.join(lacking)}, which root does not have here.",
+            hint="Start the container with --privileged.",
         )
     missing = [tool for tool in ("ip", "tc", "nft", "nsenter") if shutil.which(tool) is None]
     if missing:
         raise _missing(missing)
+
+
+def _effective_capabilities() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
 
 
 def _missing(tools: Sequence[str]) -> ConfigError:
@@ -187,6 +205,9 @@ class NetnsHosts:
             side: Namespace(f"{PREFIX}{self.tag}-{side}", ADDRESSES[side]) for side in SIDES
         }
         self._lease = -1
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._pipe = -1
+        """Open as long as this process lives: what its guardian waits for is its end."""
 
     # Records
 
@@ -201,19 +222,54 @@ class NetnsHosts:
 
     def _take_lease(self) -> bool:
         RECORDS.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lease = os.open(self.record, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        while True:
+            lease = os.open(self.record, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_record(lease):
+                    self._lease = lease
+                    return True
+            except BlockingIOError:
+                os.close(lease)
+                return False
+            os.close(lease)  # its holder has just removed it: a lock on it would keep nobody out
+
+    def _is_record(self, lease: int) -> bool:
         try:
-            fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lease)
+            return os.path.samestat(os.fstat(lease), self.record.stat())
+        except FileNotFoundError:
             return False
-        self._lease = lease
+
+    def _take_over(self) -> bool:
+        """The lease, once nobody holds it; False if somebody does who lives. A guardian at its work is waited for."""
+        deadline = time.monotonic() + TAKE_OVER_S
+        while not self._take_lease():
+            recorded = self._recorded()
+            settled = recorded.get("kept") and self.exists()
+            if settled or _alive(recorded.get("maker")) or time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
         return True
 
     def _drop_lease(self) -> None:
         if self._lease >= 0:
             os.close(self._lease)
             self._lease = -1
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        """Hold kept hosts against ``hosts down`` of all; others have a maker. NotRunning if they are gone."""
+        if not self._recorded().get("kept"):
+            yield
+            return
+        lease = os.open(self.record, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lease, fcntl.LOCK_SH)  # who looks at kept hosts or removes them has the other lock for a moment
+            if not self._is_record(lease) or not self.exists():
+                raise NotRunning(f"The hosts {self.tag} were removed.", hint="`tandemdisk hosts list` shows them.")
+            yield
+        finally:
+            os.close(lease)
 
     # Life
 
@@ -229,23 +285,30 @@ class NetnsHosts:
         if self.owned:
             return True
         sweep()
-        if not self._take_lease():
+        if not self._take_over():
             return False
         if self._recorded().get("kept") and self.exists():
             self._drop_lease()
             return False
         try:
-            self._record(kept=keep)
+            self._record(kept=False)
+            self._guardian, self._pipe = _start_guardian(self.tag, self._lease)
             self._remove()
             self._make()
         except BaseException:
             self.down()
             raise
         if keep:
+            self._record(kept=True)  # not before: a maker that is stopped halfway leaves nothing
+            self._dismiss_guardian()
             self._drop_lease()
         else:
             atexit.register(self.down)
         return True
+
+    def _busy(self) -> bool:
+        """Somebody started something in hosts that were made to stay."""
+        return bool(self._recorded().get("kept")) and any(host.pids() for host in self.hosts.values() if host.exists())
 
     def _recorded(self) -> dict[str, Any]:
         try:
@@ -255,7 +318,23 @@ class NetnsHosts:
         return recorded
 
     def _record(self, *, kept: bool) -> None:
-        self.record.write_text(json.dumps({"tag": self.tag, "kept": kept, "rate": self.rate}))
+        said = {"tag": self.tag, "kept": kept, "rate": self.rate, "maker": None if kept else os.getpid()}
+        self._write_record(said)
+
+    def _write_record(self, said: dict[str, Any]) -> None:
+        # One write of one length: who reads it without the lock never finds it empty or cut off.
+        fd = os.open(self.record, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, json.dumps(said).ljust(_RECORD_BYTES).encode(), 0)
+        finally:
+            os.close(fd)
+
+    def _dismiss_guardian(self) -> None:
+        """Close the pipe: it finds that there is nothing to do for it, and ends."""
+        guardian, self._guardian = self._guardian, None
+        if guardian is not None:
+            os.close(self._pipe)
+            guardian.wait(COMMAND_TIMEOUT_S)
 
     def _make(self) -> None:
         one, other = self.hosts["a"], self.hosts["b"]
@@ -272,7 +351,25 @@ class NetnsHosts:
         atexit.unregister(self.down)
         self._remove()
         self.record.unlink(missing_ok=True)
+        self._dismiss_guardian()
         self._drop_lease()
+
+    def down_if_left(self, lease: int | None = None) -> bool:
+        """``down`` if their maker is gone and did not mean to keep them; True if so.
+
+        ``lease``: that of the maker, which the caller shares. Without it the caller takes it, if it is free.
+        """
+        if not self.record.exists():
+            return False
+        if lease is not None and self._is_record(lease):
+            self._lease = lease
+        elif lease is not None or not self._take_over():
+            return False
+        if self._recorded().get("kept", True):
+            self._drop_lease()
+            return False
+        self.down()
+        return True
 
     def _remove(self) -> None:
         for host in self.hosts.values():
@@ -283,13 +380,18 @@ class NetnsHosts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Self]:
-        """The hosts for the time of the context: made if they are missing, and then removed at its end."""
-        owned = self.up()
-        try:
-            yield self
-        finally:
-            if owned:
+        """The hosts for the time of the context: made if they are missing, and then removed at its end.
+
+        NotRunning if somebody removes them just now.
+        """
+        if self.up():
+            try:
+                yield self
+            finally:
                 self.down()
+        else:
+            with self._used():
+                yield self
 
     def __enter__(self) -> Self:
         self.up()
@@ -313,6 +415,13 @@ class NetnsHosts:
                      "burst", str(burst), "latency", _QUEUE)  # fmt: skip
         if set(sides) == set(SIDES):
             self.rate = rate
+            if recorded := self._recorded():
+                self._write_record({**recorded, "rate": rate})
+
+    def current_rate(self) -> str | None:
+        """What the cable carries now, whoever said so last."""
+        rate: str | None = self._recorded().get("rate", self.rate)
+        return rate
 
     def set_plugged(self, side: Side, plugged: bool) -> None:
         """Take ``side``'s end of the cable out, or put it back."""
@@ -321,10 +430,9 @@ class NetnsHosts:
     def describe(self) -> dict[str, Any]:
         """What ``tandemdisk hosts list`` shows."""
         held = self.owned
-        if not held and self._take_lease():
+        if not held and self.record.exists():
+            held = not self._take_lease()
             self._drop_lease()
-        elif not held:
-            held = True
         recorded = self._recorded()
         return {
             "tag": self.tag,
@@ -336,6 +444,31 @@ class NetnsHosts:
                 for side, host in self.hosts.items()
             },
         }
+
+
+def _alive(pid: object) -> bool:
+    """Whether ``pid`` runs: a zombie has let go of everything already."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _start_guardian(tag: str, lease: int) -> tuple[subprocess.Popen[bytes], int]:
+    """The guardian of ``tag``, and the end of the pipe that says that its maker lives."""
+    reading, writing = os.pipe()
+    try:
+        command = [*python_command("deploy.guardian"), tag, str(lease)]
+        guardian = subprocess.Popen(
+            command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(lease,), cwd="/",
+            env=python_environment(), start_new_session=True,
+        )  # fmt: skip
+    except BaseException:
+        os.close(writing)
+        raise
+    finally:
+        os.close(reading)
+    return guardian, writing
 
 
 def found() -> list[NetnsHosts]:
@@ -361,14 +494,18 @@ def sweep() -> list[str]:
 
 
 def remove_all(tags: Sequence[str] = ()) -> list[str]:
-    """Remove hosts by tag, or all that nobody holds; what was removed. NotRunning if a tag is not there."""
+    """Remove hosts by tag, or all that nobody holds and in which nothing runs on purpose; what was removed.
+
+    NotRunning if a tag is not there.
+    """
     require_root()
     there = {hosts.tag: hosts for hosts in found()}
     if unknown := [tag for tag in tags if tag not in there]:
         raise NotRunning(f"There are no hosts {', '.join(unknown)}.", hint="`tandemdisk hosts list` shows them.")
     removed: list[str] = []
     for tag, hosts in there.items():
-        if tag in tags or (not tags and hosts._take_lease()):
+        if tag in tags or (not tags and hosts._take_lease() and not hosts._busy()):
             hosts.down()
             removed.append(tag)
+        hosts._drop_lease()
     return removed

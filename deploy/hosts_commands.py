@@ -62,6 +62,8 @@ def hosts_down(tags: tuple[str, ...]) -> None:
     """Remove hosts by TAG with everything that runs in them; without one, all that nobody holds."""
     removed = remove_all(tags)
     click.echo(f"Removed {', '.join(removed)}." if removed else "There was nothing to remove.")
+    if not tags and (left := [one.tag for one in found()]):
+        click.echo(f"In use: {', '.join(left)}. Named, they are removed with everything that runs in them.")
 
 
 @hosts.command("list")

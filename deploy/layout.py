@@ -25,7 +25,7 @@ from common.config import load_config, make_settings, write_config
 from common.errors import ConfigError, DiskError
 from common.keys import generate_keys
 from common.settings import Compression, Mode, NodeSettings, Role
-from deploy.hosts import REPLICATION_PORT, NetnsHosts, Side, parse_rate, require_root
+from deploy.hosts import REPLICATION_PORT, SUDO_OR_LOCAL, NetnsHosts, Side, parse_rate, require_root
 from deploy.placement import Placement, names_a_file
 
 SIDES: Final[dict[Role, Side]] = {"primary": "a", "secondary": "b"}
@@ -285,6 +285,8 @@ class PairDirectory:
             found.append(f"--hosts {options.hosts} was given, {self.path} says {'local' if hosts is None else NETNS}")
         if options.rate is not None and hosts is None:
             found.append(f"--rate {options.rate} was given, and both sides of {self.path} run on this machine")
+        elif options.rate is not None and hosts is not None and options.rate.lower() != (hosts.rate or "unlimited"):
+            found.append(f"--rate {options.rate} was given, {self.hosts_file} says {hosts.rate or 'unlimited'}")
         for role, settings in self.settings().items():
             disks = options.primary_disks if role == "primary" else options.secondary_disks
             wanted: list[tuple[str, object, object]] = [
@@ -341,11 +343,18 @@ def _hosts(options: PairOptions) -> NetnsHosts | None:
         return None
     if kind != NETNS:
         raise ConfigError(f"--hosts {word!r} names no hosts.", hint="Use local, netns, netns:TAG, or a pair file.")
-    require_root()
+    require_root(hint=SUDO_OR_LOCAL)
     try:
-        return NetnsHosts(tag or None, parse_rate(options.rate) if options.rate else None)
+        rate = parse_rate(options.rate) if options.rate else None
     except ValueError as error:
         raise ConfigError(f"--rate: {error}.") from None
+    hosts = NetnsHosts(tag or None, rate)
+    if options.rate is not None and tag and hosts.exists():
+        raise ConfigError(
+            f"The hosts {tag} are there, and --rate is for hosts that are made.",
+            hint=f"`tandemdisk hosts rate {tag} {options.rate}` changes what their cable carries.",
+        )
+    return hosts
 
 
 def default_buffer_bytes(side_bytes: int, volumes: int) -> int:

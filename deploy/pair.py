@@ -216,7 +216,9 @@ class Pair:
             if role == self.follower() or DiskBuffer.exists(settings.buffer.directory):
                 with contextlib.suppress(TandemDiskError):
                     buffers.append(release_buffer(settings, told.get(role), clean=clean, purge=purge))
-        return {"stopped": stopped, "killed": [], "buffers": buffers}
+        hosts = self.directory.hosts()  # of a supervisor that was killed, and its guardian with it
+        removed = [hosts.tag] if hosts is not None and hosts.down_if_left() else []
+        return {"stopped": stopped, "killed": [], "buffers": buffers, "hosts": removed}
 
     def _stop_side(self, role: Role, **args: object) -> dict[str, Any]:
         """Tell the process to stop and wait until it has: it lets go of disks and buffer last. Its last status."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from common.errors import ConfigError
 from deploy.hosts import require_root, sweep
 from deploy.layout import HOSTS_VARIABLE
 
@@ -130,12 +131,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     hosts = config.getoption("--hosts")
     if hosts != "local":
-        require_root()
+        try:
+            require_root()
+        except ConfigError as error:
+            raise pytest.UsageError(f"--hosts {hosts}: {error.sentence} {error.hint}") from None
         os.environ[HOSTS_VARIABLE] = hosts
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if config.getoption("--hosts") != "local":
+    if os.environ.get(HOSTS_VARIABLE):
         sweep()
 
 
@@ -144,7 +148,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("local_hosts") is not None:
                 item.add_marker(pytest.mark.skip(reason="says itself where the sides run"))
-    if os.geteuid() != 0:
+    try:
+        require_root("These tests")
+    except ConfigError as error:
         for item in items:
             if item.get_closest_marker("root") is not None:
-                item.add_marker(pytest.mark.skip(reason="needs root"))
+                item.add_marker(pytest.mark.skip(reason=error.sentence))

@@ -20,6 +20,7 @@ from deploy.chaos.campaign import campaign
 from deploy.chaos.disks import missing
 from deploy.chaos.kinds import KINDS
 from deploy.chaos.tally import Tally
+from deploy.hosts import SUDO_OR_LOCAL, require_root
 
 LOST: Final = 12
 """Exit code of a run in which acknowledged writes were lost, or a generation had two writers."""
@@ -56,6 +57,8 @@ def chaos(
     Exit code 12 if anything that was acknowledged is lost, 1 if the pair failed otherwise; the directory with its logs
     is kept then.
     """
+    if hosts != "local":
+        require_root(hint=SUDO_OR_LOCAL)
     console = Console()
     seed = secrets.randbits(31) if seed is None else seed
     home = Path(tempfile.mkdtemp(prefix="tdc-")) if directory is None else directory

@@ -7,7 +7,6 @@ contents that a failover promised.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,12 +16,10 @@ import pytest
 
 from common.errors import ConfigError
 from common.nbd_client import NbdClient
-from deploy.bench import hosts as hosts_bench
-from deploy.bench import hosts_report
-from deploy.bench.engines import choose_engine
 from deploy.examples import guest_failover
+from deploy.examples.haproxy import require_haproxy
 from deploy.faults import Cut, Fault, Flapping, Killed, OneWayCut, Paused, SlowLink, Unplugged
-from deploy.hosts import NetnsHosts, found, remove_all, sweep
+from deploy.hosts import NetnsHosts, found
 from deploy.pair import Pair, PairOptions
 from tests import pairs
 from tests.conftest import wait_until
@@ -204,53 +201,18 @@ def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
     assert hosts.tag not in {one.tag for one in found()}
 
 
-def test_hosts_that_outlive_their_maker_are_swept(short_dir: Path) -> None:
-    program = "from deploy.hosts import NetnsHosts; import os; NetnsHosts('orphan').up(); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[2])
-    orphan = NetnsHosts("orphan")
-    assert orphan.exists()
-    assert "orphan" in sweep()
-    assert not orphan.exists()
-    kept = NetnsHosts("kept")
-    try:
-        assert kept.up(keep=True)
-        assert "kept" not in sweep()
-        assert not NetnsHosts("kept").up(), "somebody's on purpose"
-    finally:
-        assert remove_all(["kept"]) == ["kept"]
-    assert not kept.exists()
-
-
 @pytest.mark.timeout(120)
-def test_a_guest_goes_on_across_a_failover(short_dir: Path) -> None:
+@pytest.mark.parametrize("haproxy", [False, True], ids=["redirect", "haproxy"])
+def test_a_guest_goes_on_across_a_failover(short_dir: Path, haproxy: bool) -> None:
     """ext4 through QEMU's NBD client; the primary's host dies under it. The example is the test."""
     try:
         guest_failover.require_tools()
+        if haproxy:
+            require_haproxy()
     except ConfigError as error:
         pytest.skip(str(error))
     lines: list[str] = []
-    program = guest_failover.story(short_dir, lines.append)
+    program = guest_failover.story(short_dir, lines.append, haproxy=haproxy)
     assert program.error is None
     assert program.written >= 60
     assert any("equal" in line for line in lines)
-
-
-def test_a_short_measurement_across_hosts(shm_dir: Path) -> None:
-    """One rate, one kind of pair: every part of the report is there, and nothing is left behind."""
-    options = hosts_bench.Options(
-        ("800mbit",), 0.3, rounds=1, size=16 * MIB, growth=False, compression=False, directory=str(shm_dir),
-        pairs=(("async", True, 1),),
-    )
-    before = {one.tag for one in found()}
-    run = hosts_bench.Bench(options, choose_engine("built-in"), lambda _: None).run()
-    assert not run.failures
-    assert {sample.kind for sample in run.links} == {"tcp", "zeromq", "curve"}
-    assert all(30 < sample.mib_s < 120 for sample in run.links), run.links
-    (throughput,) = run.throughput
-    assert 0 < throughput.mib_s < 120
-    assert run.resyncs[0].dirty_bytes > 0
-    assert hosts_bench.HostsRun.from_json(run.to_json()).to_json() == run.to_json()
-    titles = [title for title, _, _ in hosts_report.sections(run)]
-    assert len(titles) == 3
-    assert {one.tag for one in found()} <= before
-    assert not list(shm_dir.glob("tandemdisk-bench-*"))

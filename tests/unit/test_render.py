@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from common.config import load_config
 from common.errors import ConfigError
+from deploy import hosts
 from deploy.bench import hosts_command, peers, runner, workloads
 from deploy.cli import main
 from deploy.hosts import NetnsHosts, parse_rate, rate_bits
@@ -159,6 +160,9 @@ def test_who_leads(primary: dict[str, Any], secondary: dict[str, Any], expected:
         ["hosts", "down"],
         ["hosts", "list"],
         ["hosts", "cut", "x"],
+        ["hosts", "heal", "x"],
+        ["hosts", "rate", "x", "1gbit"],
+        ["chaos", "--hosts", "netns"],
         ["bench", "--hosts", "netns"],
     ],
 )
@@ -177,7 +181,18 @@ def test_without_root_each_command_says_so(short_dir: Path, arguments: list[str]
     assert result.exit_code == 2
     assert "need root" in result.stderr
     assert "sudo" in result.stderr
+    assert ("leave --hosts out" in result.stderr) == (arguments[0] in ("up", "chaos")), "where that says something"
+    assert not result.stdout
     assert not (short_dir / "p").exists()
+
+
+def test_root_without_its_capabilities_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container: what is missing, and the word that gives it, instead of what a network tool says."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(hosts, "_effective_capabilities", lambda: 0xA80425FB)  # docker's default set
+    with pytest.raises(ConfigError, match="need CAP_NET_ADMIN and CAP_SYS_ADMIN") as raised:
+        hosts.require_root()
+    assert "--privileged" in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize(
