@@ -8,14 +8,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from common.errors import ConfigError, OperationFailed
 from common.limits import KIB, MIB
 
+if TYPE_CHECKING:
+    from deploy.bench.hosts import Options as HostsOptions
+
 _UNITS = {"": 1, "K": KIB, "M": MIB, "G": KIB * MIB}
 _LEAST_SIZE = 64 * MIB
+_SIZE = "1G"
+_SIZE_ACROSS = "256M"
+_SIZE_SHORT = "64M"
+_NOT_ACROSS = {
+    "peers": "--peer", "only": "--only", "jobs": "--job", "limit": "--limit", "no_probes": "--no-probes",
+    "hot_path": "--hot-path", "heart": "--heart", "way_back": "--resync",
+}  # fmt: skip
+"""Options that mean nothing across hosts, by parameter."""
 
 
 def parse_size(text: str) -> int:
@@ -61,7 +74,7 @@ def _orderly_end() -> Iterator[None]:
     "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds over all jobs and peers."
 )
 @click.option("--seconds", type=click.FloatRange(0.2, 600), default=3.0, show_default=True, help="Length of each job.")
-@click.option("--size", default="1G", show_default=True, metavar="SIZE", help="Size of each disk.")
+@click.option("--size", metavar="SIZE", help="Size of each disk.  [default: 1G; with --hosts 256M]")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "fio", "built-in"]),
@@ -90,7 +103,8 @@ def _orderly_end() -> Iterator[None]:
     help="Every sample as JSON, on standard output or into a file.",
 )
 @click.option(
-    "--html", "html_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as one HTML file."
+    "--html", "html_path", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write the report as one HTML file; with --hosts both reports are written, by default here.",
 )
 @click.option(
     "--from",
@@ -108,6 +122,8 @@ def _orderly_end() -> Iterator[None]:
     help="With --hosts: what the cable carries, once or more often; default: 100mbit, 1gbit, unlimited.",
 )
 @click.option("--no-growth", is_flag=True, help="With --hosts: leave out how cost grows.")
+@click.option("--short", is_flag=True, help="With --hosts: two kinds of pair, compression, no growth: seconds.")
+@click.option("--markdown", is_flag=True, help="With --hosts: print the tables as Markdown.")
 @click.option("--hot-path", is_flag=True, help="Instead: where each microsecond of a request goes, step by step.")
 @click.option("--heart", is_flag=True, help="Instead: copy-before-write, reads, checkpoints, failover by themselves.")
 @click.option(
@@ -120,7 +136,7 @@ def bench(
     jobs: str | None,
     rounds: int,
     seconds: float,
-    size: str,
+    size: str | None,
     engine: str,
     no_probes: bool,
     limit: float,
@@ -132,6 +148,8 @@ def bench(
     hosts: str | None,
     rates: tuple[str, ...],
     no_growth: bool,
+    short: bool,
+    markdown: bool,
     hot_path: bool,
     heart: bool,
     way_back: bool,
@@ -147,22 +165,24 @@ def bench(
     if listing:
         _list()
         return
-    if heart or way_back or hot_path:
-        _steps(directory, size, json_path, heart=heart, way_back=way_back)
-        return
-    if html_path is not None:
-        plots.require_matplotlib()
     if hosts is not None:
         from deploy.bench.hosts_command import across
 
+        _refuse_beside_hosts()
+        measured = _across(rates, seconds, rounds, size, directory, growth=not no_growth, short=short)
         with _orderly_end():
-            bytes_each = parse_size(size)
-            across(
-                rates, seconds, rounds, bytes_each, engine, directory, not no_growth, json_path, html_path, from_path
-            )
+            across(measured, engine, json_path, html_path, from_path, markdown=markdown)
         return
-    if rates or no_growth:
-        raise ConfigError("--rate and --no-growth belong to a run across hosts.", hint="Give --hosts netns with them.")
+    if rates or no_growth or short or markdown:
+        raise ConfigError(
+            "--rate, --no-growth, --short and --markdown belong to a run across hosts.",
+            hint="Give --hosts netns with them.",
+        )
+    if heart or way_back or hot_path:
+        _steps(directory, _SIZE if size is None else size, json_path, heart=heart, way_back=way_back)
+        return
+    if html_path is not None:
+        plots.require_matplotlib()
     if from_path is not None:
         _report_on(from_path, json_path, html_path)
         return
@@ -171,12 +191,38 @@ def bench(
         jobs=_chosen(jobs),
         rounds=rounds,
         seconds=seconds,
-        size=parse_size(size),
+        size=parse_size(_SIZE if size is None else size),
         directory=str(directory),
         limit_s=limit * 60,
         probes=not no_probes,
     )
     _measure(options, engine, json_path, html_path)
+
+
+def _refuse_beside_hosts() -> None:
+    """ConfigError that names the options that were given and that a run across hosts would ignore."""
+    if given := [option for name, option in _NOT_ACROSS.items() if _was_given(name)]:
+        raise ConfigError(f"A run across hosts has no {', '.join(given)}.", hint="Leave --hosts or the others out.")
+
+
+def _across(
+    rates: tuple[str, ...], seconds: float, rounds: int, size: str | None, directory: Path, *, growth: bool, short: bool
+) -> HostsOptions:
+    """What to measure across hosts; what was said stands, whatever ``short`` would choose."""
+    from deploy.bench import hosts
+    from deploy.bench.hosts_command import checked
+
+    bytes_each = parse_size(size if size is not None else _SIZE_SHORT if short else _SIZE_ACROSS)
+    options = hosts.Options(checked(rates) or hosts.RATES, seconds, rounds, bytes_each, growth, str(directory))
+    if not short:
+        return options
+    return hosts.short(
+        options, seconds=seconds if _was_given("seconds") else None, rounds=rounds if _was_given("rounds") else None
+    )
+
+
+def _was_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _chosen(names: str | None) -> tuple[str, ...]:

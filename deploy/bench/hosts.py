@@ -53,8 +53,6 @@ SAMPLE_S: Final = 0.05
 """Between looks at what arrived; each costs the secondary about a millisecond of its CPU."""
 LARGEST: Final = 1024 * MIB
 """Of the disks that are made to see what size costs."""
-DIRTY_S: Final = 4.0
-"""A resync is given as much to do as a limited link carries in this time."""
 
 LARGE: Final = Load("random", 0, 64 * KIB, 16)
 SMALL: Final = Load("random", 0, 4 * KIB, 32)
@@ -63,8 +61,11 @@ SINGLE: Final = Load("random", 0, 4 * KIB, 1)
 
 PAIRS: Final[tuple[tuple[Mode, bool, int], ...]] = (
     ("async", False, 1), ("sync", False, 1), ("async", True, 1), ("sync", True, 1), ("async", True, 4),
+    ("sync", True, 4),
 )  # fmt: skip
 """Mode, CURVE, volumes."""
+_PLAINEST: Final[tuple[Mode, bool, int]] = ("async", True, 1)
+"""The pair that resync and compression are measured with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,19 @@ class Options:
     directory: str = "/dev/shm"
     pairs: tuple[tuple[Mode, bool, int], ...] = PAIRS
     compression: bool = True
+    """Beside the pair that is async with CURVE."""
+    dirty_s: float = 4.0
+    """A resync is given as much to do as a limited link carries in this time."""
+    load_bytes: int | None = None
+    """The most that one load of a throughput writes: what waits for a slow link takes long to settle."""
+
+
+def short(options: Options, *, seconds: float | None = None, rounds: int | None = None) -> Options:
+    """What a look of ten or twenty seconds at each of ``options.rates`` takes."""
+    return dataclasses.replace(
+        options, seconds=seconds or 0.5, rounds=rounds or 1, growth=False, pairs=(_PLAINEST, ("sync", True, 1)),
+        dirty_s=0.7, load_bytes=16 * MIB,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +290,8 @@ class Bench:
             for mode, curve, volumes in options.pairs:
                 what = f"{mode}, CURVE {'on' if curve else 'off'}, {volumes} volume(s)"
                 self._try(what, functools.partial(self._pair, mode, curve, volumes))
-            if options.compression:
-                self._try("compression", self._compression)
+                if options.compression and (mode, curve, volumes) == _PLAINEST:
+                    self._try("compression", self._zstd)
             if options.growth:
                 self._growth()
         self.found.seconds = time.monotonic() - begun
@@ -296,9 +310,7 @@ class Bench:
     def _link(self, rate: str) -> None:
         self._set_rate(rate)
         for kind in RAW_KINDS:
-            measured = [
-                measure_link(self._hosts, kind, self._options.seconds) for _ in range(self._options.rounds)
-            ]
+            measured = [measure_link(self._hosts, kind, self._options.seconds) for _ in range(self._options.rounds)]
             self.found.links.append(LinkSample(rate, kind, statistics.median(measured)))
 
     # Pairs
@@ -344,23 +356,27 @@ class Bench:
                 self._throughput(pair, rate, mode, curve, volumes)
                 if volumes == 1:
                     self._latency(pair, rate, mode, curve)
-                if volumes == 1 and mode == "async" and curve:
+                if (mode, curve, volumes) == _PLAINEST:
+                    self._compressed(pair, rate, "off")
                     self._resync(pair, rate)
             if volumes == 1 and mode == "sync":
                 os.kill(pair.status()["secondary"]["pid"], signal.SIGKILL)
                 pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 30)
                 self._latency(pair, "none", "alone", curve)
 
-    def _compression(self) -> None:
-        settings: tuple[Compression, Compression] = ("off", "zstd")
-        for compression in settings:
-            with self._running("async", True, 1, self._options.size, compression) as pair:
-                for rate in self._options.rates:
-                    self._set_rate(rate)
-                    for compressible in (True, False):
-                        self._compressed(pair, rate, compression, compressible)
+    def _zstd(self) -> None:
+        """The plainest pair once more, right after the one without: what else the machine does is the same for both."""
+        with self._running(*_PLAINEST, self._options.size, "zstd") as pair:
+            for rate in self._options.rates:
+                self._set_rate(rate)
+                self._compressed(pair, rate, "zstd")
 
-    def _compressed(self, pair: Pair, rate: str, compression: Compression, compressible: bool) -> None:
+    def _compressed(self, pair: Pair, rate: str, compression: Compression) -> None:
+        if self._options.compression:
+            for compressible in (True, False):
+                self._contents(pair, rate, compression, compressible)
+
+    def _contents(self, pair: Pair, rate: str, compression: Compression, compressible: bool) -> None:
         what = "compressible" if compressible else "incompressible"
         self._progress(f"{rate}: compression {compression}, {what} contents")
         rates, costs, ratios = [], [], []
@@ -399,7 +415,8 @@ class Bench:
         with Arrivals(pair.client("secondary")) as arrivals:
             before = sum(map(cpu_seconds, pids))
             streams = self._streams(pair, load, self._options.seconds)
-            streams = [dataclasses.replace(stream, compressible=compressible) for stream in streams]
+            most = self._options.load_bytes and self._options.load_bytes // len(streams)
+            streams = [dataclasses.replace(stream, compressible=compressible, io_bytes=most) for stream in streams]
             figures = self._engine.run(streams, self._directory)
             self._settle(pair)
             used = sum(map(cpu_seconds, pids)) - before
@@ -429,7 +446,7 @@ class Bench:
         """Dirty the disk while the cable is cut; the time from healing until the pair is protected again."""
         self._progress(f"{rate}: resync")
         limit = parse_rate(rate)
-        part = min(0.5, rate_bits(limit) / 8 * DIRTY_S / self._options.size) if limit else 0.5
+        part = min(0.5, rate_bits(limit) / 8 * self._options.dirty_s / self._options.size) if limit else 0.5
         with Cut(self._hosts):
             pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 30)
             sequential = Load("sequential", 0, MIB, 8)

@@ -4,57 +4,89 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
 from common.errors import ConfigError, OperationFailed
-from deploy.bench import hosts_report
+from deploy.bench import hosts_markdown, hosts_report
 from deploy.bench.engines import choose_engine
-from deploy.bench.hosts import RATES, Bench, HostsRun, Options
+from deploy.bench.hosts import Bench, HostsRun, Options
 from deploy.hosts import parse_rate, require_root
 
 WIDTH: Final = 150
 """Columns of a report into a file or a pipe."""
+JSON: Final = "tandemdisk-hosts.json"
+HTML: Final = Path("tandemdisk-hosts.html")
+"""Where the reports of a measurement go unless other paths are given: a run takes minutes, and its figures are kept."""
 
 
 def across(
-    rates: Sequence[str],
-    seconds: float,
-    rounds: int,
-    size: int,
+    options: Options,
     engine: str,
-    directory: Path,
-    growth: bool,
     json_path: str | None,
     html_path: Path | None,
     from_path: Path | None,
+    *,
+    markdown: bool = False,
 ) -> None:
-    """Measure, or take an earlier run's JSON, and report."""
+    """Measure, or take an earlier run's JSON, and report: tables, and files whose paths are said.
+
+    A measurement always leaves both files; a report on an earlier run writes what is asked for.
+    """
     if from_path is not None:
         run = _earlier(from_path)
     else:
-        require_root("A measurement across hosts makes network namespaces: they")
-        run = _measured(Options(_checked(rates) or RATES, seconds, rounds, size, growth, str(directory)), engine)
+        require_root("A measurement across hosts makes network namespaces: they", hint="Give the command with sudo.")
+        json_path, html_path = json_path or JSON, html_path or HTML
+        require_writable(*([] if json_path == "-" else [Path(json_path)]), html_path)
+        run = _measured(options, engine)
     if json_path == "-":
         print(run.to_json())
+    elif markdown:
+        print(hosts_markdown.tables(run))
     else:
         console = Console()
         hosts_report.show(run, console if console.is_terminal else Console(width=WIDTH))
-        if json_path:
-            Path(json_path).write_text(run.to_json(), encoding="utf-8")
-    if html_path is not None:
-        html_path.write_text(hosts_report.render(run), encoding="utf-8")
+    _write(run, None if json_path == "-" else json_path, html_path)
     if not run.throughput:
         raise OperationFailed("Nothing could be measured:", hint=" ".join(run.failures))
 
 
-def _checked(rates: Sequence[str]) -> tuple[str, ...]:
+def checked(rates: Sequence[str]) -> tuple[str, ...]:
+    """``rates`` as the report names them. ConfigError for one that is none."""
     try:
-        return tuple(parse_rate(rate) or "unlimited" for rate in rates)
+        return tuple(dict.fromkeys(parse_rate(rate) or "unlimited" for rate in rates))
     except ValueError as error:
         raise ConfigError(f"--rate: {error}.") from None
+
+
+def require_writable(*paths: Path) -> None:
+    """OSError that names the file, before a long run instead of after it."""
+    for path in paths:
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+
+
+def _write(run: HostsRun, json_path: str | None, html_path: Path | None) -> None:
+    """The files; what was written is said on stderr, so that stdout is the tables and nothing else."""
+    written = []
+    if json_path is not None:
+        Path(json_path).write_text(run.to_json(), encoding="utf-8")
+        written.append(str(json_path))
+    if html_path is not None:
+        drawings = find_spec("matplotlib") is not None
+        html_path.write_text(hosts_report.render(run, drawings=drawings), encoding="utf-8")
+        written.append(str(html_path))
+        if not drawings:
+            print(f"{html_path}: {hosts_report.NO_DRAWINGS}", file=sys.stderr)
+    if written:
+        print(f"Written: {', '.join(written)}", file=sys.stderr)
 
 
 def _measured(options: Options, engine: str) -> HostsRun:

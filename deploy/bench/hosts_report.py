@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config import format_size
-from deploy.bench import page, plots
-from deploy.bench.hosts import HostsRun, LatencySample, ThroughputSample
+from deploy.bench import hosts_plots, page
+from deploy.bench.hosts import HostsRun, ThroughputSample
+from deploy.bench.hosts_plots import AXES, RAW_TITLES, title_of
 from deploy.bench.report import duration
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WANTED_SHARE: Final = 0.95
 """Of plain TCP, for async replication on a link that limits it."""
 NOT_SLOWER: Final = 0.95
 """What compression must reach of the rate without it, whatever is written."""
-RAW_TITLES: Final = {"tcp": "plain TCP", "zeromq": "plain ZeroMQ", "curve": "ZeroMQ with CURVE"}
-_COLOURS: Final = {"tcp": "#6b7280", "zeromq": "#b4bac4", "async": "#6fa8f5", "sync": "#1f5fbf", "alone": "#b4bac4"}
-_AXES: Final = {"volumes": "volumes", "size": "disk size", "dirty": "dirty set"}
+NO_DRAWINGS: Final = "Tables only: pip install 'tandemdisk[bench]' brings the plots (matplotlib)."
 
 Rows = list[tuple[str, ...]]
 Section = tuple[str, list[str], Rows]
-
-
-def title_of(sample: ThroughputSample | LatencySample) -> str:
-    """``async, CURVE, 4 volumes``."""
-    volumes = getattr(sample, "volumes", 1)
-    parts = [sample.mode, "CURVE" if sample.curve else "plain", *([f"{volumes} volumes"] if volumes > 1 else [])]
-    return ", ".join(parts)
 
 
 def sections(run: HostsRun) -> Iterator[Section]:
@@ -65,7 +54,7 @@ def sections(run: HostsRun) -> Iterator[Section]:
             "how cost grows (sync, CURVE, unlimited link, random 4 KiB, 32 in flight in all)",
             ["", "", "IOPS", "CPU s/GiB", "checkpoint"],
             [
-                (_AXES[sample.axis], str(sample.value) if sample.axis == "volumes" else format_size(sample.value),
+                (AXES[sample.axis], str(sample.value) if sample.axis == "volumes" else format_size(sample.value),
                  f"{sample.iops:,.0f}" if sample.axis != "dirty" else "",
                  f"{sample.cpu_s_per_gib:.2f}" if sample.cpu_s_per_gib else "", duration(sample.checkpoint_s))
                 for sample in run.growth
@@ -140,7 +129,9 @@ def goals(run: HostsRun) -> list[tuple[str, bool]]:
 def show(run: HostsRun, console: Console) -> None:
     """Everything, as tables."""
     for title, columns, rows in sections(run):
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None)
+        # A title of the table itself would wrap at the width of its columns.
+        console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        table = Table(header_style="dim", box=None)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number == 0 or not column else "right", no_wrap=True)
         for row in rows:
@@ -152,8 +143,8 @@ def show(run: HostsRun, console: Console) -> None:
         console.print(f"[bold red]![/] {failure}", highlight=False, soft_wrap=True)
 
 
-def render(run: HostsRun) -> str:
-    """The HTML page; it refers to nothing outside itself."""
+def render(run: HostsRun, *, drawings: bool = True) -> str:
+    """The HTML page; it refers to nothing outside itself. ``drawings`` need matplotlib; the tables say it all."""
     options = run.options
     parts = [
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
@@ -164,12 +155,10 @@ def render(run: HostsRun) -> str:
         f"disks of {options['size'] >> 20} MiB in memory, loads of {options['seconds']:g} s; "
         f"rates are those of payload at the receiver. The run took {run.seconds / 60:.1f} minutes.</p>",
         *(f"<p class='warning'>{escape(failure)}</p>" for failure in run.failures),
-        "<h2>Throughput</h2>" + _bars(run) if run.links else "",
         "<ul>" + "".join(
             f"<li class='{'met' if met else 'missed'}'>{escape(sentence)}</li>" for sentence, met in goals(run)
         ) + "</ul>",
-        "<h2>Latency</h2>" + _latencies(run) if run.latency else "",
-        "<h2>Growth</h2>" + _growth(run) if run.growth else "",
+        *(hosts_plots.drawings(run) if drawings else [f"<p class='quiet'>{escape(NO_DRAWINGS)}</p>"]),
         "<h2>Every figure</h2>",
     ]  # fmt: skip
     for title, columns, rows in sections(run):
@@ -178,56 +167,3 @@ def render(run: HostsRun) -> str:
     facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in run.environment.items())
     parts.append(f"<h2>Measured on</h2><table class='left'>{facts}</table></body></html>")
     return "\n".join(parts)
-
-
-def _bars(run: HostsRun) -> str:
-    """One panel a rate; bars: the link itself, then every kind of pair."""
-    rates = list(dict.fromkeys(sample.rate for sample in run.links))
-    with plots.drawing(2.6, 1, len(rates)) as (every, svg):
-        for axes, rate in zip(every, rates, strict=True):
-            bars = [(RAW_TITLES[s.kind], s.mib_s, _COLOURS.get(s.kind, "#b4bac4")) for s in run.links if s.rate == rate]
-            bars += [(title_of(s), s.mib_s, _COLOURS[s.mode]) for s in run.throughput if s.rate == rate]
-            _horizontal(axes, bars, "MiB/s", axes is every[0])
-            axes.set_title(rate, loc="left")
-        return svg()
-
-
-def _latencies(run: HostsRun) -> str:
-    rates = [rate for rate in dict.fromkeys(sample.rate for sample in run.latency) if rate != "none"]
-    with plots.drawing(2.2, 1, len(rates)) as (every, svg):
-        for axes, rate in zip(every, rates, strict=True):
-            chosen = [s for s in run.latency if s.rate in (rate, "none")]
-            bars = [(title_of(s), s.p50_us, _COLOURS[s.mode]) for s in chosen]
-            _horizontal(axes, bars, "µs, median", axes is every[0])
-            axes.set_title(rate, loc="left")
-        return svg()
-
-
-def _horizontal(axes: Axes, bars: Sequence[tuple[str, float, str]], unit: str, names: bool) -> None:
-    """``names``: at the left; panels beside this one have the same bars."""
-    for place, (_, value, colour) in enumerate(reversed(bars)):
-        axes.barh(place, value, 0.75, color=colour)
-        axes.text(value, place, f" {plots.short(value)}", va="center", fontsize=7)
-    if names:
-        axes.set_yticks(range(len(bars)), [name for name, _, _ in reversed(bars)], fontsize=7)
-    else:
-        axes.set_yticks([])
-    axes.margins(x=0.15)
-    axes.set_xlabel(unit)
-
-
-def _growth(run: HostsRun) -> str:
-    with plots.drawing(2.6, 1, 3) as (every, svg):
-        for axes, axis in zip(every, _AXES, strict=True):
-            samples = [sample for sample in run.growth if sample.axis == axis]
-            at = [sample.value / (1 if axis == "volumes" else 1 << 20) for sample in samples]
-            axes.plot(at, [sample.checkpoint_s * 1000 for sample in samples], "o-", color="#1f5fbf", ms=4)
-            axes.set_ylim(bottom=0)
-            axes.set_xlabel(_AXES[axis] + ("" if axis == "volumes" else ", MiB"))
-            axes.set_ylabel("checkpoint, ms")
-            if axis != "dirty":
-                right = axes.twinx()
-                right.plot(at, [sample.iops for sample in samples], "s--", color="#d9691a", ms=4)
-                right.set_ylim(bottom=0)
-                right.set_ylabel("IOPS (orange)")
-        return svg()
