@@ -1,4 +1,6 @@
-"""A guest that lives on while its primary's host dies: `python -m deploy.examples.guest_failover [--haproxy]` (root).
+"""A guest that lives on while its primary's host dies (root):
+
+    python -m deploy.examples.guest_failover [--haproxy] [--machine]
 
     files, fsync ──▶ ext4 ──▶ loop ──▶ FUSE ──▶ QEMU's NBD client, reconnecting ──▶ redirect or HAProxy ──▶ who leads
 
@@ -7,8 +9,8 @@ fsyncs each, as a database would. The primary's host loses power in the midst of
 program's write takes as long as that takes, and goes on. At the end the file system is checked and every file compared.
 
 QEMU's block layer is the client, as it is under a virtual machine: ``qemu-storage-daemon`` with ``reconnect-delay``. A
-virtual machine takes the same words: ``-blockdev driver=nbd,server.type=inet,server.host=…,server.port=…,export=disk0,
-reconnect-delay=60,node-name=disk0``.
+virtual machine takes the same words, and ``--machine`` is one that boots from the pair (``guest_machine``): ``-blockdev
+driver=nbd,server.type=inet,server.host=…,server.port=…,export=disk0,reconnect-delay=60,node-name=disk0``.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Final
 
 from common.errors import ConfigError, OperationFailed, TandemDiskError, TimedOut
 from common.limits import KIB, MIB
+from deploy.examples.guest_machine import Machine, install, require_qemu
 from deploy.examples.haproxy import Haproxy, require_haproxy
 from deploy.faults import HostGone
 from deploy.hosts import require_root, run
@@ -46,6 +49,8 @@ WAIT_S: Final = 60.0
 FILES_KEPT: Final = 200
 """After that many the program begins to overwrite, so that it never fills the disk."""
 MAX_FILE: Final = 64 * KIB
+SECTORS: Final = 100
+"""What a machine writes before the failover, and after it."""
 
 
 def require_tools() -> None:
@@ -167,29 +172,45 @@ class Program:
         return len(self.digests)
 
 
-def story(directory: Path, say: Callable[[str], None], *, haproxy: bool = False) -> Program:
-    """The whole example in ``directory``; what the program did."""
+Say = Callable[[str], None]
+Way = Haproxy | Redirector
+
+
+@contextlib.contextmanager
+def stage(directory: Path, *, haproxy: bool) -> Iterator[tuple[Pair, Way]]:
+    """A protected pair on two hosts, and the way to whoever leads."""
     overrides = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 1.0}}
-    with contextlib.ExitStack() as stack:
-        pair = stack.enter_context(
-            Pair.create(directory / "p", PairOptions(size=SIZE, hosts="netns", mode="sync", overrides=overrides))
-        )
+    options = PairOptions(size=SIZE, hosts="netns", mode="sync", overrides=overrides)
+    with Pair.create(directory / "p", options) as pair:
         pair.up()
         pair.wait_protected()
-        hosts = pair.directory.hosts()
-        assert hosts is not None
-        way: Haproxy | Redirector = Haproxy(pair, directory) if haproxy else Redirector(pair)
-        stack.enter_context(way)
-        mount = stack.enter_context(mounted(way.address, "disk0", directory))
+        way: Way = Haproxy(pair, directory) if haproxy else Redirector(pair)
+        with way:
+            yield pair, way
+
+
+def lose_primary(pair: Pair, say: Say) -> None:
+    """Its host loses power; the operator sees that and fails over."""
+    hosts = pair.directory.hosts()
+    assert hosts is not None
+    HostGone(hosts, "a").begin()
+    say("the primary's host is gone")
+    pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", WAIT_S)
+    done = pair.failover("latest")
+    say(f"failed over in {done['seconds'] * 1000:.0f} ms")
+
+
+def story(directory: Path, say: Say, *, haproxy: bool = False) -> Program:
+    """The whole example in ``directory``; what the program did."""
+    with (
+        stage(directory, haproxy=haproxy) as (pair, way),
+        mounted(way.address, "disk0", directory) as mount,
+    ):
         say(f"a pair on two hosts; clients go to {way.uri()}; ext4 is mounted on it")
         with Program(mount) as program:
             program.wait_written(30)
             say(f"{program.written} files written")
-            HostGone(hosts, "a").begin()
-            say("the primary's host is gone")
-            pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", WAIT_S)
-            done = pair.failover("latest")
-            say(f"failed over in {done['seconds'] * 1000:.0f} ms")
+            lose_primary(pair, say)
             program.wait_written(30)
             say(f"the program goes on: {program.written} files; one of them took {program.longest_s:.2f} s")
         run(["sync", "-f", str(mount)])
@@ -197,17 +218,39 @@ def story(directory: Path, say: Callable[[str], None], *, haproxy: bool = False)
     return program
 
 
+def machine_story(directory: Path, say: Say, *, haproxy: bool = False) -> int:
+    """The same with a virtual machine that boots from the pair; how many sectors it wrote, each compared."""
+    with stage(directory, haproxy=haproxy) as (pair, way):
+        install(pair.status()["volumes"][0]["primary_uri"])
+        with Machine(way.address, "disk0", directory) as machine:
+            say(f"a pair on two hosts; a machine boots from {way.uri()}")
+            wait_for(lambda: machine.written >= SECTORS, "the machine's first writes", machine.process)
+            say(f"{machine.written} sectors written")
+            lose_primary(pair, say)
+            wanted = machine.written + SECTORS
+            wait_for(lambda: machine.written >= wanted, "more of the machine's writes", machine.process)
+            say(f"the machine goes on: {machine.written} sectors")
+        checked = machine.check(pair.status()["volumes"][0]["secondary_uri"])
+        say(f"all {checked} sectors compared: equal")
+    return checked
+
+
 def main() -> int:
     """Run it, telling each step."""
     begun = time.monotonic()
     try:
-        require_tools()
-        haproxy = "--haproxy" in sys.argv[1:]
+        haproxy, machine = (option in sys.argv[1:] for option in ("--haproxy", "--machine"))
+        if machine:
+            require_root("Namespaces")
+            require_qemu()
+        else:
+            require_tools()
         if haproxy:
             require_haproxy()
+        tell = machine_story if machine else story
         with tempfile.TemporaryDirectory(prefix="td-", dir="/tmp") as directory:
-            story(Path(directory), lambda line: print(f"{time.monotonic() - begun:6.2f} s  {line}", flush=True),
-                  haproxy=haproxy)  # fmt: skip
+            tell(Path(directory), lambda line: print(f"{time.monotonic() - begun:6.2f} s  {line}", flush=True),
+                 haproxy=haproxy)  # fmt: skip
     except TandemDiskError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,7 +16,7 @@ import pytest
 
 from common.errors import ConfigError
 from common.nbd_client import NbdClient
-from deploy.examples import guest_failover
+from deploy.examples import guest_failover, guest_machine
 from deploy.examples.haproxy import require_haproxy
 from deploy.faults import Cut, Fault, Flapping, Killed, OneWayCut, Paused, SlowLink, Unplugged
 from deploy.hosts import NetnsHosts, found
@@ -216,3 +216,15 @@ def test_a_guest_goes_on_across_a_failover(short_dir: Path, haproxy: bool) -> No
     assert program.error is None
     assert program.written >= 60
     assert any("equal" in line for line in lines)
+
+
+@pytest.mark.timeout(120)
+def test_a_machine_goes_on_across_a_failover(short_dir: Path) -> None:
+    """A QEMU (TCG) that boots from the pair: its BIOS, virtio-blk, and every sector that it was told is written."""
+    try:
+        guest_machine.require_qemu()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    lines: list[str] = []
+    assert guest_failover.machine_story(short_dir, lines.append) >= 2 * guest_failover.SECTORS
+    assert any("host is gone" in line for line in lines)
