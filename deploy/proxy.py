@@ -135,6 +135,9 @@ class Proxy:
         task = self._loop.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+        # Here and not in the task: a reset may fall before its first step, or into the choice of the target, and a
+        # client whose connection nobody serves or closes would wait for ever.
+        task.add_done_callback(lambda _task: writer.transport.abort())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         target = await asyncio.to_thread(self._choose)
@@ -152,9 +155,8 @@ class Proxy:
         except (OSError, asyncio.CancelledError, ExceptionGroup):
             pass
         finally:
-            for end in (writer, far):
-                if end is not None:
-                    end.transport.abort()
+            if far is not None:
+                far.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wire: _Wire) -> None:
         """One direction of one connection, until its sender closes it."""

@@ -120,6 +120,25 @@ def test_reset_breaks_connections_and_new_ones_go_where_the_target_is_now(echo: 
                 wait_until(lambda: connection.send(b"y") == 0, 5, "the end of the connection")
 
 
+def test_reset_breaks_a_connection_whose_target_is_not_chosen_yet(echo: tuple[str, int]) -> None:
+    """What a client that reconnects in the moment of a failover meets: it must be told to come again."""
+    choosing, chosen = threading.Event(), threading.Event()
+
+    def choose() -> Target:
+        choosing.set()
+        chosen.wait(10)
+        return echo
+
+    with Proxy(choose) as proxy, socket.create_connection(proxy.address, timeout=10) as connection:
+        try:
+            assert choosing.wait(10)
+            proxy.reset()
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        finally:
+            chosen.set()
+
+
 def test_target_of_uris() -> None:
     assert target_of("nbd+unix:///disk0?socket=/run/nbd.sock") == "/run/nbd.sock"
     assert target_of("nbd://10.0.0.1:1234/disk0") == ("10.0.0.1", 1234)
