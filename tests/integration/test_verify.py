@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from common.nbd_client import NbdClient
 from common.settings import Mode
+from deploy.bench import workloads
+from deploy.bench.engines import Fio, Stream, choose_engine, fio_options
+from deploy.bench.servers import die_with_parent
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from tests.pairs import (
@@ -68,6 +77,64 @@ def test_no_difference_is_found_under_load(short_dir: Path) -> None:
                 assert found["compared_bytes"] == 64 * MIB
             assert not load.end
         assert not load.errors
+
+
+FIO_SPAN = 32 * MIB
+"""What fio reads and writes, from offset 0 on."""
+HUNG_S = 60
+
+
+@contextlib.contextmanager
+def fio_at_work(uri: str, directory: Path, seconds: float) -> Iterator[subprocess.Popen[bytes]]:
+    """fio reads and writes at random as long as the context lasts (and no longer than ``seconds``); at its end fio
+    has to say that it did, and that nothing failed."""
+    if shutil.which("fio") is None or not isinstance(choose_engine(), Fio):
+        pytest.skip("fio with its nbd engine is not installed")
+    load = workloads.Load("random", 50, BLOCK, 16)
+    output = directory / "fio.json"
+    command = ["fio", f"--output={output}", "--output-format=json"]
+    command += fio_options("load", Stream(load, uri, FIO_SPAN, seconds))
+    with subprocess.Popen(command, cwd=directory, preexec_fn=die_with_parent, stdout=subprocess.DEVNULL) as fio:
+        try:
+            yield fio
+            assert fio.poll() is None, "fio ended before it was told to"
+        finally:
+            fio.send_signal(signal.SIGINT)
+            fio.wait(HUNG_S)
+    text = output.read_text()
+    (job,) = json.loads(text[text.index("{") :])["jobs"]  # it says first that it was interrupted
+    assert job["error"] == 0, job
+    assert job["mixed"]["total_ios"] > 0
+
+
+@pytest.mark.parametrize(
+    "seconds", [4, pytest.param(60, marks=[pytest.mark.soak, pytest.mark.timeout(60 + 3 * HUNG_S)])]
+)
+def test_under_fio_no_difference_is_found_and_then_the_one_that_there_is(shm_dir: Path, seconds: int) -> None:
+    """Pass after pass beside fio's random reads and writes: no false positive. Then a byte flips, and is found."""
+    aside = 40 * MIB
+    with running(shm_dir / "p", PairOptions(size=64 * MIB)) as pair:
+        filled(pair)
+        with NbdClient(primary_uri(pair)) as client:
+            client.write(aside, random_bytes(8, MIB))
+        with fio_at_work(primary_uri(pair), shm_dir, seconds + HUNG_S):
+            until, passes = time.monotonic() + seconds, 0
+            while passes < 5 or time.monotonic() < until:
+                sent = pair.status()["counters"]["primary"]["sequence"]
+                found = pair.verify()
+                assert found["differing"] == 0, f"false positive in pass {passes}: {found}"
+                assert found["compared_bytes"] == 64 * MIB
+                assert pair.status()["counters"]["primary"]["sequence"] > sent, "fio wrote meanwhile"
+                passes += 1
+            flip(secondary_disk(pair), aside + 5 * BLOCK + 17)
+            found = pair.verify()
+            assert found["extents"] == [["disk0", aside + 5 * BLOCK, BLOCK]]
+            assert pair.verify(repair=True)["repaired"]
+            assert pair.verify()["differing"] == 0
+        counters = pair.status()["counters"]["primary"]
+        assert counters["repaired_bytes"] == BLOCK
+        pair.checkpoint()
+        compare_disks(pair)
 
 
 def test_a_flipped_byte_is_found_named_and_repaired_by_verify_or_a_full_resync(short_dir: Path) -> None:
