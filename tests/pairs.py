@@ -25,12 +25,20 @@ from common.errors import TandemDiskError
 from common.nbd_client import NbdClient, NbdClientError
 from common.settings import Role
 from deploy.pair import Pair, PairOptions
+from primary.questions import QUESTION_BYTES
 from tests.conftest import wait_until
 
 MIB = 1 << 20
 QUICK: Mapping[str, Any] = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 2.0}}
 """For tests that wait until a side is given up: two seconds instead of five."""
 PIECE = 1 * MIB
+SLACK = 2 * MIB
+"""What resyncs may move beyond what was dirty: two of their pieces (1 MiB), what they had on its way when something
+ended them, moved again. (It may be 8 MiB of them where nothing but the link holds a resync up: tests that interrupt
+one give it a ceiling.)"""
+SAMPLED = 256 * QUESTION_BYTES
+"""What a primary that was killed may ask about beside what its write-intent bitmap says."""
+BLOCK = 4096
 
 
 @contextlib.contextmanager
@@ -101,6 +109,37 @@ def kill_primary(pair: Pair) -> None:
     """SIGKILL, and wait until its end is seen."""
     kill(pair.status()["primary"]["pid"])
     pair.wait_for(lambda now: now["primary"]["pid"] is None, "without its primary", 20)
+
+
+class Moves:
+    """What the resyncs of one side come to from now on; ``check`` bounds it. A process that was started meanwhile
+    counts from zero."""
+
+    def __init__(self, pair: Pair, leads: Role = "primary") -> None:
+        self._pair = pair
+        self._leads = leads
+        self._process, self._before = self._look()
+
+    def _look(self) -> tuple[Any, dict[str, int]]:
+        status = self._pair.status()
+        side = status[self._leads]
+        return (side["pid"], side.get("export_pid")), status["counters"][self._leads]
+
+    def since(self) -> dict[str, int]:
+        """By how much each counter of resyncs has grown."""
+        process, now = self._look()
+        before = self._before if process == self._process else {}
+        return {name: now[name] - before.get(name, 0) for name in now if "resync" in name}
+
+    def check(self, dirty_bytes: int, *, asked_bytes: int | None = 0, slack: int = SLACK) -> dict[str, int]:
+        """AssertionError if more than ``dirty_bytes`` plus the slack was moved, more than ``asked_bytes`` (None: any
+        number) plus the slack asked about, or everything compared. The counters."""
+        found = self.since()
+        assert found["resync_moved_bytes"] <= dirty_bytes + slack, (found, dirty_bytes)
+        if asked_bytes is not None:
+            assert found["resync_asked_bytes"] <= asked_bytes + slack, (found, asked_bytes)
+            assert found["full_resyncs"] == 0, found
+        return found
 
 
 class Load:
@@ -191,6 +230,13 @@ class Load:
         for offset, data in self.writes[: self.answered]:
             model[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         return model
+
+    def dirty_bytes(self, first: int = 0, unit: int = BLOCK) -> int:
+        """Bytes of the blocks of ``unit`` that the writes from number ``first`` on touch."""
+        touched: set[int] = set()
+        for offset, data in self.writes[first:]:
+            touched.update(range(offset // unit, (offset + len(data) - 1) // unit + 1))
+        return len(touched) * unit
 
     def model(self, before: bytes | None = None, size: int = 0) -> bytes:
         """What the disk holds after all writes; for a load that was stopped and got every answer."""
