@@ -24,6 +24,7 @@ from common.child import Child, python_environment, settings_memfd
 from common.errors import TandemDiskError
 from common.nbd_client import NbdClient, NbdClientError
 from common.settings import Role
+from deploy.faults import Fault
 from deploy.pair import Pair, PairOptions
 from primary.questions import QUESTION_BYTES
 from tests.conftest import wait_until
@@ -231,10 +232,10 @@ class Load:
             model[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         return model
 
-    def dirty_bytes(self, first: int = 0, unit: int = BLOCK) -> int:
-        """Bytes of the blocks of ``unit`` that the writes from number ``first`` on touch."""
+    def dirty_bytes(self, first: int = 0, last: int | None = None, unit: int = BLOCK) -> int:
+        """Bytes of the blocks of ``unit`` that the writes from number ``first`` on touch, up to ``last``."""
         touched: set[int] = set()
-        for offset, data in self.writes[first:]:
+        for offset, data in self.writes[first:last]:
             touched.update(range(offset // unit, (offset + len(data) - 1) // unit + 1))
         return len(touched) * unit
 
@@ -271,6 +272,33 @@ class Load:
             if completion.error:
                 self.errors.append(completion.error)
             self.answered = max(self.answered, completion.cookie - self._first + 1)
+
+
+def through_a_fault(pair: Pair, fault: Fault, model: bytes, *, span: tuple[int, int], seed: int = 1) -> bytes:
+    """Load on whoever leads; he goes on alone while ``fault`` lasts. Afterwards both disks hold ``model`` and what was
+    written, which is returned, and no more was moved than was written meanwhile."""
+    leads = pair.leader()
+    uri, view = (primary_uri(pair), guest_uri(pair)) if leads == "primary" else (guest_uri(pair), primary_uri(pair))
+    moves = Moves(pair, leads)
+    with Load(uri, seed=seed, span=span) as load:
+        load.wait_for(200)
+        first = load.answered  # in sync mode the follower has these
+        with fault:
+            pair.wait_for(lambda now: now[leads].get("engine", now[leads]["state"]) == "alone", "alone", 30)
+            load.wait_for(load.answered + 200)
+        pair.wait_protected(30)
+        last = len(load.writes)
+        load.wait_for(load.answered + 200)
+        load.stop()
+        assert load.end is None
+    model = load.model(model)
+    pair.checkpoint()
+    assert contents(uri) == model
+    assert contents(view) == model
+    compare_disks(pair)
+    found = moves.check(load.dirty_bytes(first, last))
+    assert found["resync_moved_bytes"], "it was alone"
+    return model
 
 
 TANDEMDISK = (sys.executable, "-P", "-m", "deploy")

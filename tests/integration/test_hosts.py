@@ -27,6 +27,8 @@ from tests.pairs import MIB, tandemdisk
 
 pytestmark = [pytest.mark.root, pytest.mark.local_hosts]
 SIZE = 16 * MIB
+SPAN = (0, 4 * MIB)
+"""Where guests write while the cable is cut: a resync that moved everything would be seen."""
 REPLICATION = {"heartbeat_s": 0.1, "peer_timeout_s": 0.7}
 
 
@@ -36,6 +38,8 @@ def pair() -> Iterator[Pair]:
     options = PairOptions(size=SIZE, hosts="netns", mode="sync", overrides={"replication": REPLICATION})
     with tempfile.TemporaryDirectory(prefix="td-", dir="/tmp") as directory:
         with pairs.running(Path(directory) / "p", options) as made:
+            with NbdClient(pairs.primary_uri(made)) as client:
+                pairs.write_all(client, pairs.random_bytes(1, SIZE))
             yield made
 
 
@@ -86,29 +90,32 @@ print(recv_monitor_message(monitor)["event"].name)
     protected(pair)
 
 
-@pytest.mark.parametrize("fault", ["cut", "to the secondary", "to the primary", "unplugged"])
-def test_writes_go_on_through_a_cut_and_the_disks_are_equal_after_it(
-    pair: Pair, hosts: NetnsHosts, fault: str
-) -> None:
-    faults: dict[str, Fault] = {
+def faults(hosts: NetnsHosts) -> dict[str, Fault]:
+    return {
         "cut": Cut(hosts),
-        "to the secondary": OneWayCut(hosts, to="b"),
-        "to the primary": OneWayCut(hosts, to="a"),
+        "to b": OneWayCut(hosts, to="b"),
+        "to a": OneWayCut(hosts, to="a"),
         "unplugged": Unplugged(hosts, "b"),
     }
-    with pairs.Load(pairs.primary_uri(pair), seed=len(fault)) as load:
-        load.wait_for(200)
-        with faults[fault]:
-            cut_noticed(pair)
-            pair.wait_for(lambda now: now["primary"]["state"] == "alone", "alone", 15)
-            load.wait_for(load.answered + 200)
-        protected(pair)
-        load.wait_for(load.answered + 200)
-        load.stop()
-        assert not load.errors
-        assert load.end is None
-    pair.checkpoint()
-    pairs.compare_disks(pair)
+
+
+@pytest.mark.parametrize("fault", ["cut", "to b", "to a", "unplugged"])
+def test_writes_go_on_through_a_cut_and_both_disks_have_them_after_it(
+    pair: Pair, hosts: NetnsHosts, fault: str
+) -> None:
+    before = pairs.contents(pairs.primary_uri(pair))
+    pairs.through_a_fault(pair, faults(hosts)[fault], before, span=SPAN, seed=len(fault))
+
+
+def test_the_same_while_side_b_leads(pair: Pair, hosts: NetnsHosts) -> None:
+    pair.switchover()
+    protected(pair)
+    model = pairs.contents(pairs.guest_uri(pair))
+    for fault in ("cut", "to b", "to a"):
+        model = pairs.through_a_fault(pair, faults(hosts)[fault], model, span=SPAN, seed=len(fault))
+    pair.switchover()
+    protected(pair)
+    assert pairs.contents(pairs.primary_uri(pair)) == model
 
 
 def test_flapping_and_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:

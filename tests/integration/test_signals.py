@@ -244,7 +244,7 @@ def after(pair: Pair, cell: Cell, scene: Scene) -> tuple[bytes, int]:
     load.join()
     found = contents(primary_uri(pair))
     load.check(found, scene.model, torn=True)
-    return found, load.dirty_bytes(load.answered, QUESTION_BYTES)
+    return found, load.dirty_bytes(load.answered, unit=QUESTION_BYTES)
 
 
 def run(pair: Pair, cell: Cell, model: bytes) -> bytes:

@@ -1,0 +1,84 @@
+"""The cable between the sides cut and healed, without root: proxies in the way of the stream (``deploy.proxy``).
+
+Whoever leads, and whichever direction is cut: writes go on, both disks have all of them afterwards, and what was moved
+is what was written meanwhile. A cut that the window outlasts moves nothing at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.nbd_client import NbdClient
+from deploy.chaos.breakage import cable
+from deploy.layout import PairOptions
+from deploy.pair import Pair
+from tests import pairs
+from tests.conftest import wait_until
+from tests.pairs import MIB, Load, Moves, contents, guest_uri, primary_uri, random_bytes
+
+pytestmark = pytest.mark.local_hosts
+SIZE = 32 * MIB
+SPAN = (0, 4 * MIB)
+"""Where guests write."""
+
+
+def filled(pair: Pair) -> bytes:
+    data = random_bytes(1, SIZE)
+    with NbdClient(primary_uri(pair)) as client:
+        pairs.write_all(client, data)
+    return data
+
+
+CUTS = ("cut", "cut forward", "cut backward")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param({"primary": CUTS[1:], "secondary": CUTS[:1]}, id="some"),
+        pytest.param({"primary": CUTS, "secondary": CUTS}, id="all", marks=pytest.mark.soak),
+    ],
+)
+def test_each_direction_cut_whoever_leads(shm_dir: Path, table: dict[str, tuple[str, ...]]) -> None:
+    overrides = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 1.0}}
+    with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=overrides)) as pair, cable(pair) as faults:
+        pair.up()
+        pair.wait_protected()
+        model = filled(pair)
+        for leads, names in table.items():
+            if pair.leader() != leads:
+                pair.switchover()
+                pair.wait_protected()
+            assert pair.leader() == leads
+            for name in names:
+                model = pairs.through_a_fault(pair, faults[name], model, span=SPAN, seed=len(name + leads))
+
+
+def test_a_cut_that_the_window_outlasts_moves_nothing(shm_dir: Path) -> None:
+    """What was on its way is gone, the connections break, all of it before the secondary is given up."""
+    overrides = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 60.0}}
+    with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=overrides)) as pair, cable(pair) as faults:
+        pair.up()
+        pair.wait_protected()
+        model = filled(pair)
+        moves = Moves(pair)
+        before = pair.status()["counters"]["primary"]
+        with Load(primary_uri(pair), span=SPAN) as load:
+            load.wait_for(100)
+            for name in CUTS:
+                with faults[name]:
+                    wait_until(lambda: len(load.writes) - load.answered >= 16, 30, "writes that wait for the cable")
+                    faults["reset"].begin()
+                load.wait_for(load.answered + 200)
+        pair.wait_protected()
+        model = load.model(model)
+        pair.checkpoint()
+        assert contents(primary_uri(pair)) == contents(guest_uri(pair)) == model
+        pairs.compare_disks(pair)
+        found = moves.check(0, slack=0)
+        assert found["resyncs"] == 0
+        after = pair.status()["counters"]["primary"]
+        assert after["cuts"] + after["sessions"] > before["cuts"] + before["sessions"], "there was a cut"
+        assert after["replayed"] > before["replayed"], "and the window was sent again"
