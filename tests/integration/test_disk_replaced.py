@@ -9,25 +9,32 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from common.config import make_settings
-from common.errors import DiskError, NeedsForce
+from common.errors import DiskError, NeedsForce, PeerRefused
 from common.nbd_client import NbdClient
 from common.record import check_leading_disks, disks_changed, fingerprints, initial_metadata
 from deploy.layout import PairOptions
 from deploy.pair import Pair
+from primary.questions import QUESTION_BYTES
 from tests.pairs import (
     MIB,
     QUICK,
+    SLACK,
     compare_disks,
     contents,
     guest_uri,
+    kill,
     primary_disk,
     primary_uri,
     random_bytes,
+    running,
     secondary_disk,
+    started,
     tandemdisk,
     write_all,
 )
@@ -114,6 +121,160 @@ def test_disks_of_the_other_side_and_of_another_pair(short_dir: Path) -> None:
                 pair.up()
 
 
+def write_all_to(pair: Pair, data: bytes) -> bytes:
+    """From the beginning of the leader's disk on; what the disks hold then."""
+    with NbdClient(primary_uri(pair) if pair.leader() == "primary" else guest_uri(pair)) as client:
+        write_all(client, data)
+    return data + bytes(HALF - len(data))
+
+
+class Replaced(NamedTuple):
+    """Which disk is what at the next start, and how the pair ended before."""
+
+    what: str
+    whose: str
+    stop: str
+
+
+WHATS = ("emptied", "older", "of another pair")
+STOPS = ("clean", "killed")
+TABLE = [
+    *(Replaced(what, whose, stop) for what in WHATS for whose in ("leader", "follower") for stop in STOPS),
+    *(Replaced("swapped", "both", stop) for stop in STOPS),
+]
+SOME = [
+    Replaced("emptied", "leader", "killed"),
+    Replaced("older", "follower", "killed"),
+    Replaced("of another pair", "leader", "clean"),
+    Replaced("swapped", "both", "killed"),
+]
+MUCH = 12 * MIB
+HALF = 16 * MIB
+
+
+def end(pair: Pair, stop: str) -> None:
+    if stop == "clean":
+        pair.down()
+        return
+    status = pair.status()
+    for process in ("secondary", "primary", "supervisor"):
+        kill(status[process]["pid"])
+    pair.wait_for(lambda now: now["state"] == "stopped", "stopped", 20)
+
+
+def put(disk: Path, data: bytes, stop: str) -> None:
+    """In its place, as dd(1) does, where the time of the last change tells; else as another file, as mv(1) does."""
+    target = disk if stop == "clean" else disk.with_suffix(".new")
+    with target.open("r+b" if stop == "clean" else "wb") as file:
+        file.write(data)
+    target.replace(disk)
+
+
+def replace_disks(pair: Pair, cell: Replaced, old: bytes) -> bytes:
+    """Replace them; what the follower has then."""
+    lead, follow = (Path(pair.settings(role).volumes[0].disk) for role in (pair.leader(), pair.follower()))
+    if cell.what == "swapped":
+        aside = lead.with_suffix(".aside")
+        lead.rename(aside)
+        follow.rename(lead)
+        aside.rename(follow)
+    else:
+        found = {"emptied": bytes(HALF), "older": old, "of another pair": random_bytes(99, HALF)}[cell.what]
+        put(lead if cell.whose == "leader" else follow, found, cell.stop)
+    return follow.read_bytes()
+
+
+def differing(one: bytes, other: bytes) -> int:
+    """Bytes of the questions of a resync that find a difference."""
+    pieces = [np.frombuffer(data, np.uint8).reshape(-1, QUESTION_BYTES) for data in (one, other)]
+    return int(np.count_nonzero((pieces[0] != pieces[1]).any(axis=1))) * QUESTION_BYTES
+
+
+def comes_back(pair: Pair, cell: Replaced, model: bytes, follower_has: bytes) -> None:
+    """Up: refused with a sentence whose advice is followed, or not; then both disks hold ``model``."""
+    lead = pair.leader()
+    pair.up()
+    told = pair.status()[lead]
+    assert (told["pid"] is None) == (cell.whose != "follower"), told
+    if told["pid"] is None:
+        assert "its secondary would be overwritten with it" in told["reason"]
+        if cell.what == "swapped":
+            pair.down()
+            pair.accept_disks()
+            pair.up()
+        else:
+            pair.failover("latest")
+            pair.rejoin()
+    pair.wait_protected()
+    pair.checkpoint()
+    for uri in (primary_uri(pair), guest_uri(pair)):
+        assert contents(uri) == model
+    compare_disks(pair)
+    if cell.whose == "follower":
+        counters = pair.status()["counters"][lead]
+        assert counters["resync_moved_bytes"] <= differing(model, follower_has) + SLACK
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(SOME, id="some"),
+        pytest.param(TABLE, id="all", marks=[pytest.mark.soak, pytest.mark.timeout(900)]),
+    ],
+)
+def test_disks_that_are_replaced(shm_dir: Path, table: list[Replaced]) -> None:
+    """One pair goes through the table, led by whoever the last cell left in the lead."""
+    with running(shm_dir / "p", PairOptions(size=HALF, overrides=QUICK)) as pair:
+        old = b""
+        for number, cell in enumerate(table):
+            model = write_all_to(pair, random_bytes(number, MUCH))
+            old = old or random_bytes(98, MUCH) + bytes(HALF - MUCH)
+            try:
+                end(pair, cell.stop)
+                comes_back(pair, cell, model, replace_disks(pair, cell, old))
+            except BaseException as error:
+                error.add_note(", ".join(cell))
+                raise
+            old = model
+
+
+@pytest.mark.parametrize("side", ["a", pytest.param("b", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stop", [pytest.param("clean", marks=pytest.mark.soak), "killed"])
+def test_a_host_restored_from_an_older_snapshot(shm_dir: Path, side: str, stop: str) -> None:
+    """Disk and directory together, in place, times of change included: nothing on that host can tell. The other side
+    can: the pair refuses, or ends with what was acknowledged."""
+    with Pair.create(shm_dir / "p", PairOptions(size=HALF, overrides=QUICK)) as pair:
+        pair.up()
+        write_all_to(pair, random_bytes(1, MUCH))
+        pair.down()
+        disk = primary_disk(pair) if side == "a" else secondary_disk(pair)
+        home, snapshot = pair.directory.path / side, shm_dir / "snapshot"
+        snapshot.mkdir()
+        for file in filter(Path.is_file, home.iterdir()):
+            shutil.copy2(file, snapshot)
+        pair.up()
+        pair.wait_protected()
+        model = write_all_to(pair, random_bytes(2, MUCH))
+        end(pair, stop)
+        for file in snapshot.iterdir():
+            shutil.copy2(file, home)
+        assert disk.read_bytes() == random_bytes(1, MUCH) + bytes(HALF - MUCH), "an older state"
+        if side == "a":
+            with pytest.raises(PeerRefused, match="this side's disk or metadata is an older copy"):
+                pair.up()
+            with started(pair, "secondary"):
+                pair.failover("latest")
+                pair.wait_for(lambda now: now["secondary"].get("engine"), "led by side b", 20)
+            pair.up()
+            pair.rejoin()
+        else:
+            pair.up()
+        pair.wait_protected()
+        pair.checkpoint()
+        assert contents(primary_uri(pair)) == contents(guest_uri(pair)) == model
+        compare_disks(pair)
+
+
 def test_a_device_is_known_by_samples(short_dir: Path) -> None:
     file = short_dir / "backing"
     file.write_bytes(random_bytes(1, 8 * MIB))
@@ -121,9 +282,7 @@ def test_a_device_is_known_by_samples(short_dir: Path) -> None:
         raw = {"pair_id": "p", "side": "a", "directory": str(short_dir),
                "volumes": [{"name": "v", "disk": str(loop.device)}]}  # fmt: skip
         settings = make_settings(raw, base=short_dir)
-        left = replace(
-            initial_metadata(settings, "primary", [8 * MIB]), disks=fingerprints(settings, running=False)
-        )
+        left = replace(initial_metadata(settings, "primary", [8 * MIB]), disks=fingerprints(settings, running=False))
         check_leading_disks(settings, left)
         fd = os.open(loop.device, os.O_RDWR)
         try:
