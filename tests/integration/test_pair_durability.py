@@ -15,10 +15,11 @@ from common.errors import OperationFailed, TandemDiskError
 from common.nbd_client import NbdClient, NbdClientError
 from common.settings import Mode, Role
 from deploy.pair import Pair, PairOptions
+from primary.questions import QUESTION_BYTES
 from tests import pairs
 from tests.conftest import wait_until
 from tests.faulty_process import Faults
-from tests.pairs import MIB, QUICK, Load
+from tests.pairs import MIB, QUICK, Load, Moves
 
 SIZE = 16 * MIB
 OPTIONS = PairOptions(size=SIZE, mode="sync", buffer_bytes=2 * SIZE, overrides=QUICK)
@@ -158,8 +159,11 @@ def test_the_primary_is_killed_and_started_again(short_dir: Path, mode: Mode) ->
             load.join()
         if mode == "sync":
             load.check(pairs.secondary_disk(pair).read_bytes(), torn=True)  # it may be applying the last batch
+        moves = Moves(pair)
         pair.up()
         pair.wait_protected(30)
+        unconfirmed = load.answered if mode == "sync" else 0
+        moves.check(load.dirty_bytes(unconfirmed, unit=QUESTION_BYTES), asked_bytes=SIZE)
         found = pairs.contents(pairs.primary_uri(pair))
         load.check(found, torn=True)
         pairs.compare_disks(pair)
@@ -178,12 +182,15 @@ def test_the_secondary_is_killed_and_started_again(short_dir: Path, mode: Mode) 
         with Load(pairs.primary_uri(pair)) as load:
             load.wait_for(1000)
             secondary = pair.status()["secondary"]
+            moves = Moves(pair)
+            unconfirmed = load.answered if mode == "sync" else 0
             pairs.kill(secondary["pid"])
             pair.wait_for(lambda now: now["secondary"]["pid"] is None, "without its secondary", 20)
             pair.up()
             load.wait_for(load.answered + 1000)
         assert load.end is None
         pair.wait_protected(30)
+        moves.check(load.dirty_bytes(unconfirmed))
         assert pair.status()["secondary"]["pid"] != secondary["pid"]
         pair.wait_for(lambda now: now["lag"]["bytes"] == 0, "without lag", 20)
         assert pairs.contents(pairs.primary_uri(pair)) == load.model(size=SIZE)
@@ -261,8 +268,10 @@ def test_everything_is_killed_at_once(short_dir: Path) -> None:
                 pairs.kill(pid)
             load.join()
         pair.wait_for(lambda now: now["state"] == "stopped", "stopped", 20)
+        moves = Moves(pair)
         pair.up()
         pair.wait_protected(30)
+        moves.check(load.dirty_bytes(load.answered, unit=QUESTION_BYTES), asked_bytes=SIZE)
         load.check(pairs.contents(pairs.primary_uri(pair)), torn=True)
         pairs.compare_disks(pair)
 

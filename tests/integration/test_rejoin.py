@@ -23,6 +23,7 @@ from tests.pairs import (
     MIB,
     QUICK,
     Load,
+    Moves,
     compare_disks,
     contents,
     guest_uri,
@@ -265,9 +266,11 @@ def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: s
         said = json.loads(dry.stdout)
         assert said["side"] == loser
         assert MIB <= said["bytes"] <= 8 * REGION
+        moves = Moves(pair, "secondary" if loser == "a" else "primary")
         told = pair.rejoin(discard="a" if loser == "a" else "b")
         pair.up()
         settled(pair)
+        moves.check(2 * MIB, asked_bytes=2 * 8 * REGION)  # what each of them wrote; their regions
         offset, data = (10 * MIB, random_bytes(2, MIB)) if loser == "a" else (20 * MIB, random_bytes(3, MIB))
         kept = Path(told["saved"][0]).read_bytes()
         assert kept[offset : offset + MIB] == data, "what was overwritten was saved before"
