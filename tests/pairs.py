@@ -38,7 +38,7 @@ SLACK = 2 * MIB
 ended them, moved again. (It may be 8 MiB of them where nothing but the link holds a resync up: tests that interrupt
 one give it a ceiling.)"""
 SAMPLED = 256 * QUESTION_BYTES
-"""What a primary that was killed may ask about beside what its write-intent bitmap says."""
+"""What may be asked about beside what is marked, once a process of either side was killed."""
 BLOCK = 4096
 
 
@@ -140,6 +140,7 @@ class Moves:
         if asked_bytes is not None:
             assert found["resync_asked_bytes"] <= asked_bytes + slack, (found, asked_bytes)
             assert found["full_resyncs"] == 0, found
+            assert found.get("resyncs_in_distrust", 0) == 0, found
         return found
 
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -130,6 +131,10 @@ def _orderly_end() -> Iterator[None]:
     "--resync", "way_back", is_flag=True,
     help="Instead: resyncs beside the raw stream and nbdcopy; what the write-intent bitmap costs.",
 )
+@click.option(
+    "--disk-directory", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+    help="With --resync: on a real disk, for what the write-intent bitmap costs; default: the temporary directory.",
+)  # fmt: skip
 def bench(
     peers: str | None,
     only: str | None,
@@ -153,6 +158,7 @@ def bench(
     hot_path: bool,
     heart: bool,
     way_back: bool,
+    disk_directory: Path | None,
 ) -> None:
     """Measure this machine's pair, beside others if asked, in alternating rounds.
 
@@ -178,8 +184,13 @@ def bench(
             "--rate, --no-growth, --short and --markdown belong to a run across hosts.",
             hint="Give --hosts netns with them.",
         )
-    if heart or way_back or hot_path:
-        _steps(directory, _SIZE if size is None else size, json_path, heart=heart, way_back=way_back)
+    if way_back:
+        _way_back(directory, disk_directory, parse_size(_SIZE if size is None else size), rounds, engine, json_path)
+        return
+    if disk_directory is not None:
+        raise ConfigError("--disk-directory is for --resync.", hint="--directory is where all other disks are.")
+    if heart or hot_path:
+        _steps(directory, json_path, heart=heart)
         return
     if html_path is not None:
         plots.require_matplotlib()
@@ -236,19 +247,30 @@ def _chosen(names: str | None) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
-def _steps(directory: Path, size: str, json_path: str | None, *, heart: bool, way_back: bool) -> None:
-    """``--heart``, ``--resync`` or else ``--hot-path``: measurements of their own, each with its own tables."""
+def _way_back(
+    directory: Path, disk_directory: Path | None, size: int, rounds: int, engine: str, json_path: str | None
+) -> None:
     from rich.console import Console
 
     from deploy.bench import wayback
+
+    options = wayback.Options(directory, size, rounds=rounds, engine=engine)
+    if disk_directory is not None:
+        options = replace(options, disk_directory=disk_directory)
+    with _orderly_end():
+        wayback.show(Console(), options, json_path)
+
+
+def _steps(directory: Path, json_path: str | None, *, heart: bool) -> None:
+    """``--heart``, or else ``--hot-path``: measurements of their own, each with its own tables."""
+    from rich.console import Console
+
     from deploy.bench.heart import show_heart
     from deploy.bench.hotpath import show_hot_path
 
     with _orderly_end():
         if heart:
             show_heart(json_path)
-        elif way_back:
-            wayback.show(Console(), directory, parse_size(size), json_path)
         else:
             show_hot_path(Console(), directory)
 

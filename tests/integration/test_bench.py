@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from common.child import python_command, python_environment
 from common.nbd_client import NbdClient
-from deploy.bench import hotpath, runner, scratch
+from deploy.bench import hotpath, runner, scratch, wayback
 from deploy.bench.colo import Between, QemuColo
 from deploy.bench.engines import BuiltIn, Engine, choose_engine
 from deploy.bench.peers import TOOLS
@@ -149,3 +150,22 @@ def test_fio_has_its_nbd_engine() -> None:
     if "nbd" not in listed.split():
         pytest.skip("fio is installed without its nbd engine")
     assert choose_engine("fio").name.startswith("fio")
+
+
+def test_the_way_back_in_short(shm_dir: Path, tmp_path: Path) -> None:
+    """One round: every figure is there, the bitmap was waited for where there is one, and nothing is left behind."""
+    options = wayback.Options(
+        shm_dir, 32 * MIB, disk_directory=tmp_path, rounds=1, seconds=0.3, intent_size=512 * MIB, engine="built-in"
+    )
+    found = wayback.measure(options, lambda _: None)
+    names = {"raw stream", "resync, dirty bits", "resync, checksums"}
+    assert set(found.resync_mib_s) - {"nbdcopy"} == names
+    assert all(rate.low == rate.median == rate.high > 0 for rate in found.resync_mib_s.values())
+    assert {name: one.waits.median > 0 for name, one in found.intents.items()} == {
+        f"{kind}, depth {depth}": kept for kind, kept in wayback.KINDS.items() for depth in wayback.DEPTHS
+    }
+    assert all(one.p99_us.median >= one.p50_us.median > 0 < one.writes_s.median for one in found.intents.values())
+    assert " on " in found.intent_disk["file_system"]
+    assert found.intent_disk["regions"] == 128
+    assert json.loads(found.to_json())["rounds"] == 1
+    assert not list(shm_dir.iterdir()) + list(tmp_path.iterdir())

@@ -190,7 +190,7 @@ def test_the_secondary_is_killed_and_started_again(short_dir: Path, mode: Mode) 
             load.wait_for(load.answered + 1000)
         assert load.end is None
         pair.wait_protected(30)
-        moves.check(load.dirty_bytes(unconfirmed))
+        moves.check(load.dirty_bytes(unconfirmed), asked_bytes=SIZE)
         assert pair.status()["secondary"]["pid"] != secondary["pid"]
         pair.wait_for(lambda now: now["lag"]["bytes"] == 0, "without lag", 20)
         assert pairs.contents(pairs.primary_uri(pair)) == load.model(size=SIZE)

@@ -262,7 +262,8 @@ def run(pair: Pair, cell: Cell, model: bytes) -> bytes:
     pairs.compare_disks(pair)
     unclean = cell.signal == KILL and cell.victim in ("primary", "supervisor")
     slack = 0 if cell.phase == "idle" else SLACK
-    moves.check(dirty, asked_bytes=MARKED + SAMPLED if unclean else DIRTY, slack=slack)
+    asked = (MARKED if unclean else DIRTY) + SAMPLED * (cell.signal == KILL)
+    moves.check(dirty, asked_bytes=asked, slack=slack)
     return model
 
 
