@@ -436,3 +436,8 @@ class Engine:
         finally:
             self.link.close()
             self.mirror.close()
+
+    def discard(self) -> None:
+        """Let go of what an engine that was never started has open; the disks are whose they were."""
+        self.link.close()
+        self.mirror.close_files()

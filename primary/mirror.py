@@ -390,8 +390,12 @@ class Mirror:
             volume.disk.flush()
 
     def close(self) -> None:
+        self.close_files()
+        for volume in self.volumes:
+            volume.disk.close()
+
+    def close_files(self) -> None:
+        """``close``, for all but the disks."""
         self.flusher.close()
         if self.guard is not None:
             self.guard.close()
-        for volume in self.volumes:
-            volume.disk.close()

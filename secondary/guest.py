@@ -13,6 +13,7 @@ for the other side, and writes go through its mirror. From then on the side's me
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -77,6 +78,9 @@ class GuestProcess:
     def __init__(self, settings: NodeSettings, lifecycle: Lifecycle) -> None:
         self.settings = settings
         self.engine: Engine | None = None
+        self._leading: asyncio.Task[None] | None = None
+        """Makes the engine, or has made it."""
+        self._stopping = False
         self._lifecycle = lifecycle
         self._stack = AsyncExitStack()
         self._succeeds = False
@@ -124,8 +128,15 @@ class GuestProcess:
 
     async def _lead(self, _args: dict[str, Any]) -> dict[str, Any]:
         """Become a primary; the secondary process writes the metadata no more."""
-        if self.engine is not None:
-            return {}
+        if self._stopping:
+            raise OperationFailed("This process stops.")
+        if self.engine is None:
+            if self._leading is None or self._leading.done():
+                self._leading = asyncio.create_task(self._begin_to_lead(), name="lead")
+            await asyncio.shield(self._leading)  # whoever asks again, having waited too long, joins in
+        return {}
+
+    async def _begin_to_lead(self) -> None:
         header = self.buffer.header
         if header.stage is not Stage.DONE:
             raise OperationFailed(f"This side cannot lead in stage {header.stage.name}.")
@@ -142,7 +153,6 @@ class GuestProcess:
         engine.serving = True
         self.engine = engine
         log.info("leading generation=%d", engine.session.standing.history[-1].number)
-        return {}
 
     async def _make_engine(self) -> Engine:
         """An engine that has begun to look for the other side."""
@@ -164,7 +174,11 @@ class GuestProcess:
         engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
         engine.checkpoints.number = self.buffer.header.checkpoint.number
         engine.growth.on_grown = self._grown
-        await engine.knowledge.remember_start()
+        try:
+            await engine.knowledge.remember_start()
+        except BaseException:
+            engine.discard()  # nobody knows it yet: a stop, or a full disk, came first
+            raise
         engine.start(self.server, alone="this side was promoted")
         return engine
 
@@ -225,6 +239,10 @@ class GuestProcess:
 
     async def close(self) -> None:
         """Answer what is in flight, and note where the stream ends."""
+        self._stopping = True
+        if self._leading is not None and not self._leading.done():
+            self._leading.cancel()  # what waits for the engine goes on without it
+            await asyncio.wait((self._leading,))
         await self.server.close()
         if self.engine is not None:
             await self.engine.close()

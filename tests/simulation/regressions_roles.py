@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from common.errors import TandemDiskError
-from tests.simulation.regressions import REGRESSIONS, generation, operator_stops, protected_again, rejoined, takes_over
+from common.intent import IntentFile
+from tests.simulation.host import Host
+from tests.simulation.regressions import (
+    REGRESSIONS,
+    at_the_moment,
+    generation,
+    operator_stops,
+    protected_again,
+    rejoined,
+    takes_over,
+)
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, writes
 from tests.simulation.simulator import Simulation
 
@@ -137,6 +147,37 @@ async def a_primary_is_asked_while_it_stops(sim: Simulation) -> None:
         sim.world.loop.slowness = 0.002
         await sim.until(lambda ended=primary: not ended.alive, 60, "the end of a primary")  # type: ignore[misc]
         await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def an_export_process_is_stopped_while_it_begins_to_lead(sim: Simulation) -> None:
+    """Seed 521358: the engine that it was making when the stop came was nobody's, and its files stayed open."""
+    await born(sim)
+    for life in range(4):
+        for role in ("primary", "secondary"):
+            sim.kill(sim.leading.process(role), 1000)
+        taking = sim.following
+        sim.watched = [taking.side]
+        await sim.pause(0.5)
+        sim.world.loop.slowness = 0.02
+        sim.failover("latest", force=True)
+
+        def begins(taking: Host = taking) -> bool:
+            export = taking.process("export")
+            return export is not None and any(isinstance(file, IntentFile) for file in export.files)
+
+        await at_the_moment(sim, begins, 30, "an engine in the making")
+        export = taking.process("export")
+        assert export is not None
+        expect(export.node.engine is None, "the engine was made in no time")
+        if life % 2:
+            sim.write()  # the stop waits for its answer
+        operator_stops(export)
+        await sim.until(lambda ended=export: not ended.alive, 30, "the end of the export process")  # type: ignore[misc]
+        sim.world.loop.slowness = 0.002
+        await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
+        await rejoined(sim)
     await sim.rest()
 
 
