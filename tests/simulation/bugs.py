@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import common.intent
 import common.wire
 import primary.engine
 import primary.guard
@@ -347,3 +348,15 @@ def a_checkpoint_before_its_turn(put: Put) -> None:
 
     real = secondary.applier.Applier.put
     put(secondary.applier.Applier, "put", put_work)
+
+
+@bug(60, troubles=frozenset({"power_primary", "cut"}), loss="continue", steps=120, tempo_s=0.1, failover="",
+     commands=NONE)  # fmt: skip
+def intents_not_synced(put: Put) -> None:
+    """The bits of the write-intent file are written, and nobody sees to it that they stay."""
+    real = common.intent.IntentFile._write
+
+    def write(self: Any, pages: Any, *, durable: bool) -> None:
+        real(self, pages, durable=False)
+
+    put(common.intent.IntentFile, "_write", write)

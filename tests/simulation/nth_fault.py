@@ -1,7 +1,8 @@
 """n-th-fault loops, as SQLite tests itself: every disk, metadata and send call of a phase fails, one at a time.
 
 A phase prepares a pair, says ``begin``, and does something: it starts, synchronises, takes over. From ``begin`` on each
-call to a disk, a metadata file, a write-intent file or the stream is counted. Run number n lets the n-th of them fail:
+call to a disk, a metadata file, a write-intent file, a spill file or the stream is counted, and each file of the disk
+buffer that is made. Run number n lets the n-th of them fail:
 *once*, or *from then on* for its device, until the phase is over. (A send that fails breaks the connection; a write
 that fails may have been done in part.) Then the fault is gone, the pair has to come to rest, and the oracle, which
 looked on all the time, compares everything. The loop goes on until a run in which nothing failed, because the phase has
@@ -203,6 +204,22 @@ async def large_resync(sim: Simulation) -> None:
     await writes(sim, 40)
     begin(sim)
     sim.world.network.set_cut(False, False)
+    await reached(sim, sim.protected)
+
+
+@phase(small_pool=4, blocks=(42,))
+async def resync_that_spills(sim: Simulation) -> None:
+    """The same where the checkpoint outlives it, in the spill file; a guest reads there, and a failover commits it."""
+    await born(sim)
+    sim.checkpoint()
+    sim.world.network.set_cut(True, True)
+    await sim.pause(4.0)
+    await writes(sim, 20)
+    begin(sim)
+    sim.world.network.set_cut(False, False)
+    for _ in range(10):
+        sim.act("guest_read")
+        await sim.pause(0.02)
     await reached(sim, sim.protected)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
+import os
 import random
 import re
 import shutil
@@ -35,10 +37,13 @@ import common.port
 import common.transport
 import primary.node
 import primary.questions
+import secondary.buffer
 import secondary.guest
+import secondary.header
 import secondary.holders
 import secondary.node
 import secondary.replica
+import secondary.spill
 import secondary.waits
 from common import limits
 from common.errors import DiskError, TandemDiskError
@@ -53,6 +58,7 @@ from secondary.requests import RequestTable
 from secondary.spill import Spill
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Countdown, MetadataFile, Platter, SimDisk
+from tests.simulation.files import CountedOs, IntentOs, fail_intents
 from tests.simulation.host import OTHER, SIDES, Host
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
@@ -102,6 +108,7 @@ class World:
         self.min_pool = options.small_pool * block if options.small_pool else limits.MIN_POOL
         self.oracle = Oracle(self.rooms, sync=options.sync)
         self.hosts = {side: Host(self, side) for side in SIDES}
+        self.intents = IntentOs(self)
         self.violation: BaseException | None = None
         self.left_streams: set[int] = set()
         """Of sides that gave the primary role up: exact there is not exact in the stream that they follow."""
@@ -240,7 +247,7 @@ class World:
             init(buffer, *args, **options)
 
         self._never_wait(undo)
-        self._fail_intents(undo)
+        self._files(undo)
         self._note_files(undo, IntentFile)
         self._note_files(undo, Spill)
         self._set(undo, PairHeader, "store_state", store_state)
@@ -271,19 +278,15 @@ class World:
         self._set(undo, secondary.waits.Wait, "result", wait)
         self._set(undo, RequestTable, "wait_byte", wait_byte)
 
-    def _fail_intents(self, undo: list[Callable[[], None]]) -> None:
-        """Writes of the write-intent file may fail, too."""
-        world, write = self, IntentFile._write
-
-        def counted(file: IntentFile, pages: Any, *, durable: bool) -> None:
-            host = next(host for host in world.hosts.values() if file.path.startswith(host.directory))
-            bad = host.faults.intents and host.chance.random() < host.faults.intents
-            if world.countdown.strikes(f"{host.side} intents", "write") or bad:
-                path = world._short(file.path)
-                raise DiskError(f"The write-intent file {path} cannot be written: Input/output error.")
-            write(file, pages, durable=durable)
-
-        self._set(undo, IntentFile, "_write", counted)
+    def _files(self, undo: list[Callable[[], None]]) -> None:
+        """Small files: their calls may fail, and the power may go."""
+        self._set(undo, IntentFile, "_write", fail_intents(self))
+        self._set(undo, common.intent, "os", self.intents)
+        self._set(undo, os, "unlink", functools.partial(IntentOs.unlink, self.intents))
+        space = ("open", "posix_fallocate")
+        self._set(undo, secondary.buffer, "os", CountedOs(self, "memory", space, errno.ENOSPC))
+        self._set(undo, secondary.header, "os", CountedOs(self, "memory", space, errno.ENOSPC))
+        self._set(undo, secondary.spill, "os", CountedOs(self, "spill file", (*space, "preadv", "pwrite", "ftruncate")))
 
     def _note_files(self, undo: list[Callable[[], None]], cls: Any) -> None:
         """Descriptors belong to a process: the kernel closes them when it dies."""
@@ -336,6 +339,8 @@ class World:
             for platter in host.platters:
                 if platter.name == path:
                     process = PROCESS.get()
+                    if process is not None and self.countdown.strikes(platter.device, "open"):
+                        raise DiskError(f"{self._short(path)} cannot be opened: Input/output error.")
                     return SimDisk(platter, forgetful=isinstance(process, Running) and process.role == "secondary")
         raise DiskError(f"{path} does not exist.")
 
@@ -344,6 +349,10 @@ class World:
             if path == f"{host.directory}/metadata":
                 return host.metadata
         raise AssertionError(path)
+
+    def host_of(self, path: str) -> Host | None:
+        """Whose file it is."""
+        return next((host for host in self.hosts.values() if path.startswith(f"{host.directory}/")), None)
 
     def _short(self, path: str) -> str:
         """For sentences that are sent: the directory of a run has a name of its own, and the trace has not."""
@@ -362,6 +371,7 @@ class World:
             f"{metadata.stream % 1000}:{metadata.sequence}"
         )
         self._file(path).save(self._short(path), metadata)
+        self.intents.directory_synced(path.rpartition("/")[0])
         if process is None or not process.dead:
             self.guard(self.oracle.sizes_noted, metadata.side, metadata)
         if metadata.role != "secondary":
@@ -445,6 +455,7 @@ class World:
         for platter in host.platters:
             platter.lose_power()
         host.metadata.lose_power()
+        self.intents.lose_power(host)
         shutil.rmtree(host.settings.buffer.directory, ignore_errors=True)
         host.off = True
         self.oracle.memory_lost(host.side, host.platters, host.metadata, self.hosts[OTHER[host.side]].metadata)
