@@ -4,6 +4,9 @@
 --minutes M             as many seeds as that takes
 --soak [--jobs J]       the same over several processes, on and on: seeds, simulated writes and hours, failures
 --seed S [--log]        one seed, with its trace
+        [--set NAME=VALUE …]  with other options than it draws
+        [--bug NAME]          with a bug planted
+--traces [--backwards]  with --seeds: the trace of each
 --compress              with any of these: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
 --nth-fault [PHASE]     every call of a phase fails once, and from then on; without a phase: of all of them
@@ -14,22 +17,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from tests.simulation.options import Options, draw
-from tests.simulation.runner import Result, run, shrink
-from tests.simulation.soak import calm, soak
+from tests.simulation.options import Options, UnknownOption, draw
+from tests.simulation.runner import Result, run
+from tests.simulation.soak import SHRUNK, calm, shrunk, soak, summary
 
 SEEDS = 1000
 
 
-def main() -> int:
-    """See the module; the exit code is 1 if anything failed."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module; the exit code is 1 if anything failed, 2 if the arguments cannot be."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seeds", type=int)
@@ -37,6 +42,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--compress", action="store_true", help="the same lives, the stream compressed")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--traces", action="store_true")
+    parser.add_argument("--backwards", action="store_true", help="the last seed first")
     parser.add_argument("--soak", action="store_true", help="go on after failures, over --jobs processes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--log", action="store_true", help="print the trace")
@@ -47,16 +55,39 @@ def main() -> int:
     parser.add_argument("--number", type=int)
     parser.add_argument("--from-then-on", action="store_true")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     calm()
+    if arguments.set and arguments.seed is None:
+        parser.error("--set goes with --seed.")
+    try:
+        return carry_out(arguments)
+    except (UnknownOption, UnknownName) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+class UnknownName(Exception):
+    """There is no such story, phase or bug."""
+
+
+def known(names: Iterable[str], name: str, what: str) -> list[str]:
+    """``name``, or all ``names`` if it is empty."""
+    names = list(names)
+    if name and name not in names:
+        raise UnknownName(f"There is no {what} called {name!r}. Known: {', '.join(names)}.")
+    return [name] if name else names
+
+
+def carry_out(arguments: argparse.Namespace) -> int:
+    """One of the things that the module lists."""
     if arguments.scenario is not None:
         return scenarios(arguments.scenario)
     if arguments.nth_fault is not None:
         return nth_faults(arguments)
+    if arguments.seed is not None:
+        return one(arguments)
     if arguments.bug is not None:
         return bugs(arguments.bug)
-    if arguments.seed is not None:
-        return one(arguments.seed, arguments.log, compress=arguments.compress)
     if arguments.soak:
         seeds = arguments.seeds if arguments.seeds or arguments.minutes else SEEDS
         return soak(arguments.start, seeds, arguments.minutes, arguments.jobs)
@@ -68,8 +99,15 @@ def options_of(seed: int, *, compress: bool) -> Options | None:
     return replace(draw(random.Random(seed), seed), compress=True) if compress else None
 
 
-def one(seed: int, log: bool, *, compress: bool) -> int:
-    result = run(seed, options_of(seed, compress=compress), keep_log=log)
+def one(arguments: argparse.Namespace) -> int:
+    from tests.simulation.bugs import BUGS, planted
+
+    seed = arguments.seed
+    options = draw(random.Random(seed), seed).put(arguments.set)
+    if arguments.compress:
+        options = replace(options, compress=True)
+    with planted(*known(BUGS, arguments.bug, "bug")) if arguments.bug else contextlib.nullcontext():
+        result = run(seed, options, keep_log=arguments.log)
     for line in result.log:
         print(line)
     print(
@@ -88,21 +126,23 @@ def many(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     total: Counter[str] = Counter()
     acknowledged = done = failed = 0
-    seed = arguments.start
+    count = arguments.seeds or SEEDS
     while True:
         if arguments.minutes is not None:
             if time.perf_counter() - started > arguments.minutes * 60:
                 break
-        elif done == (arguments.seeds or SEEDS):
+        elif done == count:
             break
+        seed = arguments.start + (count - 1 - done if arguments.backwards else done)
         result = run(seed, options_of(seed, compress=arguments.compress))
-        seed += 1
         done += 1
+        if arguments.traces:
+            print(f"seed {seed}: trace {result.trace:016x}")
         acknowledged += result.acknowledged
         total += result.counts
         if result.failure is not None:
             failed += 1
-            report(result, brief=arguments.keep_going)
+            report(result, brief=arguments.keep_going, smaller=failed <= SHRUNK)
             if not arguments.keep_going:
                 break
     seconds = time.perf_counter() - started
@@ -110,16 +150,14 @@ def many(arguments: argparse.Namespace) -> int:
         f"{done} seeds in {seconds:.1f} s ({done / seconds:.1f} a second), {acknowledged} writes acknowledged, "
         f"{failed} failed"
     )
-    print("  " + ", ".join(f"{name} {count}" for name, count in sorted(total.items())))
+    print(summary(total))
     return 1 if failed else 0
 
 
-def report(result: Result, *, brief: bool) -> None:
-    print(result.describe() if not brief else result.describe().split("\n")[0], flush=True)
-    if brief:
-        return
-    smaller = shrink(result)
-    print(f"smaller: {smaller.options.describe()}\n  {smaller.what}: {smaller.failure}")
+def report(result: Result, *, brief: bool, smaller: bool) -> None:
+    print(result.describe() if not brief else f"{result.describe().splitlines()[0]}\n  {result.command()}", flush=True)
+    if smaller:
+        print(shrunk(result), flush=True)
 
 
 def scenarios(name: str) -> int:
@@ -130,7 +168,7 @@ def scenarios(name: str) -> int:
     from tests.simulation.scenarios import SCENARIOS, tell
 
     failed = 0
-    for title in SCENARIOS if not name else [name]:
+    for title in known(SCENARIOS, name, "story"):
         result = tell(title)
         print(f"{'FAILED' if result.failure else 'ok    '} {title}")
         if result.failure is not None:
@@ -142,7 +180,7 @@ def scenarios(name: str) -> int:
 def bugs(name: str) -> int:
     from tests.simulation.bugs import BUGS, hunt
 
-    hunts = [hunt(title) for title in (BUGS if not name else [name])]
+    hunts = [hunt(title) for title in known(BUGS, name, "bug")]
     for found in hunts:
         print(found.describe())
     return 0 if all(found.good for found in hunts) else 1
@@ -151,7 +189,7 @@ def bugs(name: str) -> int:
 def nth_faults(arguments: argparse.Namespace) -> int:
     from tests.simulation.nth_fault import PHASES, fail, loop
 
-    names = [arguments.nth_fault] if arguments.nth_fault else list(PHASES)
+    names = known(PHASES, arguments.nth_fault, "phase")
     if arguments.number is not None:
         outcome = fail(names[0], arguments.number, sticky=arguments.from_then_on, keep_log=arguments.log)
         print("\n".join(outcome.result.log))
@@ -173,4 +211,10 @@ def nth_faults(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -25,12 +25,15 @@ import secondary.applier
 import secondary.backup
 import secondary.commit
 import secondary.header
+import secondary.link
 import secondary.promotion
 import secondary.replica
 import secondary.session
 import secondary.view
 from common.batch import DISCARD
+from common.errors import WireError
 from secondary.session import Apply, Checkpoint
+from tests.simulation.clock import PROCESS
 from tests.simulation.options import Options, draw
 from tests.simulation.oracle import Violation
 from tests.simulation.runner import Result, run
@@ -360,3 +363,19 @@ def intents_not_synced(put: Put) -> None:
         real(self, pages, durable=False)
 
     put(common.intent.IntentFile, "_write", write)
+
+
+@bug(20, troubles=frozenset({"bad_messages", "stale", "reset"}), failover="", commands=NONE)
+def a_wire_error_ends_the_process(put: Put) -> None:
+    """What a peer sends, and nobody can read, is an error like any other."""
+    real = secondary.link.Link._received
+
+    def received(self: Any, peer: bytes, frames: Any) -> None:
+        try:
+            common.wire.decode(frames)
+        except WireError as error:
+            process: Any = PROCESS.get()
+            process.lifecycle.fail(error)
+        real(self, peer, frames)
+
+    put(secondary.link.Link, "_received", received)

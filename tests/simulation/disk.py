@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +48,15 @@ class Faults:
     troubled: bool = False
     """The disks failed, or will, in this life: a write may be refused whenever it comes to it."""
 
+    struck: Counter[str] = field(default_factory=Counter)
+    """What went wrong, how often."""
+
     killer: Callable[[Process], None] = lambda _process: None
 
     def die(self) -> None:
         """The process dies here; at once, because a task would keep what is raised in it to itself."""
         process = PROCESS.get()
+        self.struck["deaths inside a call"] += 1
         if process is not None:
             self.killer(process)
         raise Killed
@@ -135,6 +140,7 @@ class Platter:
     def lose_power(self) -> None:
         """Each sector written since the last flush is there or not."""
         chance = self.chance
+        self.faults.struck["writes lost with the power"] += len(self.journal)
         keep = chance.choice((0.0, 0.5, 0.5, 1.0))
         for offset, data in self.journal:
             for start in range(0, len(data), SECTOR):
@@ -146,6 +152,7 @@ class Platter:
 
     def forget_cache(self) -> None:
         """After a failed flush the kernel calls pages clean that it could not write: some of them are lost for good."""
+        self.faults.struck["writes lost by a flush"] += len(self.journal)
         for offset, data in self.journal:
             for start in range(0, len(data), SECTOR):
                 where = slice(offset + start, offset + start + SECTOR)
@@ -167,6 +174,7 @@ class Platter:
         if faults.kill and self.chance.random() < faults.kill:
             faults.die()
         if self.countdown.strikes(self.device, kind) or (likelihood and self.chance.random() < likelihood):
+            faults.struck[f"failed: {kind}"] += 1
             raise OSError(faults.code, os.strerror(faults.code))
 
 
@@ -208,6 +216,7 @@ class SimDisk:
     def read_nowait(self, offset: int, view: memoryview) -> None:
         platter = self.platter
         if platter.faults.cold and platter.chance.random() < platter.faults.cold:
+            platter.faults.struck["cold reads"] += 1
             raise BlockingIOError(errno.EAGAIN, "not in the page cache")
         self.read_into(offset, view)
 
@@ -298,6 +307,7 @@ class MetadataFile:
                 self.now = data
                 if self.chance.random() < 0.5:
                     self.stable = data
+            faults.struck["failed: save"] += 1
             raise DiskError(f"The metadata file {path} cannot be written: {os.strerror(faults.code)}.")
         self.now = self.stable = data
         self.saved += 1

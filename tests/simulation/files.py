@@ -183,6 +183,7 @@ def fail_intents(world: World) -> Callable[..., None]:
         host = world.host_of(file.path)
         assert host is not None
         if host.faults.intents and host.chance.random() < host.faults.intents:
+            host.faults.struck["failed: intents"] += 1
             path = world._short(file.path)
             raise DiskError(f"The write-intent file {path} cannot be written: Input/output error.")
         write(file, pages, durable=durable)

@@ -10,7 +10,7 @@ of a connection that is gone, delivered later.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -275,7 +275,8 @@ class Network:
         self.left_over: list[tuple[int, bytes, Message]] = []
         self.count = 0
         self.sent = 0
-        self.recorded: list[Message] = []
+        self.counts: Counter[str] = Counter()
+        """What a faulty box in between did."""
 
     def some_delay(self) -> float:
         return self.manners.delay_s + self.chance.random() * self.manners.jitter_s
@@ -326,16 +327,21 @@ class Network:
             return [message]
         out = [message]
         if chance.random() < manners.lose:
+            self.counts["messages lost"] += 1
             return []
         if chance.random() < manners.repeat:
+            self.counts["messages repeated"] += 1
             out.append(message)
         if chance.random() < manners.damage:
+            self.counts["messages damaged"] += 1
             out[0] = damaged(message, chance)
         if chance.random() < manners.cut_short:
+            self.counts["messages cut short"] += 1
             frame = chance.randrange(len(message))
             kept = message[frame][: chance.randint(0, max(0, len(message[frame]) - 1))]
             out[0] = (*message[:frame], kept, *message[frame + 1 :])
         if chance.random() < manners.junk:
+            self.counts["messages of strangers"] += 1
             out.append(tuple(chance.randbytes(chance.randint(0, 60)) for _ in range(chance.randint(1, 3))))
         return out
 
@@ -343,6 +349,7 @@ class Network:
         """Messages of connections that are gone come out of a faulty box's memory."""
         left_over, self.left_over = self.left_over, []
         self.chance.shuffle(left_over)
+        self.counts["messages delivered late"] += len(left_over)
         for direction, identity, message in left_over:
             if direction == TO_DIALER or self.chance.random() < 0.5:
                 connection.queues[direction].append((self.loop.now + self.some_delay(), message))

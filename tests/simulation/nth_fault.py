@@ -54,11 +54,9 @@ class Outcome:
 
     def describe(self) -> str:
         """For a person: what failed, what came of it, and how to see it again."""
-        kind = "--from-then-on" if self.sticky else ""
         return (
             f"{self.phase}: call {self.number} ({self.hit}) fails {'from then on' if self.sticky else 'once'}: "
-            f"{self.result.describe()}\n"
-            f"  or rather: python -m tests.simulation --nth-fault {self.phase} --number {self.number} {kind}"
+            f"{self.result.describe()}"
         )
 
 
@@ -81,7 +79,9 @@ def fail(name: str, number: int, *, sticky: bool, keep_log: bool = False) -> Out
         sim.watched = ["a", "b"]
         await sim.rest()
 
-    outcome.result = run(1, options, keep_log=keep_log, life=life)
+    kind = " --from-then-on" * sticky
+    again = f"--nth-fault {name} --number {number}{kind}"
+    outcome.result = run(1, options, keep_log=keep_log, life=life, again=again)
     return outcome
 
 
@@ -217,9 +217,9 @@ async def resync_that_spills(sim: Simulation) -> None:
     await writes(sim, 20)
     begin(sim)
     sim.world.network.set_cut(False, False)
-    for _ in range(10):
+    for _ in range(60):
         sim.act("guest_read")
-        await sim.pause(0.02)
+        await sim.pause(0.002)
     await reached(sim, sim.protected)
 
 

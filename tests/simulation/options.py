@@ -4,7 +4,9 @@ others out, because a run with every fault at once only ever finds the shallowes
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 TROUBLES = (
     "cut", "one_way", "reset", "bad_messages", "stale", "jitter",
@@ -14,8 +16,14 @@ TROUBLES = (
 
 COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents")
 """What an operator, or a disk, may do in the middle of a life."""
+FLAPPING = "flapping"
+"""Another trouble: the cable comes and goes, many times. It is not drawn among the others."""
 MOST_GROWTH = 12
 """Blocks."""
+
+
+class UnknownOption(ValueError):
+    """There is no such option, or it cannot be that."""
 
 
 @dataclass
@@ -57,6 +65,27 @@ class Options:
         """Part of a side's disks that a resync may put into spill files. Not drawn: seeds stay what they were."""
         return (1.0, 0.0, 0.3)[sum(self.blocks) % 3]
 
+    def settings(self, drawn: Options) -> list[str]:
+        """``name=value`` for what differs from ``drawn``, as ``put`` reads it."""
+        return [
+            f"{item.name}={_written(getattr(self, item.name))}" for item in fields(self)
+            if getattr(self, item.name) != getattr(drawn, item.name)
+        ]  # fmt: skip
+
+    def put(self, settings: Sequence[str]) -> Options:
+        """With ``name=value`` for each of ``settings``. UnknownOption, in a sentence, for what is none."""
+        known = {item.name: getattr(self, item.name) for item in fields(self)}
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, equals, value = setting.partition("=")
+            if name not in known or not equals:
+                raise UnknownOption(f"{setting!r} is no name=value. Names: {', '.join(known)}.")
+            try:
+                changes[name] = _read(known[name], value)
+            except (ValueError, KeyError):
+                raise UnknownOption(f"{name} cannot be {value!r}.") from None
+        return replace(self, **changes)
+
     def describe(self) -> str:
         """One line, what is not the default."""
         default = Options()
@@ -69,12 +98,33 @@ class Options:
         return " ".join([*said, "troubles=" + ",".join(sorted(self.troubles))])
 
 
+def _written(value: Any) -> str:
+    if isinstance(value, frozenset):
+        return ",".join(sorted(value))
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _read(like: Any, text: str) -> Any:
+    """``_written`` of a value of the type of ``like``."""
+    parts = [part for part in text.split(",") if part]
+    if isinstance(like, frozenset):
+        if not set(parts) <= {*TROUBLES, *COMMANDS, FLAPPING}:
+            raise ValueError
+        return frozenset(parts)
+    if isinstance(like, tuple):
+        return tuple(map(int, parts))
+    return {"True": True, "False": False}[text] if isinstance(like, bool) else type(like)(text)
+
+
 def draw(chance: random.Random, seed: int) -> Options:
-    """The options of a seed; ``chance`` is its random numbers. Commands have numbers of their own: they came later, and
-    seeds without them stayed what they were."""
+    """The options of a seed; ``chance`` is its random numbers. Commands, and a cable that flaps, have numbers of their
+    own: they came later, and seeds without them stayed what they were."""
     operator = random.Random(f"operator {seed}")
     share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
-    return replace(_draw(chance), commands=frozenset(name for name in COMMANDS if operator.random() < share))
+    drawn = _draw(chance)
+    if drawn.troubles and random.Random(f"flapping {seed}").random() < 0.15:
+        drawn = replace(drawn, troubles=drawn.troubles | {FLAPPING})
+    return replace(drawn, commands=frozenset(name for name in COMMANDS if operator.random() < share))
 
 
 def _draw(chance: random.Random) -> Options:

@@ -90,7 +90,11 @@ class Oracle:
         self.seen: tuple[Versions, ...] = ()
         self._parsed: dict[bytes, Metadata] = {}
         self.checkpoint_count = 0
+        self.promotions = 0
         self.prefix_checks = 0
+        """Of a disk that the secondary called exact."""
+        self.inexact = 0
+        """Checks that had to be left out, because it did not."""
 
     # Disks as versions
 
@@ -275,6 +279,7 @@ class Oracle:
         if exact is None or self.promoted:
             return
         if not exact:
+            self.inexact += 1
             self.tracked = None
             self.forgotten = False
             return
@@ -367,11 +372,13 @@ class Oracle:
         elif stage == Stage.FAILOVER and old_stage == Stage.RUNNING:
             if self.view is None:
                 raise Violation("I3", "a failover to the checkpoint without one")
+            self.promotions += 1
             self.promoted = True
             self.promoted_side = side
             self.handover = self.versions(secondary).copy(), self.stable(secondary).copy()
         elif stage == Stage.DONE and old_stage == Stage.RUNNING:
             if not self.promoted:  # else it was before its host went down
+                self.promotions += 1
                 self._latest(secondary, exact=exact)
                 self.handover = self.versions(secondary).copy(), self.stable(secondary).copy()
             self.lead(side, secondary)

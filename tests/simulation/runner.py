@@ -8,6 +8,7 @@ import gc
 import random
 import signal
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ class Result:
     virtual_s: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     step: int = 0
+    again: str = ""
+    """Arguments of the command that shows it again, where it is not the life of a seed."""
 
     @property
     def what(self) -> str:
@@ -47,11 +50,17 @@ class Result:
             return self.failure.invariant
         return type(self.failure).__name__ if self.failure is not None else ""
 
+    def command(self) -> str:
+        """One line that replays it, whatever its options are."""
+        if self.again:
+            return f"python -m tests.simulation {self.again}"
+        settings = self.options.settings(draw(random.Random(self.seed), self.seed))
+        return f"python -m tests.simulation --seed {self.seed}" + "".join(f" --set {setting}" for setting in settings)
+
     def describe(self) -> str:
         """For a person: the failure, where it came from and how to see it again."""
-        compress = " --compress" * self.options.compress
         lines = [f"seed {self.seed}: {self.what}: {self.failure}", f"  options: {self.options.describe()}",
-                 f"  again:   python -m tests.simulation --seed {self.seed}{compress}"]  # fmt: skip
+                 f"  again:   {self.command()}"]  # fmt: skip
         if self.failure is not None and not isinstance(self.failure, Violation):
             lines += ["".join(traceback.format_exception(self.failure))]
         return "\n".join(lines)
@@ -82,12 +91,12 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
-        life: Callable[[Simulation], Any] | None = None) -> Result:  # fmt: skip
-    """Live the life of ``seed``, or what ``life`` makes of it."""
+        life: Callable[[Simulation], Any] | None = None, again: str = "") -> Result:  # fmt: skip
+    """Live the life of ``seed``, or what ``life`` makes of it; ``again``: see ``Result``."""
     chance = random.Random(seed)
     drawn = draw(chance, seed)
     options = options or drawn
-    result = Result(seed, options)
+    result = Result(seed, options, again=again)
     digest = xxh3_64()
     with World.open(options, chance) as world:
         simulation = Simulation(world, seed)
@@ -105,12 +114,8 @@ def run(seed: int, options: Options | None = None, *, keep_log: bool = False,
         result.acknowledged = world.oracle.acknowledged + world.oracle.guest_acknowledged
         result.steps = world.loop.steps
         result.virtual_s = world.loop.now - 1000.0
-        result.counts = simulation.counts
+        result.counts = simulation.counts + world.happened()
         result.step = simulation.step
-        result.counts["messages"] = world.network.sent
-        result.counts["checkpoints"] = world.oracle.checkpoint_count
-        result.counts["guest reads"] = world.oracle.reads
-        result.counts["promotions"] = int(world.oracle.promoted)
     gc.collect()  # the mappings of this life hold descriptors, and cycles hold them
     result.trace = digest.intdigest()
     return result
@@ -140,31 +145,41 @@ def _run_to_its_end(world: World, life: Any) -> None:
             life.close()
 
 
-def shrink(result: Result, *, tries: int = 60) -> Result:
-    """The same failure with fewer kinds of trouble and a shorter life, as far as that can be found in ``tries``
-    runs."""
+def shrink(result: Result, *, tries: int = 150, seconds: float = 60.0) -> Result:
+    """The same failure with fewer kinds of trouble and of commands, a smaller pair and a shorter life: until nothing
+    more can be left out, or ``tries`` runs or ``seconds`` are over."""
     best = result
-    for options in _smaller(result):
-        if tries == 0:
-            break
-        tries -= 1
-        if len(options.troubles) > len(best.options.troubles) or options.steps > best.options.steps:
-            continue
-        merged = replace(
-            options, troubles=options.troubles & best.options.troubles, steps=min(options.steps, best.options.steps)
-        )
-        found = run(result.seed, merged)
-        if found.failure is not None and found.what == result.what:
-            best = found
+    end = time.perf_counter() + seconds
+    again = True
+    while again:
+        again = False
+        for smaller in _smaller(best.options, best.step):
+            options = smaller(best.options)
+            if options == best.options:
+                continue
+            if not tries or time.perf_counter() > end:
+                return best
+            tries -= 1
+            found = run(result.seed, options)
+            if found.failure is not None and found.what == result.what:
+                best, again = found, True
     return best
 
 
-def _smaller(result: Result) -> Iterator[Options]:
-    options = result.options
-    yield replace(options, steps=max(1, result.step + 1))
-    for trouble in sorted(options.troubles):
-        yield replace(options, troubles=options.troubles - {trouble})
-    yield replace(options, small_pool=0)
-    yield replace(options, odd_end=False)
-    for part in (2, 4, 8):
-        yield replace(options, steps=max(1, (result.step + 1) // part))
+def _smaller(options: Options, step: int) -> Iterator[Callable[[Options], Options]]:
+    """What may be left out of ``options``, each by itself; the failure was at ``step``."""
+    for steps in (step + 1, (step + 1) // 2, (step + 1) * 3 // 4, step):
+        yield lambda now, steps=steps: replace(now, steps=max(1, min(now.steps, steps)))  # type: ignore[misc]
+    yield lambda now: replace(now, commands=frozenset())
+    yield lambda now: replace(now, troubles=frozenset())
+    for name in sorted(options.commands):
+        yield lambda now, name=name: replace(now, commands=now.commands - {name})  # type: ignore[misc]
+    for name in sorted(options.troubles):
+        yield lambda now, name=name: replace(now, troubles=now.troubles - {name})  # type: ignore[misc]
+    yield lambda now: replace(now, blocks=now.blocks[:1])
+    yield lambda now: replace(now, blocks=tuple(min(count, 6) for count in now.blocks))
+    calm: dict[str, Any] = {"guest": False, "failover": "", "large": False, "small_pool": 0, "odd_end": False,
+                            "assume": False, "interval_s": 0.0, "window_bytes": 1 << 20, "loss": "continue",
+                            "compress": False}  # fmt: skip
+    for name, value in calm.items():
+        yield lambda now, name=name, value=value: replace(now, **{name: value})  # type: ignore[misc]

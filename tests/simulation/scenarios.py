@@ -39,7 +39,7 @@ def scenario(**options: Any) -> Callable[[Story], Story]:
 def tell(name: str, seed: int = 1) -> Result:
     """Run the story called ``name``."""
     story, options = SCENARIOS[name]
-    return run(seed, options, life=story)
+    return run(seed, options, life=story, again=f"--scenario {name}")
 
 
 # What stories are made of

@@ -24,6 +24,7 @@ from secondary.header import Stage
 from tests.simulation.clients import Clients
 from tests.simulation.host import OTHER, Host
 from tests.simulation.network import Manners
+from tests.simulation.options import FLAPPING
 from tests.simulation.oracle import Violation
 from tests.simulation.processes import Running
 from tests.simulation.swarm import WEIGHTS as COMMANDS
@@ -39,6 +40,7 @@ WEIGHTS = {
     "kill_export": 0.7, "power_primary": 0.5, "power_secondary": 0.5, "pause": 0.7, "stop": 0.6,
     "disk_primary": 0.7, "disk_secondary": 0.7, "slow": 0.7, "metadata": 0.7, "kill_inside": 0.7, "slow_reader": 1.5,
 }  # fmt: skip
+NETWORK = {"cut", "one_way", "reset", "bad_messages", "stale", "jitter", FLAPPING}
 ALWAYS = ("write", "read", "flush", "checkpoint")
 
 
@@ -165,12 +167,13 @@ class Simulation:
 
         process.run(world.loop.create_task, run())
 
-    def kill(self, process: Running | None, seconds: float) -> None:
-        """SIGKILL; the supervisor starts it again after ``seconds``."""
+    def kill(self, process: Running | None, seconds: float) -> bool:
+        """SIGKILL; the supervisor starts it again after ``seconds``. False: nobody is there."""
         if process is None:
-            return
+            return False
         self.world.kill(process)
         self.restart_at[process.host.side] = self.world.loop.now + seconds
+        return True
 
     def power(self, side: str, seconds: float) -> None:
         """The machine loses its power and comes back after ``seconds``."""
@@ -213,6 +216,10 @@ class Simulation:
         names += [name for name in COMMANDS if name in options.commands]
         weights = np.cumsum([WEIGHTS.get(name) or COMMANDS[name] for name in names]).tolist()
         failover_at = chance.randrange(options.steps // 2, options.steps) if options.failover else -1
+        self.world.unending = not options.commands and not options.failover and options.troubles <= NETWORK
+        if FLAPPING in options.troubles:
+            flapping = random.Random(f"flaps {self.seed}")
+            self.troubles.flap(flapping, flapping.random() * options.steps * options.tempo_s)
         for self.step in range(options.steps):
             self.supervise()
             if self.step == failover_at:
@@ -223,12 +230,11 @@ class Simulation:
         await self.rest()
 
     def act(self, name: str) -> None:
-        """Do one thing."""
-        self.counts[name] += 1
+        """Do one thing, and count it, unless there was nobody to do it to."""
         if name not in ("write", "guest_read", "read"):
             self.world.trace(f"act {name}")
         verb = getattr(self, f"_do_{name}", None) or getattr(self.operator, name, None) or getattr(self.troubles, name)
-        verb()
+        self.counts[name] += verb() is not False
 
     def _do_write(self) -> None:
         for _ in range(self.chance.choice((1, 1, 2, 6))):

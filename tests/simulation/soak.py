@@ -14,13 +14,17 @@ import itertools
 import multiprocessing
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
-from tests.simulation.runner import run
+from tests.simulation.runner import Result, run, shrink
 
 CHUNK = 40
 """Seeds that a process is given at once: a second or two."""
 REPORT_S = 60.0
+SHRUNK = 3
+"""Failures that are shrunk; the others may well be the same."""
 
 
 @dataclass
@@ -30,13 +34,18 @@ class Tally:
     seeds: int = 0
     acknowledged: int = 0
     virtual_s: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+    """Their seeds."""
 
     def add(self, other: Tally) -> None:
         self.seeds += other.seeds
         self.acknowledged += other.acknowledged
         self.virtual_s += other.virtual_s
+        self.counts += other.counts
         self.failures += other.failures
+        self.failed += other.failed
 
     def describe(self, seconds: float) -> str:
         return (
@@ -61,9 +70,28 @@ def chunk(start: int, count: int) -> Tally:
         tally.seeds += 1
         tally.acknowledged += result.acknowledged
         tally.virtual_s += result.virtual_s
+        tally.counts += result.counts
         if result.failure is not None:
             tally.failures.append(result.describe())
+            tally.failed.append(seed)
     return tally
+
+
+def summary(counts: Counter[str]) -> str:
+    """What happened, and what was checked."""
+    return "  " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def shrunk(result: Result) -> str:
+    """The smallest failure of its kind, and the line that replays it."""
+    smaller = shrink(result)
+    return f"smaller: {smaller.what}: {smaller.failure}\n  {smaller.command()}"
+
+
+def shrink_seed(seed: int) -> str:
+    """In a process of its own: the other seeds go on."""
+    warnings.simplefilter("ignore")
+    return f"seed {seed}, {shrunk(run(seed))}"
 
 
 def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int:
@@ -75,7 +103,7 @@ def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int
     last = None if seeds is None else start + seeds
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=calm) as pool:
-        running: set[concurrent.futures.Future[Tally]] = set()
+        running: set[concurrent.futures.Future[Any]] = set()
         while True:
             in_time = minutes is None or time.monotonic() - started < minutes * 60
             while in_time and len(running) < 2 * jobs and (first := next(left, None)) is not None:
@@ -85,12 +113,18 @@ def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int
             done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 tally = future.result()
-                total.add(tally)
+                if isinstance(tally, str):
+                    print(tally, flush=True)
+                    continue
                 for failure in tally.failures:
                     print(failure, flush=True)
+                for seed in tally.failed[: max(0, SHRUNK - len(total.failed))]:
+                    running.add(pool.submit(shrink_seed, seed))
+                total.add(tally)
             if time.monotonic() - said > REPORT_S:
                 said = time.monotonic()
                 print(total.describe(said - started), flush=True)
     print(f"seeds {start} to {start + total.seeds - 1}")
     print(total.describe(time.monotonic() - started))
+    print(summary(total.counts))
     return 1 if total.failures else 0

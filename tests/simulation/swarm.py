@@ -45,12 +45,13 @@ class Operator:
 
     # Commands that take their time
 
-    def _begin(self, command: Coroutine[Any, Any, Any]) -> None:
+    def _begin(self, command: Coroutine[Any, Any, Any]) -> bool:
         if self.busy:
             command.close()
-            return
+            return False
         self.busy = True
         self.world.loop.create_task(self._go_on(command))
+        return True
 
     async def _go_on(self, command: Coroutine[Any, Any, Any]) -> None:
         from tests.simulation.simulator import Stop
@@ -68,16 +69,17 @@ class Operator:
         """Until nothing goes on any more."""
         await self.sim.until(lambda: not self.busy, 300.0, "the end of an operator's command")
 
-    def switchover(self) -> None:
+    def switchover(self) -> bool:
         """Swap the roles, if the pair is protected."""
         from tests.simulation.commands import switchover
 
-        if not self.world.oracle.promoted and self.sim.protected():
-            self._begin(switchover(self.sim))
+        if self.world.oracle.promoted or not self.sim.protected():
+            return False
+        return self._begin(switchover(self.sim))
 
-    def takeover(self) -> None:
+    def takeover(self) -> bool:
         """The primary goes away in some manner, the other side takes over, and the primary may come back."""
-        self._begin(self._take_over())
+        return self._begin(self._take_over())
 
     async def _take_over(self) -> None:
         sim, chance = self.sim, self.sim.chance

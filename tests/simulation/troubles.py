@@ -1,9 +1,14 @@
-"""What goes wrong in a random life: one verb for each kind of trouble. Each heals by itself after a while."""
+"""What goes wrong in a random life: one verb for each kind of trouble. Each heals by itself after a while. A verb that
+finds nothing to trouble returns False."""
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from tests.simulation.options import FLAPPING
 
 if TYPE_CHECKING:
     from tests.simulation.host import Host
@@ -53,6 +58,26 @@ class Troubles:
     def _heal_later(self, heal: Callable[[], None]) -> None:
         self.sim.later(self.chance.choice((0.05, 0.5, 1.0, 4.0, 8.0)) * self.chance.random(), heal)
 
+    def flap(self, chance: random.Random, begin_s: float) -> None:
+        """The cable comes and goes, sometimes for less than a handshake takes; ``chance`` is this trouble's own."""
+        self.world.loop.create_task(self._flap(chance, begin_s))
+
+    async def _flap(self, chance: random.Random, begin_s: float) -> None:
+        sim, network = self.sim, self.world.network
+        await asyncio.sleep(begin_s)
+        for _ in range(chance.randint(8, 20)):
+            if sim.healing:
+                return
+            sim.counts[FLAPPING] += 1
+            network.set_cut(True, True)
+            await asyncio.sleep(chance.uniform(0.01, 0.3))
+            if sim.healing:
+                return
+            if chance.random() < 0.5:
+                network.break_all()
+            network.set_cut(False, False)
+            await asyncio.sleep(chance.choice((0.002, 0.06, 0.3)) * chance.random())
+
     def reset(self) -> None:
         self.world.network.break_all()
 
@@ -66,15 +91,17 @@ class Troubles:
         manners = self.world.network.manners
         manners.lose = manners.repeat = manners.damage = manners.cut_short = manners.junk = 0.0
 
-    def kill_primary(self) -> None:
-        self.sim.kill(self.sim.primary, self.chance.random() * 4)
+    def kill_primary(self) -> bool:
+        return self.sim.kill(self.sim.primary, self.chance.random() * 4)
 
-    def kill_secondary(self) -> None:
-        self.sim.kill(self.sim.secondary, self.chance.random() * 4)
+    def kill_secondary(self) -> bool:
+        return self.sim.kill(self.sim.secondary, self.chance.random() * 4)
 
-    def kill_export(self) -> None:
-        if self.sim.export is not None:
-            self.world.kill(self.sim.export)
+    def kill_export(self) -> bool:
+        if self.sim.export is None:
+            return False
+        self.world.kill(self.sim.export)
+        return True
 
     def power_primary(self) -> None:
         self.sim.power(self.sim.leading.side, self.chance.random() * 8)
@@ -82,16 +109,20 @@ class Troubles:
     def power_secondary(self) -> None:
         self.sim.power(self.sim.following.side, self.chance.random() * 8)
 
-    def pause(self) -> None:
+    def pause(self) -> bool:
         process = self.chance.choice((self.sim.primary, self.sim.secondary, self.sim.export))
-        if process is not None and not process.stopped:
-            process.stopped = True
-            self._heal_later(lambda: self.world.loop.resume(process))
+        if process is None or process.stopped:
+            return False
+        process.stopped = True
+        self._heal_later(lambda: self.world.loop.resume(process))
+        return True
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         process = self.chance.choice((self.sim.primary, self.sim.secondary))
-        if process is not None and process.lifecycle.is_ready:
-            process.lifecycle.stop.set()
+        if process is None or not process.lifecycle.is_ready:
+            return False
+        process.lifecycle.stop.set()
+        return True
 
     def disk_primary(self) -> None:
         self._disk_trouble(self.sim.leading)

@@ -22,10 +22,13 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from xxhash import xxh3_64_hexdigest
 
 import common.child
 import common.control
@@ -116,6 +119,8 @@ class World:
         self.slow_readers = 0
         self.preempt = 0.0
         self.nested = False
+        self.turns = 0
+        """Another process ran in the middle of a disk operation."""
         self.on_between: Callable[[Platter, str, Running | None], None] = lambda _platter, _kind, _process: None
         self._random = random.Random(chance.getrandbits(64))
         self._changed = False
@@ -131,6 +136,8 @@ class World:
         self.loop.crashed = lambda process: self.kill(process)  # type: ignore[arg-type]
         self.loop.blocked = lambda: self.slow_readers > 0
         self.ends: list[Running] = []
+        self.unending = False
+        """Only the network gives trouble, and nobody commands anything: no process has a reason to end (I7)."""
         self.own_operations: list[Any] = []
         """Batches that the oracle knows as the leading side's; the others come from before it led."""
 
@@ -417,6 +424,8 @@ class World:
             if child.alive:
                 self.kill(child)
         self.network.process_gone(process, silently=False)
+        if self.unending and not process.dead:
+            self.guard(_raise, "I7", f"{process.name} ended ({error!r}), and nothing but messages can be the reason")
         if process.files and lifecycle.is_ready and not process.dead:
             held = ", ".join(type(file).__name__ for file in process.files)
             self.guard(_raise, "descriptors", f"{process.name} ended ({error}) and had not closed: {held}")
@@ -459,6 +468,24 @@ class World:
         shutil.rmtree(host.settings.buffer.directory, ignore_errors=True)
         host.off = True
         self.oracle.memory_lost(host.side, host.platters, host.metadata, self.hosts[OTHER[host.side]].metadata)
+
+    def happened(self) -> Counter[str]:
+        """What there was to look at, and what was looked at."""
+        oracle = self.oracle
+        counts = Counter(self.network.counts)
+        for host in self.hosts.values():
+            counts.update(host.faults.struck)
+        counts["messages"] = self.network.sent
+        counts["checkpoints"] = oracle.checkpoint_count
+        counts["guest reads checked"] = oracle.reads
+        counts["prefixes checked"] = oracle.prefix_checks
+        counts["prefixes not checked"] = oracle.inexact
+        counts["promotions"] = oracle.promotions
+        counts["generations"] = len(oracle.generations)
+        counts["turns in between"] = self.turns
+        counts["intents lost with the power"] = self.intents.lost
+        counts["lives without an end"] = self.unending
+        return counts
 
     # Checks
 
@@ -546,6 +573,7 @@ class World:
         if self.nested or not self.preempt or self._random.random() > self.preempt:
             return
         self.nested = True
+        self.turns += 1
         process = PROCESS.get()
         try:
             self.on_between(platter, kind, process if isinstance(process, Running) else None)
@@ -553,9 +581,8 @@ class World:
             self.nested = False
 
     def _traced(self, direction: int, message: tuple[bytes, ...]) -> None:
-        self.trace(
-            f"send {direction} {len(message)} {sum(map(len, message))} {message[0][:2].hex()} {message[0][-8:].hex()}"
-        )
+        digest = xxh3_64_hexdigest(b"".join(message))
+        self.trace(f"send {direction} {len(message)} {sum(map(len, message))} {message[0][:2].hex()} {digest}")
 
 
 def _raise(invariant: str, sentence: str) -> None:
