@@ -105,6 +105,12 @@ class IntentFile:
     def set_ranges(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         """Mark (volume, offset, length) ranges; on stable storage when it returns. DiskError if that cannot be done:
         then nothing counts as marked that was not before."""
+        try:
+            self._set_ranges(ranges)
+        except OSError as error:  # of reading what others marked, or of the lock
+            raise DiskError(f"The write-intent file {self.path} cannot be used: {error.strerror}.") from error
+
+    def _set_ranges(self, ranges: Iterable[tuple[int, int, int]]) -> None:
         with self._lock, self._alone():
             pages: dict[int, bytearray] = {}
             for volume, offset, length in ranges:

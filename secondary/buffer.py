@@ -43,7 +43,7 @@ from common.errors import ConfigError, DiskError
 from common.settings import BufferSettings
 from secondary import header as h
 from secondary import spill
-from secondary.header import PairHeader, Stage, VolumeGeometry
+from secondary.header import PairHeader, Stage, Unreachable, VolumeGeometry
 from secondary.requests import RequestTable
 from secondary.space import free_bytes, no_space
 
@@ -367,6 +367,9 @@ class DiskBuffer:
         except FileNotFoundError as error:
             self.close()
             raise DiskError(f"{error.filename} is missing.", hint="Remove the buffer and resync.") from error
+        except OSError as error:
+            self.close()
+            raise Unreachable(f"The disk buffer in {directory} cannot be opened: {error.strerror}.") from error
         except BaseException:
             self.close()
             raise
@@ -404,12 +407,15 @@ class DiskBuffer:
 
     @staticmethod
     def exists(directory: str) -> bool:
-        """True if a complete buffer is there (``attach`` may still find it unfit)."""
+        """True if a complete buffer is there (``attach`` may still find it unfit). Unreachable if nobody can tell: a
+        new one would take the place of what a commit has yet to move."""
         try:
-            with open(f"{directory}/{HEADER_FILE}", "rb") as file:
+            with open(f"{directory}/{HEADER_FILE}", "rb", opener=os.open) as file:
                 return file.read(8) == h.MAGIC.to_bytes(8, "little")
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise Unreachable(f"The disk buffer in {directory} cannot be opened: {error.strerror}.") from error
 
     @classmethod
     def create(
@@ -462,6 +468,8 @@ class DiskBuffer:
         """Delete the buffer's files, nothing else in the directory. DiskError if a process runs on it."""
         try:
             header = PairHeader(f"{directory}/{HEADER_FILE}")
+        except Unreachable:
+            raise
         except DiskError:
             pass  # none, or the remains of one: nobody can run on it
         else:

@@ -145,11 +145,16 @@ class VolumeGeometry:
     spill_slots: int = 0
 
 
+class Unreachable(DiskError):
+    """There may well be a disk buffer, and its files cannot be opened now: nothing says that it may be replaced."""
+
+
 class PairHeader:
     """The mapped header. ``words`` is what hot paths index; the properties are for everybody else."""
 
     def __init__(self, path: str, *, pair_id: str | None = None) -> None:
-        """Map an existing header and check it. DiskError if it is not one of ours, of another pair or layout."""
+        """Map an existing header and check it. DiskError if it is not one of ours, of another pair or layout;
+        Unreachable if it cannot be opened."""
         self.path = path
         self._error_lock = threading.Lock()
         try:
@@ -157,6 +162,8 @@ class PairHeader:
         except FileNotFoundError:
             where = os.path.dirname(path)
             raise DiskError(f"There is no disk buffer at {where}.", hint="Is the secondary up?") from None
+        except OSError as error:
+            raise Unreachable(f"The disk buffer's {path} cannot be opened: {error.strerror}.") from error
         try:
             if os.fstat(self._fd).st_size != HEADER_BYTES:
                 raise DiskError(f"{path} is not the header of a disk buffer.")

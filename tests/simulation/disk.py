@@ -74,6 +74,8 @@ class Countdown:
         self.sticky = False
         self.fail_at = 0
         """Number of the call that fails, from 1; 0: none does."""
+        self.only = ""
+        """"device call": no other is counted, and each fails unless ``fail_at`` says which."""
         self.calls = 0
         self.hit = ""
         """What failed first: "device call"."""
@@ -83,7 +85,11 @@ class Countdown:
         """Count a call; True if it has to fail."""
         if not self.armed:
             return False
+        if self.only and self.only != f"{device} {call}":
+            return False
         self.calls += 1
+        if self.only and not self.fail_at:
+            return True
         if self.calls == self.fail_at:
             self._device, self.hit = device, f"{device} {call}"
             return True

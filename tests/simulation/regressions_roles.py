@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from common.errors import TandemDiskError
+from common.errors import DiskError, TandemDiskError
 from common.intent import IntentFile
 from tests.simulation.host import Host
 from tests.simulation.regressions import (
@@ -15,7 +15,7 @@ from tests.simulation.regressions import (
     rejoined,
     takes_over,
 )
-from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, writes
+from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
 
 _OLDER = set(SCENARIOS)
@@ -178,6 +178,52 @@ async def an_export_process_is_stopped_while_it_begins_to_lead(sim: Simulation) 
         sim.world.loop.slowness = 0.002
         await sim.until(lambda: sim.primary is not None and sim.primary.node.engine is not None, 30, "an engine")
         await rejoined(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_marks_of_a_failover_cannot_be_read(sim: Simulation) -> None:
+    """n-th fault, failover_to_checkpoint: the export process marks in the same file, so it is read before it is marked
+    in; that failed, and was no error of the disk. The failover ended in a traceback, and the side stayed deaf."""
+    await born(sim)
+    sim.checkpoint()
+    await writes(sim, 5)
+    countdown = sim.world.countdown
+    countdown.only, countdown.armed = "b intents pread", True
+    for number in range(1, 100):
+        countdown.calls, countdown.fail_at, countdown.hit = 0, number, ""
+        answer = await told(sim, "failover", to="checkpoint", force=True)
+        if not isinstance(answer, TandemDiskError):
+            break  # what was read failed behind it, or not at all
+        await sim.until(sim.protected, 30, "a pair that goes on as it was")
+    countdown.armed = False
+    expect(countdown.fail_at > 3, "hardly anything was read")
+    sim.watched = ["a", "b"]
+    await sim.rest()
+
+
+@scenario()
+async def the_disk_buffer_cannot_be_opened_in_the_middle_of_a_commit(sim: Simulation) -> None:
+    """n-th fault, commit_goes_on: a process that comes then ends with a sentence, and makes no new buffer: the commit
+    is in the old one."""
+    await born(sim)
+    sim.checkpoint()
+    await writes(sim, 5)
+    sim.kill(sim.primary, 1000)
+    sim.watched = ["b"]
+    await sim.pause(0.5)
+    sim.b.faults.write = 1.0
+    sim.failover("checkpoint", force=True)
+    await sim.until(lambda: sim.world.oracle.promoted, 10, "a failover under way")
+    await sim.pause(0.5)
+    sim.kill(sim.b.process("secondary"), 1000)
+    sim.b.faults.write = 0.0
+    sim.world.countdown.only, sim.world.countdown.armed = "b memory open", True
+    failing = sim.start("b")
+    await sim.until(lambda: not failing.alive, 10, "the end of a process without a buffer")
+    expect(isinstance(failing.error, DiskError), f"it ended without a sentence: {failing.error!r}")
+    sim.world.countdown.armed = False
+    sim.watched = ["a", "b"]
     await sim.rest()
 
 

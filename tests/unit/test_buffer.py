@@ -235,3 +235,11 @@ def test_a_header_never_shows_a_checkpoint_that_is_not_current(tmp_path: Path) -
     assert (header.checkpoint.number, header.checkpoint.sequence) == (2, 20)
     header.close()
     buffer.close()
+
+
+def test_a_header_that_cannot_be_opened_is_not_taken_for_none(tmp_path: Path) -> None:
+    """A new buffer would take the place of what a commit has yet to move."""
+    (tmp_path / "header").symlink_to("header")  # ELOOP, which root gets, too
+    for look in (DiskBuffer.exists, DiskBuffer.attach, DiskBuffer.remove):
+        with pytest.raises(DiskError, match="cannot be opened"):
+            look(str(tmp_path))
