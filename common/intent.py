@@ -63,16 +63,19 @@ class IntentFile:
         self.region = region
         self._lay_out(sizes)
         self._lock = threading.Lock()
+        self._unsettled = False
+        """The file was replaced, and the directory could not be synced: a crash leaves one or the other."""
         self.damaged_pages = 0
         self.synchronous_writes = 0
         try:
             mode = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
             self._file = os.open(path, mode | os.O_CLOEXEC, 0o600)
+            fresh = not os.fstat(self._file).st_size
             try:
                 self.found = self._load()
             except (OSError, DiskError):
-                if not read_only and not os.fstat(self._file).st_size:
-                    os.unlink(path)  # an empty file would say that it is there, and that nothing was written
+                if not read_only and fresh:
+                    os.unlink(path)  # else it would say that it was there all the time, and that nothing was written
                 os.close(self._file)
                 raise
         except OSError as error:
@@ -189,7 +192,8 @@ class IntentFile:
         self._replace()
 
     def _replace(self) -> None:
-        """Put a file of the bits in memory in the place of the one that is open; whole or not at all."""
+        """Put a file of the bits in memory in the place of the one that is open; whole or not at all. OSError or
+        DiskError: it is the old one, or nobody knows, and the next write begins with a whole one."""
         if self._read_only:
             return
         pages = {number: self._bits[number * _BYTES : (number + 1) * _BYTES] for number in range(self._pages)}
@@ -197,8 +201,9 @@ class IntentFile:
         kept = self._file
         self._file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            self._write(pages, durable=False)
-            os.pwrite(self._file, self._header(), 0)
+            self._write_pages(pages)
+            if os.pwrite(self._file, self._header(), 0) != PAGE:
+                raise DiskError(f"The write-intent file {self.path} cannot be replaced: the disk is full.")
             os.fsync(self._file)
             self.synchronous_writes += 1
             os.replace(temporary, self.path)
@@ -207,11 +212,13 @@ class IntentFile:
             self._file = kept
             raise
         os.close(kept)
+        self._unsettled = True
         directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+        self._unsettled = False
 
     def close(self) -> None:
         """Close the file; what it says stays."""
@@ -277,12 +284,17 @@ class IntentFile:
 
     def _write(self, pages: dict[int, bytearray], *, durable: bool) -> None:
         try:
-            for number, page in pages.items():
-                data = _CHECKSUM.pack(xxh3_64_intdigest(page, number)) + page
-                if os.pwrite(self._file, data, (number + 1) * PAGE) != PAGE:
-                    raise DiskError(f"The write-intent file {self.path} cannot be written: the disk is full.")
+            if pages and self._unsettled:
+                self._replace()
+            self._write_pages(pages)
             if durable and pages:
                 os.fdatasync(self._file)
                 self.synchronous_writes += 1
         except OSError as error:
             raise DiskError(f"The write-intent file {self.path} cannot be written: {error.strerror}.") from error
+
+    def _write_pages(self, pages: dict[int, bytearray]) -> None:
+        for number, page in pages.items():
+            data = _CHECKSUM.pack(xxh3_64_intdigest(page, number)) + page
+            if os.pwrite(self._file, data, (number + 1) * PAGE) != PAGE:
+                raise DiskError(f"The write-intent file {self.path} cannot be written: the disk is full.")

@@ -87,7 +87,8 @@ def load(path: str) -> Metadata | None:
 
 
 def save(path: str, metadata: Metadata) -> None:
-    """Replace the file durably. DiskError if that fails: then the old one is still there."""
+    """Replace the file durably. DiskError if that fails: then it is the old one, or, where the directory could not be
+    synced behind the renaming, the new one, and a crash may leave either. Save again what has to be true."""
     temporary = f"{path}.new"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

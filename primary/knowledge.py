@@ -70,6 +70,9 @@ class Knowledge:
         known = False
         if settings.write_intent:
             sizes = [volume.size for volume in self.mirror.volumes]
+            if not metadata.clean and (metadata.base or metadata.bases) and not Path(path).exists():
+                # a process that died right behind this would leave a file that knows of no write before it
+                self._record.update(base=0, bases=())
             file = IntentFile(path, sizes)
             self.mirror.guard = IntentGuard(file, sizes)
             known = file.found

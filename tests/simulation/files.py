@@ -177,16 +177,16 @@ class IntentOs(CountedOs):
 
 
 def fail_intents(world: World) -> Callable[..., None]:
-    """``IntentFile._write`` for lives in which it may fail."""
-    write = IntentFile._write
+    """``IntentFile._write_pages`` for lives in which it may fail."""
+    write = IntentFile._write_pages
 
-    def troubled(file: IntentFile, pages: Any, *, durable: bool) -> None:
+    def troubled(file: IntentFile, pages: Any) -> None:
         host = world.host_of(file.path)
         assert host is not None
         if host.faults.intents and host.chance.random() < host.faults.intents:
             host.faults.struck["failed: intents"] += 1
             path = world._short(file.path)
             raise DiskError(f"The write-intent file {path} cannot be written: Input/output error.")
-        write(file, pages, durable=durable)
+        write(file, pages)
 
     return troubled

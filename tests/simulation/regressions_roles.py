@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from common.errors import DiskError, TandemDiskError
-from common.intent import IntentFile
+from common.intent import INTENT_FILE, IntentFile
 from tests.simulation.host import Host
 from tests.simulation.regressions import (
     REGRESSIONS,
@@ -224,6 +226,26 @@ async def the_disk_buffer_cannot_be_opened_in_the_middle_of_a_commit(sim: Simula
     expect(isinstance(failing.error, DiskError), f"it ended without a sentence: {failing.error!r}")
     sim.world.countdown.armed = False
     sim.watched = ["a", "b"]
+    await sim.rest()
+
+
+@scenario()
+async def the_primary_dies_as_it_makes_its_intent_file(sim: Simulation) -> None:
+    """It was away (`write_intent` was off, say). The next process found an empty one, and took it for the knowledge of
+    all that was written."""
+    await born(sim)
+    sim.world.network.set_cut(True, True)
+    await sim.pause(4)
+    await writes(sim, 10)
+    sim.kill(sim.primary, 1000)
+    path = Path(f"{sim.a.directory}/{INTENT_FILE}")
+    path.unlink()
+    dying = sim.start("a")
+    await at_the_moment(sim, path.exists, 5, "an intent file")
+    sim.kill(dying, 0.1)
+    sim.world.network.set_cut(False, False)
+    await protected_again(sim)
+    expect(sim.equal(), "what was written alone is forgotten")
     await sim.rest()
 
 

@@ -287,7 +287,7 @@ class World:
 
     def _files(self, undo: list[Callable[[], None]]) -> None:
         """Small files: their calls may fail, and the power may go."""
-        self._set(undo, IntentFile, "_write", fail_intents(self))
+        self._set(undo, IntentFile, "_write_pages", fail_intents(self))
         self._set(undo, common.intent, "os", self.intents)
         self._set(undo, os, "unlink", functools.partial(IntentOs.unlink, self.intents))
         space = ("open", "posix_fallocate")
