@@ -16,35 +16,40 @@ from typing import Any
 
 import common.intent
 import common.wire
+import primary.alignment
 import primary.engine
 import primary.guard
+import primary.knowledge
 import primary.ledger
 import primary.mirror
+import primary.verifier
 import primary.window
 import secondary.applier
 import secondary.backup
 import secondary.commit
 import secondary.header
 import secondary.link
+import secondary.node
 import secondary.promotion
 import secondary.replica
 import secondary.session
+import secondary.spill
 import secondary.view
 from common.batch import DISCARD
 from common.errors import WireError
 from secondary.session import Apply, Checkpoint
 from tests.simulation.clock import PROCESS
 from tests.simulation.options import Options, draw
-from tests.simulation.oracle import Violation
 from tests.simulation.runner import Result, run
 
 
 @dataclass(frozen=True)
 class Bug:
-    """``seeds``: it is found within so many. ``options``: what a hunt sets."""
+    """``seeds``: it is found within so many. ``invariant``: by a check of this one. ``options``: what a hunt sets."""
 
     plant: Callable[[Put], None]
     seeds: int
+    invariant: str
     options: dict[str, Any]
 
 
@@ -60,17 +65,18 @@ class Found:
 
     @property
     def good(self) -> bool:
-        """The bug was found, by a checker, and nothing else."""
-        return self.result is not None and isinstance(self.result.failure, Violation) and self.clean is None
+        """The bug was found, by the check that is there for it, and nothing else."""
+        return self.result is not None and self.result.what == BUGS[self.name].invariant and self.clean is None
 
     def describe(self) -> str:
         """One line."""
         if self.clean is not None:
-            return f"FAILED {self.name}: without it, seed {self.clean.seed}: {self.clean.failure}"
+            return f"FAILED {self.name}: without it: {self.clean.describe()}"
         if self.result is None:
             return f"FAILED {self.name}: not found in {self.tried} seeds"
         if not self.good:
-            return f"FAILED {self.name}: seed {self.result.seed} stumbles over it: {self.result.failure!r}"
+            wanted = BUGS[self.name].invariant
+            return f"FAILED {self.name}: seed {self.result.seed} finds it, but not by {wanted}: {self.result.failure!r}"
         return f"ok     {self.name}: seed {self.result.seed} of {BUGS[self.name].seeds}: {self.result.failure}"
 
 
@@ -81,11 +87,11 @@ Put = Callable[[Any, str, Any], None]
 Patch = Callable[[Put], None]
 
 
-def bug(seeds: int, **options: Any) -> Callable[[Patch], Patch]:
+def bug(seeds: int, invariant: str, **options: Any) -> Callable[[Patch], Patch]:
     """Register a bug."""
 
     def register(plant: Patch) -> Patch:
-        BUGS[plant.__name__] = Bug(plant, seeds, options)
+        BUGS[plant.__name__] = Bug(plant, seeds, invariant, options)
         return plant
 
     return register
@@ -131,7 +137,7 @@ def _run(known: Bug, seed: int) -> Result:
     return run(seed, options)
 
 
-@bug(20, troubles=NONE, sync=True)
+@bug(20, "I4", troubles=NONE, sync=True)
 def acknowledge_before_apply(put: Put) -> None:
     """The secondary acknowledges a batch and writes it a little later."""
     real = secondary.applier.Applier._do
@@ -151,7 +157,7 @@ def acknowledge_before_apply(put: Put) -> None:
     put(secondary.applier.Applier, "_do", do)
 
 
-@bug(20, troubles=NONE, guest=True, interval_s=0.3)
+@bug(20, "I1", troubles=NONE, guest=True, interval_s=0.3)
 def skip_the_epoch_check(put: Put) -> None:
     """A reader takes any entry of the map for a current one."""
     real = secondary.view.VolumeView.least
@@ -163,13 +169,13 @@ def skip_the_epoch_check(put: Put) -> None:
     put(secondary.view.VolumeView, "least", least)
 
 
-@bug(20, troubles=frozenset({"cut", "reset"}), loss="continue", steps=120, tempo_s=0.1, failover="")
+@bug(20, "I2", troubles=frozenset({"cut", "reset"}), loss="continue", steps=120, tempo_s=0.1, failover="")
 def forget_a_dirty_bit(put: Put) -> None:
     """What a lost secondary may lack is not marked."""
     put(primary.mirror.Mirror, "mark_dirty", lambda self, extents: None)
 
 
-@bug(20, troubles=NONE, guest=True)
+@bug(20, "I1", troubles=NONE, guest=True)
 def cow_after_write(put: Put) -> None:
     """Old contents are copied when they are old no more."""
 
@@ -185,7 +191,7 @@ def cow_after_write(put: Put) -> None:
     put(secondary.applier.Applier, "_do", do)
 
 
-@bug(40, troubles=frozenset({"preempt"}), guest=True, steps=120)
+@bug(40, "I1", troubles=frozenset({"preempt"}), guest=True, steps=120)
 def look_up_outside_the_request(put: Put) -> None:
     """A reader looks the blocks up, and something happens before its request begins."""
 
@@ -203,7 +209,7 @@ def look_up_outside_the_request(put: Put) -> None:
     put(secondary.view.VolumeView, "_read", read)
 
 
-@bug(60, troubles=frozenset({"stale", "reset", "jitter"}), steps=120, failover="")
+@bug(60, "I2", troubles=frozenset({"stale", "reset", "jitter"}), steps=120, failover="")
 def replay_without_session_check(put: Put) -> None:
     """A batch of a session that is over is applied like any other."""
     real = secondary.session.SecondarySession._tell_off
@@ -217,13 +223,13 @@ def replay_without_session_check(put: Put) -> None:
     put(secondary.session.SecondarySession, "_tell_off", tell_off)
 
 
-@bug(60, troubles=frozenset({"cut"}), failover="latest", steps=120, tempo_s=0.1)
+@bug(60, "I5", troubles=frozenset({"cut"}), failover="latest", steps=120, tempo_s=0.1)
 def promote_without_a_generation(put: Put) -> None:
     """The side that takes over goes on in the generation of the one that led."""
     put(secondary.promotion, "extend", lambda history, identity, side: history)
 
 
-@bug(40, troubles=frozenset({"reset", "jitter"}), steps=120)
+@bug(40, "I2", troubles=frozenset({"reset", "jitter"}), steps=120)
 def drop_a_replayed_batch(put: Put) -> None:
     """The first batch after a reconnect is left out."""
     real = primary.window.Window.rewind
@@ -245,7 +251,7 @@ def drop_a_replayed_batch(put: Put) -> None:
     put(primary.window.Window, "rewind", rewind)
 
 
-@bug(20, troubles=NONE, sync=True)
+@bug(20, "I4", troubles=NONE, sync=True)
 def acknowledge_before_durable(put: Put) -> None:
     """FUA is answered when the write is in the page cache."""
 
@@ -258,7 +264,7 @@ def acknowledge_before_durable(put: Put) -> None:
     put(secondary.applier.Applier, "_applied", applied)
 
 
-@bug(60, troubles=frozenset({"cut", "one_way", "reset", "jitter", "kill_secondary", "slow"}), loss="continue",
+@bug(60, "I2", troubles=frozenset({"cut", "one_way", "reset", "jitter", "kill_secondary", "slow"}), loss="continue",
      steps=120, tempo_s=0.1, failover="", blocks=(40, 40))  # fmt: skip
 def clear_a_dirty_bit_too_early(put: Put) -> None:
     """A piece of a resync that was under way when the secondary went is not marked again, nor anywhere else."""
@@ -276,7 +282,7 @@ def clear_a_dirty_bit_too_early(put: Put) -> None:
     put(primary.engine.Engine, "_go_alone", go_alone)
 
 
-@bug(20, troubles=NONE, small_pool=6, blocks=(40,), steps=120)
+@bug(20, "I3", troubles=NONE, small_pool=6, blocks=(40,), steps=120)
 def a_barrier_overtakes(put: Put) -> None:
     """A checkpoint goes in front of the writes that wait."""
     real = primary.window.Window.wait
@@ -289,7 +295,7 @@ def a_barrier_overtakes(put: Put) -> None:
     put(primary.window.Window, "wait", wait)
 
 
-@bug(40, troubles=frozenset({"kill_primary", "cut"}), loss="continue", steps=120, tempo_s=0.1, failover="")
+@bug(40, "I2", troubles=frozenset({"kill_primary", "cut"}), loss="continue", steps=120, tempo_s=0.1, failover="")
 def no_write_intent(put: Put) -> None:
     """Regions are written to before their bit is on the disk."""
 
@@ -301,7 +307,7 @@ def no_write_intent(put: Put) -> None:
     put(primary.guard.IntentGuard, "require", require)
 
 
-@bug(20, troubles=frozenset({"cut"}), loss="continue", sync=True, steps=120, tempo_s=0.1)
+@bug(20, "I4", troubles=frozenset({"cut"}), loss="continue", sync=True, steps=120, tempo_s=0.1)
 def go_alone_without_a_generation(put: Put) -> None:
     """A primary that lost its secondary answers its clients at once."""
 
@@ -314,19 +320,19 @@ def go_alone_without_a_generation(put: Put) -> None:
     put(primary.engine.Engine, "_go_alone", go_alone)
 
 
-@bug(60, troubles=frozenset({"power_secondary"}), steps=120, tempo_s=0.1, failover="")
+@bug(60, "I2", troubles=frozenset({"power_secondary"}), steps=120, tempo_s=0.1, failover="")
 def an_empty_ledger(put: Put) -> None:
     """What was applied and not recorded counts as safe when the secondary's host goes down."""
     put(primary.ledger.Ledger, "add_to", lambda self, bitmaps: None)
 
 
-@bug(60, troubles=frozenset({"preempt"}), failover="checkpoint", guest=True, steps=120, tempo_s=0.01)
+@bug(60, "I3", troubles=frozenset({"preempt"}), failover="checkpoint", guest=True, steps=120, tempo_s=0.01)
 def marks_that_stay(put: Put) -> None:
     """A write of the promoted side goes to the disk, and its block stays in the buffer, too."""
     put(secondary.replica, "clear_marks", lambda layer, first, last: None)
 
 
-@bug(20, troubles=NONE, guest=True)
+@bug(20, "I1", troubles=NONE, guest=True)
 def discards_are_not_copied(put: Put) -> None:
     """Copy-before-write is for writes, is it not?"""
     real = secondary.applier.Applier._copy
@@ -337,7 +343,7 @@ def discards_are_not_copied(put: Put) -> None:
     put(secondary.applier.Applier, "_copy", copy)
 
 
-@bug(20, troubles=NONE, steps=60)
+@bug(20, "I3", troubles=NONE, steps=60)
 def a_checkpoint_before_its_turn(put: Put) -> None:
     """The secondary takes a checkpoint when it hears of it, not when its turn comes."""
 
@@ -353,7 +359,7 @@ def a_checkpoint_before_its_turn(put: Put) -> None:
     put(secondary.applier.Applier, "put", put_work)
 
 
-@bug(60, troubles=frozenset({"power_primary", "cut"}), loss="continue", steps=120, tempo_s=0.1, failover="",
+@bug(60, "I2", troubles=frozenset({"power_primary", "cut"}), loss="continue", steps=120, tempo_s=0.1, failover="",
      commands=NONE)  # fmt: skip
 def intents_not_synced(put: Put) -> None:
     """The bits of the write-intent file are written, and nobody sees to it that they stay."""
@@ -365,7 +371,7 @@ def intents_not_synced(put: Put) -> None:
     put(common.intent.IntentFile, "_write", write)
 
 
-@bug(20, troubles=frozenset({"bad_messages", "stale", "reset"}), failover="", commands=NONE)
+@bug(20, "I7", troubles=frozenset({"bad_messages", "stale", "reset"}), failover="", commands=NONE)
 def a_wire_error_ends_the_process(put: Put) -> None:
     """What a peer sends, and nobody can read, is an error like any other."""
     real = secondary.link.Link._received
@@ -379,3 +385,53 @@ def a_wire_error_ends_the_process(put: Put) -> None:
         real(self, peer, frames)
 
     put(secondary.link.Link, "_received", received)
+
+
+@bug(40, "liveness", troubles=NONE, commands=frozenset({"resize", "dirty_growth"}), steps=60)
+def new_space_is_not_marked(put: Put) -> None:
+    """What a disk holds where it grew is zeroes, is it not?"""
+
+    async def grow(self: Any, sizes: Any) -> None:
+        self.ledger.grow(sizes)
+        for bitmaps in (self.suspects, self._unfinished):
+            for bitmap, size in zip(bitmaps, sizes, strict=True):
+                bitmap.grow(size)
+
+    put(primary.knowledge.Knowledge, "grow", grow)
+
+
+@bug(20, "verify", troubles=NONE, commands=frozenset({"verify", "corrupt"}))
+def a_verification_looks_at_the_first_block_of_a_piece(put: Put) -> None:
+    """A piece that differs is looked at block by block, up to the first one."""
+    real = primary.verifier.Verifier._heard
+
+    def heard(self: Any, index: int, offset: int, length: int, differs: bool | None) -> None:
+        first = offset % vars(primary.verifier)["QUESTION_BYTES"] == 0
+        real(self, index, offset, length, differs and (first or not self._fine) if differs is not None else None)
+
+    put(primary.verifier.Verifier, "_heard", heard)
+
+
+@bug(20, "verify", troubles=NONE, commands=frozenset({"verify", "corrupt"}))
+def a_repair_repairs_nothing(put: Put) -> None:
+    """It asks whether blocks differ, and takes no for an answer."""
+    real = primary.alignment.Alignment._verify
+
+    async def verify(self: Any, verifier: Any, *, repair: bool) -> Any:
+        return await real(self, verifier, repair=False)
+
+    put(primary.alignment.Alignment, "_verify", verify)
+
+
+@bug(60, "I2", troubles=frozenset({"cut"}), commands=frozenset({"takeover", "rejoin"}), loss="continue", failover="",
+     steps=120, tempo_s=0.5)  # fmt: skip
+def a_rejoin_forgets_what_was_written_alone(put: Put) -> None:
+    """The side that gives up does not tell where its own writes are."""
+    put(secondary.node.SecondaryNode, "_own_writes", lambda self: b"")
+
+
+@bug(40, "I1", troubles=frozenset({"cut", "jitter", "slow"}), small_pool=4, blocks=(42,), guest=True,
+     loss="continue", steps=120, tempo_s=0.1, failover="", interval_s=0.0, large=False, commands=NONE)  # fmt: skip
+def a_spill_file_without_contents(put: Put) -> None:
+    """Old contents that find no room in memory are written nowhere."""
+    put(secondary.spill, "write", lambda fd, path, offset, data: None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import DiskError, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
+from tests.simulation.commands import switchover
 from tests.simulation.host import Host
 from tests.simulation.regressions import (
     REGRESSIONS,
@@ -246,6 +247,22 @@ async def the_primary_dies_as_it_makes_its_intent_file(sim: Simulation) -> None:
     sim.world.network.set_cut(False, False)
     await protected_again(sim)
     expect(sim.equal(), "what was written alone is forgotten")
+    await sim.rest()
+
+
+@scenario()
+async def the_secondary_is_lost_while_the_primary_is_told_to_stop(sim: Simulation) -> None:
+    """n-th fault, roles_are_swapped: what the primary acknowledged alone in its last seconds was given up, because the
+    switchover went on. The follower takes over only from a side that ended in good order, in a generation of both."""
+    await born(sim)
+    for number in range(5):
+        for _ in range(3):
+            sim.write()
+        sim.later(0.0002 * number, sim.world.network.set_cut, True, True)
+        expect(not await switchover(sim), "the roles were swapped, and the follower cannot have everything")
+        expect(sim.leading is sim.a, "the other side leads")
+        sim.world.network.set_cut(False, False)
+        await protected_again(sim)
     await sim.rest()
 
 

@@ -111,6 +111,26 @@ async def a_short_cut_resynchronises_nothing(sim: Simulation) -> None:
 
 
 @scenario()
+async def a_cable_that_flaps(sim: Simulation) -> None:
+    """It comes and goes, often for less than a handshake takes. Nothing is asked twice, nobody gives up: when it stays,
+    the pair is in line within the time that a patient supervisor gives it."""
+    await born(sim)
+    sim.world.network.manners.delay_s = 0.02
+    for number in range(60):
+        sim.world.network.set_cut(True, number % 3 != 1)
+        await writes(sim, 1 + number % 7)
+        await sim.pause(0.01 + 0.29 * sim.chance.random())
+        if number % 2:
+            sim.world.network.break_all()
+        sim.world.network.set_cut(False, False)
+        await sim.pause((0.01, 0.06, 0.15)[number % 3])
+    ends = [process.name for process in sim.world.ends if not process.alive]
+    expect(not ends, f"processes ended over it: {ends}")
+    await sim.until(sim.protected, 15, "a protected pair on a cable that stays")
+    await sim.rest()
+
+
+@scenario()
 async def the_secondary_is_away_for_long(sim: Simulation) -> None:
     """Cut for longer than the patience: the primary goes on alone, in a generation of its own, and resynchronises
     only what it wrote."""

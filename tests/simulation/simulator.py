@@ -41,6 +41,7 @@ WEIGHTS = {
     "disk_primary": 0.7, "disk_secondary": 0.7, "slow": 0.7, "metadata": 0.7, "kill_inside": 0.7, "slow_reader": 1.5,
 }  # fmt: skip
 NETWORK = {"cut", "one_way", "reset", "bad_messages", "stale", "jitter", FLAPPING}
+VERIFYING = {"verify", "corrupt"}
 ALWAYS = ("write", "read", "flush", "checkpoint")
 
 
@@ -334,6 +335,8 @@ class Simulation:
         await self._protected(PATIENCE_S)
         await self.until(self.equal, 30.0, "equal disks")
         await self.answered()
+        if not self.options.commands & VERIFYING:  # which compares, too
+            await self._identical()
         await self._last_commands()
         await self._last_checkpoint()
         if self.chance.random() < 0.5:
@@ -342,7 +345,7 @@ class Simulation:
     async def _last_commands(self) -> None:
         if "resize" in self.options.commands:
             await self.operator.last_resize()
-        if self.options.commands & {"verify", "corrupt"}:
+        if self.options.commands & VERIFYING:
             await self.operator.last_verification()
 
     async def protect(self) -> None:
@@ -446,6 +449,21 @@ class Simulation:
             served = [int(volume.size) for volume in volumes] or self.world.sizes
             different &= oracle.inside(served)  # a resize of this side may have failed, and be to come
         return not different.any()
+
+    async def _identical(self) -> None:
+        """Every byte is the same on both sides. Where a disk failed an operator's resync may have to see to it."""
+        for _ in range(10):
+            if not self.operator.differing().any():
+                return
+            self.counts["resyncs at rest"] += 1
+            answers: list[Any] = []
+            self.command(self.primary, "resync", answers.append, full=False)
+            await self.until(lambda answers=answers: answers, 60.0, "an answer to resync")  # type: ignore[misc]
+            await self.pause(0.2)
+            await self._protected(PATIENCE_S)
+            await self.answered()
+        where = np.flatnonzero(self.operator.differing())[:8].tolist()
+        raise Violation("equality", f"disks of a protected pair at rest differ, after a resync, too: {where}")
 
     async def answered(self) -> None:
         def left() -> int:

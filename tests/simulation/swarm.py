@@ -282,14 +282,14 @@ class Operator:
             self.corrupt()
         for repair in (False, True):
             answer = await self._verified(repair=repair)
-            wanted = self._differing()
+            wanted = self.differing()
             sim.counts["corruptions found"] += bool(wanted.any() and not repair)
             if not repair and self._named(answer).tolist() != wanted.tolist():
                 where = np.flatnonzero(wanted).tolist()
                 raise Violation("verify", f"it names {answer['extents']}, and sectors {where[:8]} differ")
         await sim.protect()
-        if self._differing().any():
-            raise Violation("verify", f"{int(self._differing().sum())} sectors differ after a repair")
+        if self.differing().any():
+            raise Violation("verify", f"{int(self.differing().sum())} sectors differ after a repair")
         self.world.preempt = preempt
 
     async def _verified(self, *, repair: bool) -> dict[str, Any]:
@@ -305,11 +305,11 @@ class Operator:
             await sim.pause(0.5)
         raise Violation("liveness", f"no verification of a protected pair: {answers[0]}")
 
-    def _differing(self) -> Any:
+    def differing(self) -> Any:
         """Sectors of the blocks whose bytes differ, within the volumes."""
         oracle, block = self.world.oracle, self.sim.options.block_size
         mask = np.zeros(oracle.sectors, bool)
-        sizes = oracle.noted[self.sim.leading.side]
+        sizes = [min(both) for both in zip(oracle.noted["a"], oracle.noted["b"], strict=True)]
         pairs = zip(self.sim.leading.platters, self.sim.following.platters, sizes, oracle.starts, strict=True)
         for one, other, size, first in pairs:
             for offset in range(0, size, block):
