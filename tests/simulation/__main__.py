@@ -6,6 +6,7 @@
 --seed S [--log]        one seed, with its trace
         [--set NAME=VALUE …]  with other options than it draws
         [--bug NAME]          with a bug planted
+        [--shrink]            its failure shrunk
 --traces [--backwards]  with --seeds: the trace of each
 --compress              with any of these: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compress", action="store_true", help="the same lives, the stream compressed")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--shrink", action="store_true")
     parser.add_argument("--traces", action="store_true")
     parser.add_argument("--backwards", action="store_true", help="the last seed first")
     parser.add_argument("--soak", action="store_true", help="go on after failures, over --jobs processes")
@@ -106,7 +108,8 @@ def one(arguments: argparse.Namespace) -> int:
     options = draw(random.Random(seed), seed).put(arguments.set)
     if arguments.compress:
         options = replace(options, compress=True)
-    with planted(*known(BUGS, arguments.bug, "bug")) if arguments.bug else contextlib.nullcontext():
+    names = known(BUGS, arguments.bug, "bug") if arguments.bug else []
+    with planted(*names) if names else contextlib.nullcontext():
         result = run(seed, options, keep_log=arguments.log)
     for line in result.log:
         print(line)
@@ -118,6 +121,9 @@ def one(arguments: argparse.Namespace) -> int:
     if result.failure is None:
         return 0
     print(result.describe())
+    if arguments.shrink:
+        with planted(*names) if names else contextlib.nullcontext():
+            print(shrunk(result) + "".join(f" --bug {name}" for name in names))
     return 1
 
 

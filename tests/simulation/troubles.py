@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tests.simulation.simulator import Simulation
 
 
+MANNERS = {"jitter", "stale", "preempt", "clocks"}
+"""Troubles that last as long as the life."""
+
+
 class Troubles:
     """Of one life; chances are the life's own."""
 
@@ -26,6 +30,8 @@ class Troubles:
     def manners(self) -> None:
         troubles, chance, world = self.sim.options.troubles, self.chance, self.world
         manners = world.network.manners
+        for name in sorted(troubles & MANNERS):
+            self.sim.counts[name] += 1
         if "jitter" in troubles:
             manners.delay_s = chance.choice((0.0001, 0.002, 0.05))
             manners.jitter_s = chance.choice((0.001, 0.02, 0.2))
