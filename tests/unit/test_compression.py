@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from typing import Any
 
 import pytest
 import zstandard
@@ -149,6 +150,30 @@ def test_what_waits_for_the_compressor_is_dropped_with_its_connection() -> None:
         socket.attach()
         socket.packer.send(plain(TEXT, 7))
         assert [message.sequence for message in await socket.until(1)] == [7]
+
+    asyncio.run(story())
+
+
+def test_a_connection_does_not_wait_for_what_the_last_one_gave_to_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        socket = Socket(inline=False)
+        socket.attach()
+        real, done = socket.packer._work, []
+
+        def work(view: memoryview) -> Any:
+            done.append(bytes(view[:4]))
+            return real(view)
+
+        monkeypatch.setattr(socket.packer, "_work", work)
+        given = threading.Event()
+        socket.packer._executor.submit(given.wait, 20)  # its one thread does this before what is given next
+        for sequence in range(1, 6):
+            socket.packer.send(plain(b"gone" + TEXT, sequence))
+        socket.attach()
+        socket.packer.send(plain(b"here" + TEXT, 7))
+        given.set()
+        assert [message.sequence for message in await socket.until(1)] == [7]
+        assert done == [b"here"], "what nobody wants any more was compressed first"
 
     asyncio.run(story())
 
