@@ -226,8 +226,8 @@ def next_steps(pair: PairFile, host: PairHost, keys: Path, output: Path | None) 
         yield "then: give --output DIR, which writes them, the secret key too"
     yield f"then: copy {where} to {name} and run `sh {where}/install.sh` there, as root"
     yield f"      render {peer} from the same {keys}, which holds the keys of both"
-    yield "      QEMU's user has to be in the group tandemdisk to open the export's socket: "\
-          f"usermod --append --groups tandemdisk libvirt-qemu; {host.settings.export.unix}"
+    yield f"      programs of the group tandemdisk open the export at {host.settings.export.unix}:"
+    yield "      usermod --append --groups tandemdisk libvirt-qemu"
     yield f"on {name}, as root, as long as the pair lives:"
     yield f"      tandemdisk status --dir {directory}      (checkpoint, verify, resize, switchover … the same way)"
     yield f"      tandemdisk failover --dir {directory}    when {peer} led and is dead (--primary-dead: you know it)"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sets this machine up as host HOST of TandemDisk pair PAIR, out of the files beside this script. As root, and again after
-# every new rendering: what is there already is replaced. `tandemdisk deploy render` made it.
+# Sets this machine up as host HOST of TandemDisk pair PAIR, out of the files beside this script. As root, and again
+# after every new rendering: what is there already is replaced. `tandemdisk deploy render` made it.
 #
 # DESTDIR=DIR lays the files out below DIR, with their modes, and does nothing else.
 set -eu
@@ -27,7 +27,8 @@ if [ -z "$root" ]; then
         [ -f "$disk" ] || [ -b "$disk" ] || refuse "There is no disk $disk: make it, then run this again."
     done
     getent passwd tandemdisk >/dev/null ||
-        useradd --system --user-group --home-dir /var/lib/tandemdisk --no-create-home --shell /usr/sbin/nologin tandemdisk
+        useradd --system --user-group --no-create-home --home-dir /var/lib/tandemdisk --shell /usr/sbin/nologin \
+            tandemdisk
 fi
 
 FILES
