@@ -371,8 +371,13 @@ class Pair:
         started = time.perf_counter()
         sides = self.directory.settings()
         old, new = self.leader(), self.follower()
-        state = self.client(old).call("status")["state"]
-        across = len(sides) == 1
+        now = self.client(old).call("status")
+        state, across = now["state"], len(sides) == 1
+        if across and now["role"] == "secondary":
+            raise OperationFailed(
+                f"Side {sides[old].side} follows, and the one that leads is on the other host.",
+                hint="Give the command there.",
+            )
         if state != "protected" or (old == new and not across):
             raise OperationFailed(
                 f"Roles can be swapped only while the pair is protected; it is {str(state).lower()}.",

@@ -231,6 +231,7 @@ def test_a_switchover_is_one_command_and_a_start(lab: Lab) -> None:
     assert lab.equal(west)[:11] == b"led by west"
     status = west.told("status")
     assert (status["secondary"]["role"], status["primary"]["state"]) == ("primary", "elsewhere")
+    assert "the one that leads is on the other host" in east.refused("switchover")
     west.restart()
     assert "was started as secondary and runs as primary" in (west.root / "log").read_text()
     lab.equal(west)
