@@ -149,7 +149,7 @@ def test_a_failure_shrinks_to_a_line_that_replays_it() -> None:
 
 
 WRONG = ["--scenario x", "--bug x", "--nth-fault x", "--seed 1 --set x=1", "--seed 1 --set steps=x",
-         "--seed 1 --set troubles=x", "--set steps=1"]  # fmt: skip
+         "--seed 1 --set troubles=x", "--seeds 1 --set steps"]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", WRONG)

@@ -4,11 +4,11 @@
 --minutes M             as many seeds as that takes
 --soak [--jobs J]       the same over several processes, on and on: seeds, simulated writes and hours, failures
 --seed S [--log]        one seed, with its trace
-        [--set NAME=VALUE …]  with other options than it draws
         [--bug NAME]          with a bug planted
         [--shrink]            its failure shrunk
 --traces [--backwards]  with --seeds: the trace of each
---compress              with any of these: the stream compressed wherever that makes it shorter
+--set NAME=VALUE …      with any of these: other options than a seed draws; dense=True gives the most writes a second
+--compress              the same as --set compress=True: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
 --nth-fault [PHASE]     every call of a phase fails once, and from then on; without a phase: of all of them
                         (--every K: every K-th; --number N [--from-then-on] [--log]: the N-th only)
@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
-from tests.simulation.options import Options, UnknownOption, draw
+from tests.simulation.options import UnknownOption, options_of
 from tests.simulation.runner import Result, run
 from tests.simulation.soak import SHRUNK, calm, shrunk, soak, summary
 
@@ -59,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args(argv)
     calm()
-    if arguments.set and arguments.seed is None:
-        parser.error("--set goes with --seed.")
+    arguments.set += ["compress=True"] * arguments.compress
     try:
         return carry_out(arguments)
     except (UnknownOption, UnknownName) as error:
@@ -92,22 +89,15 @@ def carry_out(arguments: argparse.Namespace) -> int:
         return bugs(arguments.bug)
     if arguments.soak:
         seeds = arguments.seeds if arguments.seeds or arguments.minutes else SEEDS
-        return soak(arguments.start, seeds, arguments.minutes, arguments.jobs)
+        return soak(arguments.start, seeds, arguments.minutes, arguments.jobs, arguments.set)
     return many(arguments)
-
-
-def options_of(seed: int, *, compress: bool) -> Options | None:
-    """None: as the seed draws them."""
-    return replace(draw(random.Random(seed), seed), compress=True) if compress else None
 
 
 def one(arguments: argparse.Namespace) -> int:
     from tests.simulation.bugs import BUGS, planted
 
     seed = arguments.seed
-    options = draw(random.Random(seed), seed).put(arguments.set)
-    if arguments.compress:
-        options = replace(options, compress=True)
+    options = options_of(seed, arguments.set)
     names = known(BUGS, arguments.bug, "bug") if arguments.bug else []
     with planted(*names) if names else contextlib.nullcontext():
         result = run(seed, options, keep_log=arguments.log)
@@ -140,7 +130,7 @@ def many(arguments: argparse.Namespace) -> int:
         elif done == count:
             break
         seed = arguments.start + (count - 1 - done if arguments.backwards else done)
-        result = run(seed, options_of(seed, compress=arguments.compress))
+        result = run(seed, options_of(seed, arguments.set))
         done += 1
         if arguments.traces:
             print(f"seed {seed}: trace {result.trace:016x}")

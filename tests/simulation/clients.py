@@ -58,8 +58,9 @@ class Clients:
         sectors = size // SECTOR
         room = most
         block = self.world.options.block_size
-        for _ in range(chance.choice((1, 1, 2, 3, 5))):
-            length = chance.randint(1, min(3 * block // SECTOR, sectors))
+        dense = self.world.options.dense
+        for _ in range(chance.choice((4, 16, 40) if dense else (1, 1, 2, 3, 5))):
+            length = chance.randint(1, min((1 if dense else 3) * block // SECTOR, sectors))
             start = chance.randrange(sectors - length + 1)
             room -= ((start + length) * SECTOR - 1) // block - start * SECTOR // block + 1
             if room < 0 and operations:

@@ -50,6 +50,8 @@ class Options:
     """How it ends: a failover to this target somewhere in the second half; empty: none."""
     compress: bool = False
     """The stream is compressed wherever that makes it shorter, in turn by the loop and by a thread. Not drawn."""
+    dense: bool = False
+    """Clients keep a deep queue: batches of many small operations, one behind the other."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
     commands: frozenset[str] = field(default_factory=frozenset)
@@ -117,14 +119,21 @@ def _read(like: Any, text: str) -> Any:
 
 
 def draw(chance: random.Random, seed: int) -> Options:
-    """The options of a seed; ``chance`` is its random numbers. Commands, and a cable that flaps, have numbers of their
-    own: they came later, and seeds without them stayed what they were."""
+    """The options of a seed; ``chance`` is its random numbers. Commands, a cable that flaps and deep
+    queues have numbers of their own: they came later, and seeds without them stayed what they were."""
     operator = random.Random(f"operator {seed}")
     share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
     drawn = _draw(chance)
     if drawn.troubles and random.Random(f"flapping {seed}").random() < 0.15:
         drawn = replace(drawn, troubles=drawn.troubles | {FLAPPING})
+    if random.Random(f"dense {seed}").random() < 0.15:
+        drawn = replace(drawn, dense=True)
     return replace(drawn, commands=frozenset(name for name in COMMANDS if operator.random() < share))
+
+
+def options_of(seed: int, settings: Sequence[str]) -> Options:
+    """What a seed draws, with ``settings`` (see ``Options.put``) instead."""
+    return draw(random.Random(seed), seed).put(settings)
 
 
 def _draw(chance: random.Random) -> Options:

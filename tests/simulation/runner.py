@@ -180,6 +180,6 @@ def _smaller(options: Options, step: int) -> Iterator[Callable[[Options], Option
     yield lambda now: replace(now, blocks=tuple(min(count, 6) for count in now.blocks))
     calm: dict[str, Any] = {"guest": False, "failover": "", "large": False, "small_pool": 0, "odd_end": False,
                             "assume": False, "interval_s": 0.0, "window_bytes": 1 << 20, "loss": "continue",
-                            "compress": False}  # fmt: skip
+                            "compress": False, "dense": False}  # fmt: skip
     for name, value in calm.items():
         yield lambda now, name=name, value=value: replace(now, **{name: value})  # type: ignore[misc]

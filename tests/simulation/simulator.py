@@ -238,7 +238,7 @@ class Simulation:
         self.counts[name] += verb() is not False
 
     def _do_write(self) -> None:
-        for _ in range(self.chance.choice((1, 1, 2, 6))):
+        for _ in range(self.chance.choice((1, 4, 8) if self.options.dense else (1, 1, 2, 6))):
             if not self.write():
                 return
 

@@ -15,9 +15,11 @@ import multiprocessing
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.simulation.options import options_of
 from tests.simulation.runner import Result, run, shrink
 
 CHUNK = 40
@@ -61,12 +63,12 @@ def calm() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-def chunk(start: int, count: int) -> Tally:
+def chunk(start: int, count: int, settings: Sequence[str]) -> Tally:
     """Run seeds from ``start`` on; in a process of its own."""
     warnings.simplefilter("ignore")
     tally = Tally()
     for seed in range(start, start + count):
-        result = run(seed)
+        result = run(seed, options_of(seed, settings))
         tally.seeds += 1
         tally.acknowledged += result.acknowledged
         tally.virtual_s += result.virtual_s
@@ -88,14 +90,16 @@ def shrunk(result: Result) -> str:
     return f"smaller: {smaller.what}: {smaller.failure}\n  {smaller.command()}"
 
 
-def shrink_seed(seed: int) -> str:
+def shrink_seed(seed: int, settings: Sequence[str]) -> str:
     """In a process of its own: the other seeds go on."""
     warnings.simplefilter("ignore")
-    return f"seed {seed}, {shrunk(run(seed))}"
+    return f"seed {seed}, {shrunk(run(seed, options_of(seed, settings)))}"
 
 
-def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int:
-    """``seeds`` of them, or as many as ``minutes`` give; the exit code is 1 if any failed."""
+def soak(start: int, seeds: int | None, minutes: float | None, jobs: int, settings: Sequence[str] = ()) -> int:
+    """``seeds`` of them, or as many as ``minutes`` give, with ``settings`` instead of what they draw; the exit code
+    is 1 if any failed."""
+    options_of(start, settings)  # a name that there is not is told before anything runs
     started = time.monotonic()
     said = started
     total = Tally()
@@ -107,7 +111,7 @@ def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int
         while True:
             in_time = minutes is None or time.monotonic() - started < minutes * 60
             while in_time and len(running) < 2 * jobs and (first := next(left, None)) is not None:
-                running.add(pool.submit(chunk, first, CHUNK if last is None else min(CHUNK, last - first)))
+                running.add(pool.submit(chunk, first, CHUNK if last is None else min(CHUNK, last - first), settings))
             if not running:
                 break
             done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -119,7 +123,7 @@ def soak(start: int, seeds: int | None, minutes: float | None, jobs: int) -> int
                 for failure in tally.failures:
                     print(failure, flush=True)
                 for seed in tally.failed[: max(0, SHRUNK - len(total.failed))]:
-                    running.add(pool.submit(shrink_seed, seed))
+                    running.add(pool.submit(shrink_seed, seed, settings))
                 total.add(tally)
             if time.monotonic() - said > REPORT_S:
                 said = time.monotonic()
