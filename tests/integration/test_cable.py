@@ -7,11 +7,12 @@ is what was written meanwhile. A cut that the window outlasts moves nothing at a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.nbd_client import NbdClient
-from deploy.chaos.breakage import cable
+from deploy.chaos.breakage import ProxySlow, cable
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 from tests import pairs
@@ -82,3 +83,39 @@ def test_a_cut_that_the_window_outlasts_moves_nothing(shm_dir: Path) -> None:
         after = pair.status()["counters"]["primary"]
         assert after["cuts"] + after["sessions"] > before["cuts"] + before["sessions"], "there was a cut"
         assert after["replayed"] > before["replayed"], "and the window was sent again"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"on_congestion": "pull-ahead", "replication": {"window_bytes": 40 * MIB}},
+        pytest.param({"max_lag_seconds": 1.0, "replication": {"window_bytes": 64 * MIB}}, marks=pytest.mark.soak),
+    ],
+    ids=["pull-ahead", "lag"],
+)
+def test_a_slow_link_does_not_hold_writers_up(shm_dir: Path, policy: dict[str, Any]) -> None:
+    """20 Mbit/s. All is written before half of it could have crossed; the rest crosses later, once."""
+    written, size = 56 * MIB, 64 * MIB
+    stream = {"heartbeat_s": 0.5, "peer_timeout_s": 60.0} | policy["replication"]
+    options = PairOptions(size=size, mode="async", overrides={**policy, "replication": stream})
+    model = random_bytes(2, written) + bytes(size - written)
+    with Pair.create(shm_dir / "p", options) as pair, cable(pair) as faults:
+        pair.up()
+        pair.wait_protected()
+        moves = Moves(pair)
+        slow = faults["slow link"]
+        assert isinstance(slow, ProxySlow)
+        with slow, NbdClient(primary_uri(pair)) as client:
+            for proxy in slow.proxies:
+                proxy.rate = 20e6 / 8
+            before = sum(proxy.forwarded for proxy in slow.proxies)
+            pairs.write_all(client, model[:written])
+            assert sum(proxy.forwarded for proxy in slow.proxies) - before < written // 2
+            asked = pair.client("primary")
+            wait_until(lambda: asked.call("status")["state"] in ("alone", "syncing"), 30, "pulling ahead")
+        pair.wait_protected()
+        pair.checkpoint()
+        assert contents(primary_uri(pair)) == contents(guest_uri(pair)) == model
+        pairs.compare_disks(pair)
+        found = moves.check(written, asked_bytes=written)
+        assert found["resync_moved_bytes"] > written // 4
