@@ -205,6 +205,11 @@ def test_a_side_that_was_left_behind_is_refused_whatever_it_is_started_as(short_
         here = pair.settings("primary")
         with pytest.raises(PeerRefused, match="no keys"):  # else whoever reaches its port could make it lead
             ask(here, ended=ask(here).history)
+        away = pair.directory.config("secondary").rename(short_dir / "elsewhere.toml")
+        with pytest.raises(OperationFailed, match="there `tandemdisk failover`"):
+            pair.switchover()
+        away.rename(pair.directory.config("secondary"))
+        assert pair.status()["state"] == "protected", "refused before anything was stopped"
         kill_primary(pair)
         pair.failover("latest")
         led_by_b(pair)
