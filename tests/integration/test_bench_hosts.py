@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def test_the_bare_command_prints_its_tables_writes_its_reports_and_reaches_every
     assert best.mib_s > RAW_MIB_S * 1.2, "more than the cable carries"
     assert {sample.mode for sample in run.latency} == {"async", "sync", "alone"}
     assert json.loads(run.to_json())["options"]["rates"] == ["100mbit"]
-    assert "</html>" in (tmp_path / "tandemdisk-hosts.html").read_text()
+    page = (tmp_path / "tandemdisk-hosts.html").read_text()
+    assert "</html>" in page
+    if find_spec("matplotlib") is not None:
+        assert page.count("<svg") == 4, "throughput, compression, latency, resync"
 
     assert {one.tag for one in found()} <= before
     assert list(shm_dir.iterdir()) == []
