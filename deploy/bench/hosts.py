@@ -392,11 +392,12 @@ class Bench:
         self.found.compression.append(CompressionSample(rate, compression, compressible, *figures))
 
     def _streams(self, pair: Pair, load: Load, seconds: float, part: float = 1.0) -> list[Stream]:
-        """One for each volume."""
+        """One for each volume, over ``part`` of it: at least a block."""
         volumes = pair.status()["volumes"]
+        lengths = [max(1, int(volume["size"] * part) // load.block) * load.block for volume in volumes]
         return [
-            Stream(load, volume["primary_uri"], int(volume["size"] * part) // load.block * load.block, seconds, seed=n)
-            for n, volume in enumerate(volumes, 1)
+            Stream(load, volume["primary_uri"], length, seconds, seed=n)
+            for n, (volume, length) in enumerate(zip(volumes, lengths, strict=True), 1)
         ]
 
     def _settle(self, pair: Pair) -> None:
