@@ -8,7 +8,7 @@
     report.py     the terminal's tables           page.py       the HTML report            plots.py   its SVG
     results.py    records of a run, as JSON        client.py     the built-in client
     hotpath.py    where each microsecond of a request goes (`tandemdisk bench --hot-path`)
-    wayback.py     resyncs, and the write-intent bitmap (`tandemdisk bench --resync`)
+    wayback.py    resyncs, and the write-intent bitmap (`tandemdisk bench --resync`)
     hosts*.py     across a network (`tandemdisk bench --hosts netns`); raw.py: what that network carries without us
 
 The runner keeps every peer up for the whole run and gives each job to all of them in turn before it moves on, so that
