@@ -63,9 +63,9 @@ def written(pair: Pair, seed: int) -> bytes:
     return data + bytes(SIZE - DATA)
 
 
-def test_a_primary_refuses_a_disk_that_it_did_not_leave(short_dir: Path) -> None:
-    old = short_dir / "old.raw"
-    with Pair.create(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+def test_a_primary_refuses_a_disk_that_it_did_not_leave(shm_dir: Path) -> None:
+    old = shm_dir / "old.raw"
+    with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
         pair.up()
         written(pair, 1)
         pair.down()
@@ -94,14 +94,14 @@ def test_a_primary_refuses_a_disk_that_it_did_not_leave(short_dir: Path) -> None
         assert contents(primary_uri(pair)) == old.read_bytes()
 
 
-def test_disks_of_the_other_side_and_of_another_pair(short_dir: Path) -> None:
+def test_disks_of_the_other_side_and_of_another_pair(shm_dir: Path) -> None:
     """Both sides' disks are swapped while nothing runs; then a side gets the directory of another pair."""
-    with Pair.create(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
+    with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
         pair.up()
         good = written(pair, 1)
         pair.wait_protected()
         pair.down()
-        one, other, aside = primary_disk(pair), secondary_disk(pair), short_dir / "aside"
+        one, other, aside = primary_disk(pair), secondary_disk(pair), shm_dir / "aside"
         one.rename(aside)
         other.rename(one)
         aside.rename(other)
@@ -113,7 +113,7 @@ def test_disks_of_the_other_side_and_of_another_pair(short_dir: Path) -> None:
         settled(pair)
         assert contents(primary_uri(pair)) == good
         pair.down()
-        with Pair.create(short_dir / "q", PairOptions(size=SIZE, overrides=QUICK)) as stranger:
+        with Pair.create(shm_dir / "q", PairOptions(size=SIZE, overrides=QUICK)) as stranger:
             stranger.up()
             stranger.down()
             shutil.copy(stranger.directory.path / "b" / "metadata", pair.directory.path / "b" / "metadata")

@@ -52,9 +52,9 @@ def filled(pair: Pair, size: int = 8 * MIB, seed: int = 7) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_difference_behind_a_hole_is_found(short_dir: Path, mode: Mode) -> None:
+def test_a_difference_behind_a_hole_is_found(shm_dir: Path, mode: Mode) -> None:
     """Its piece begins with a hole: the verification asked about that hole for ever (chaos, seeds 112 and 122)."""
-    with running(short_dir / "p", PairOptions(size=16 * MIB, mode=mode)) as pair:
+    with running(shm_dir / "p", PairOptions(size=16 * MIB, mode=mode)) as pair:
         with NbdClient(primary_uri(pair)) as client:
             client.write(2 * BLOCK, random_bytes(1, BLOCK))
             client.flush()
@@ -66,8 +66,8 @@ def test_a_difference_behind_a_hole_is_found(short_dir: Path, mode: Mode) -> Non
         compare_disks(pair)
 
 
-def test_no_difference_is_found_under_load(short_dir: Path) -> None:
-    with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
+def test_no_difference_is_found_under_load(shm_dir: Path) -> None:
+    with running(shm_dir / "p", PairOptions(size=64 * MIB)) as pair:
         filled(pair)
         with Load(primary_uri(pair), seed=3) as load:
             load.wait_for(50)
@@ -137,8 +137,8 @@ def test_under_fio_no_difference_is_found_and_then_the_one_that_there_is(shm_dir
         compare_disks(pair)
 
 
-def test_a_flipped_byte_is_found_named_and_repaired_by_verify_or_a_full_resync(short_dir: Path) -> None:
-    with running(short_dir / "p", PairOptions(size=64 * MIB)) as pair:
+def test_a_flipped_byte_is_found_named_and_repaired_by_verify_or_a_full_resync(shm_dir: Path) -> None:
+    with running(shm_dir / "p", PairOptions(size=64 * MIB)) as pair:
         filled(pair)
         flip(secondary_disk(pair), 3 * MIB + 5000)
         flip(secondary_disk(pair), 40 * MIB)  # in a hole
