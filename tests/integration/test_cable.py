@@ -6,6 +6,8 @@ is what was written meanwhile. A cut that the window outlasts moves nothing at a
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,21 @@ def test_each_direction_cut_whoever_leads(shm_dir: Path, table: dict[str, tuple[
                 model = pairs.through_a_fault(pair, faults[name], model, span=SPAN, seed=len(name + leads))
 
 
+def stands_still(pair: Pair) -> Callable[[], bool]:
+    """Whether the primary has sent what has not been confirmed for longer than a heartbeat."""
+    client = pair.client("primary")
+    applied, since = -1, 0.0
+
+    def look() -> bool:
+        nonlocal applied, since
+        now = client.call("status")["counters"]
+        if now["applied"] != applied:
+            applied, since = now["applied"], time.monotonic()
+        return bool(now["sequence"] > applied and time.monotonic() - since > 0.3)
+
+    return look
+
+
 def test_a_cut_that_the_window_outlasts_moves_nothing(shm_dir: Path) -> None:
     """What was on its way is gone, the connections break, all of it before the secondary is given up."""
     overrides = {"replication": {"heartbeat_s": 0.2, "peer_timeout_s": 60.0}}
@@ -70,7 +87,7 @@ def test_a_cut_that_the_window_outlasts_moves_nothing(shm_dir: Path) -> None:
             load.wait_for(100)
             for name in CUTS:
                 with faults[name]:
-                    wait_until(lambda: len(load.writes) - load.answered >= 16, 30, "writes that wait for the cable")
+                    wait_until(stands_still(pair), 30, "writes that wait for the cable")
                     faults["reset"].begin()
                 load.wait_for(load.answered + 200)
         pair.wait_protected()
