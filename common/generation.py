@@ -77,7 +77,8 @@ class Standing(NamedTuple):
     base: int = 0
     """Primary: identity of the newest generation from which on its dirty bitmaps know every write; 0: none."""
     own_blocks: int = 0
-    """Blocks that this side wrote and that the other cannot have (as far as its bitmaps know)."""
+    """Blocks that this side wrote and that the other cannot have, at most: a live primary knows them by its bitmaps,
+    of a dead one only the regions of its write-intent file are known."""
     own_bytes: int = 0
 
 
@@ -188,7 +189,11 @@ def _left_behind(old: Standing, new: Standing) -> str:
 def _loss(standing: Standing) -> str:
     if not standing.own_blocks:
         return ""
-    return f", which overwrites {standing.own_blocks} blocks ({standing.own_bytes} bytes) that it alone wrote"
+    return f", which overwrites at most {_amount(standing)} that it alone wrote"
+
+
+def _amount(standing: Standing) -> str:
+    return f"{standing.own_blocks} block{'s' * (standing.own_blocks != 1)} ({standing.own_bytes} bytes)"
 
 
 def _diverged(first: Standing, second: Standing) -> Decision:
@@ -197,6 +202,6 @@ def _diverged(first: Standing, second: Standing) -> Decision:
     if not common:
         return Unrelated(f"the disks of side {first.side} ({first.history[-1]}) and side {second.side} "
                          f"({second.history[-1]}) have no common past")
-    parts = (f"side {s.side} went on to {s.history[-1]} and would lose {s.own_blocks} blocks ({s.own_bytes} bytes)"
+    parts = (f"side {s.side} went on to {s.history[-1]} and would lose at most {_amount(s)}"
              for s in sorted((first, second), key=lambda standing: standing.side))
     return SplitBrain(common[-1], f"split brain: both sides wrote since {common[-1]}: {'; '.join(parts)}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from contextlib import suppress
 from typing import Any, Final
@@ -23,7 +22,7 @@ from typing import Any, Final
 from common import wire
 from common.errors import NotRunning, PeerRefused, TandemDiskError, WireError
 from common.generation import History, Standing
-from common.intent import INTENT_FILE, IntentFile
+from common.intent import INTENT_FILE, marked_bytes
 from common.keys import stream_keys
 from common.metadata import Metadata, load
 from common.port import zmq_context
@@ -45,13 +44,7 @@ def own_bytes(settings: NodeSettings, metadata: Metadata) -> int:
     sizes = [size for _, size in metadata.volumes]
     if metadata.role != "primary" or metadata.clean:
         return 0
-    if not os.path.exists(f"{settings.directory}/{INTENT_FILE}"):
-        return sum(sizes)
-    file = IntentFile(f"{settings.directory}/{INTENT_FILE}", sizes, everything=True, read_only=True)
-    try:
-        return sum(length for _, _, length in file.ranges())
-    finally:
-        file.close()
+    return marked_bytes(f"{settings.directory}/{INTENT_FILE}", sizes)
 
 
 def remembered_standing(settings: NodeSettings) -> Standing | None:

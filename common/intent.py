@@ -46,6 +46,18 @@ _CHECKSUM: Final = struct.Struct("<Q")
 assert _HEADER.size == 24
 
 
+def marked_bytes(path: str, sizes: Sequence[int]) -> int:
+    """Bytes of the regions that the file at ``path`` marks, of all if there is none; its owner may run. DiskError if
+    it cannot be read."""
+    if not os.path.exists(path):
+        return sum(sizes)
+    file = IntentFile(path, sizes, everything=True, read_only=True)
+    try:
+        return sum(length for _, _, length in file.ranges())
+    finally:
+        file.close()
+
+
 class IntentFile:
     """The file at ``path`` for volumes of ``sizes`` bytes. ``found``: it was there and of this layout."""
 

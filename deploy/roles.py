@@ -80,14 +80,21 @@ def unfinished_promotion(settings: NodeSettings, metadata: Metadata) -> bool:
         header.close()
 
 
-def judge(sides: Mapping[Role, NodeSettings], told: Mapping[Role, Standing] | None = None) -> Judgement:
+def judge(
+    sides: Mapping[Role, NodeSettings],
+    told: Mapping[Role, Standing] | None = None,
+    live: Mapping[Role, int] | None = None,
+) -> Judgement:
     """What both sides' memory says; ``told``: of a side that is elsewhere, by its own word. With one side only, or one
-    that never ran, there is nothing to decide."""
+    that never ran, there is nothing to decide. ``live``: the bytes that each of the sides here alone wrote, of those
+    whose processes answer: closer than what files say."""
     standings: dict[Role, Standing] = {**(told or {})}
     for role, settings in sides.items():
         standing = remembered_standing(settings)
         if standing is not None:
-            standings[role] = standing
+            size = (live or {}).get(role, standing.own_bytes)
+            blocks = -(-size // settings.buffer.block_size)
+            standings[role] = standing._replace(own_blocks=blocks, own_bytes=size)
     if len(standings) < 2:
         return Judgement("one side has never run", None, False, standings)
     first, second = standings.values()

@@ -35,9 +35,12 @@ class Doorman:
         keys: CurveKeys | None,
         standing: Callable[[], Standing],
         informant: Informant,
+        turned_away: Callable[[str], None],
     ) -> None:
+        """``turned_away`` hears the sentence of each refusal."""
         self._standing = standing
         self._informant = informant
+        self._turned_away = turned_away
         self._told = ""
         self._listener = listen(context, address, keys, self._received, _nothing, _nothing)
 
@@ -57,6 +60,7 @@ class Doorman:
         if decision.sentence != self._told:
             log.warning("turned away code=%s sentence=%r", CODES[type(decision)], decision.sentence)
         self._told = decision.sentence
+        self._turned_away(decision.sentence)
         refusal = wire.Refuse(message.session, 0, CODES[type(decision)], decision.sentence)
         self._listener.send(peer, wire.encode(refusal))
 

@@ -35,7 +35,7 @@ import zmq
 from common.disk import Disk
 from common.errors import OperationFailed, PeerRefused, TandemDiskError
 from common.failures import Failure, Failures
-from common.generation import History, extend
+from common.generation import History, Standing, extend
 from common.keys import stream_keys
 from common.process import Lifecycle
 from common.record import Record, fingerprints, random_number
@@ -388,6 +388,19 @@ class Engine:
         for batch in unacknowledged:
             if batch.pin is not None:
                 batch.pin.unpin()
+
+    # A peer that may not lead
+
+    def current_standing(self) -> Standing:
+        """What this side says of itself to a peer that greets it."""
+        self.knowledge.tell()
+        return self.session.standing
+
+    def turned_away(self, sentence: str) -> None:
+        """Another primary greeted this side, which leads, and was refused: ``status`` says so here, too, until this
+        side has a secondary again."""
+        if self.state == "alone":
+            self._set_state("alone", sentence)
 
     # Status and end
 

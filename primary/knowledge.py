@@ -91,9 +91,13 @@ class Knowledge:
         disks = fingerprints(self._settings, running=True)
         await self._record.update_async(clean=False, base=self.base, bases=tuple(bases[-MAX_BASES:]), disks=disks)
 
+    def own_bytes(self) -> int:
+        """Bytes that this side has and the secondary may lack, at most."""
+        return sum(bitmap.dirty_bytes() for bitmap in (*self.mirror.bitmaps, *self.suspects))
+
     def tell(self) -> None:
-        """Before a greeting: what a refusal says would be lost."""
-        size = sum(bitmap.dirty_bytes() for bitmap in (*self.mirror.bitmaps, *self.suspects))
+        """Before a greeting, and before a greeting is answered: what a refusal says would be lost."""
+        size = self.own_bytes()
         standing = self.session.standing
         blocks = -(-size // self._settings.buffer.block_size)
         self.session.standing = standing._replace(own_blocks=blocks, own_bytes=size)

@@ -71,7 +71,8 @@ class PrimaryNode:
         self._stack.push_async_callback(control.close)
         if settings.replication.listen is not None:
             listen, keys = settings.replication.listen, stream_keys(settings.replication)
-            doorman = Doorman(context, listen, keys, lambda: engine.session.standing, Informant(settings))
+            informant = Informant(settings)
+            doorman = Doorman(context, listen, keys, engine.current_standing, informant, engine.turned_away)
             self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()

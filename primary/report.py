@@ -27,6 +27,7 @@ def status_of(engine: Engine) -> dict[str, Any]:
         "checkpoint_seconds": checkpoints.seconds,
         "generation": history[-1].number if history else 0,
         "lag": {"bytes": session.lag_bytes(), "seconds": session.lag_s(time.monotonic())},
+        "own_bytes": engine.knowledge.own_bytes(),
         "dirty_bytes": [bitmap.dirty_bytes() for bitmap in mirror.bitmaps],
         **engine.alignment.status(),
         "counters": {

@@ -16,7 +16,7 @@ from common.settings import NodeSettings
 
 TIMEOUT_S: Final = {
     "status": 2.0, "lead": 60.0, "redial": 5.0, "checkpoint": 120.0, "stop": 120.0, "verify": 30 * 24 * 3600.0,
-    "resync": 30 * 24 * 3600.0, "resize": 120.0,
+    "resync": 30 * 24 * 3600.0, "resize": 120.0, "turned_away": 5.0, "clear_error": 5.0,
 }  # fmt: skip
 """How long it may take to answer."""
 PAUSES_S: Final = (0.0, 0.1, 0.5, 2.0, 5.0)

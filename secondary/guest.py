@@ -114,6 +114,7 @@ class GuestProcess:
             "resync": self._resync,
             "resize": self._resize,
             "redial": self._redial,
+            "turned_away": self._turned_away,
             "clear_error": self._clear_error,
         }
         control = ControlServer(self.settings.control_path("export"), handlers)
@@ -207,6 +208,10 @@ class GuestProcess:
 
     async def _redial(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._leader().link.redial()
+        return {}
+
+    async def _turned_away(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._leader().turned_away(str(args.get("sentence", "")))
         return {}
 
     async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:

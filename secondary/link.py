@@ -41,6 +41,10 @@ class Link:
         self.session = session
         self.applier: Applier
         self.last_refusal = ""
+        """Empty once a primary is welcome."""
+        self.before_refusing: Callable[[], None] = lambda: None
+        """Called before a greeting is heard while this side leads: it cannot be but refused."""
+        self.on_refusal: Callable[[str], None] = lambda _sentence: None
         self._on_change = on_change
         self._on_ask = on_ask
         self._loop = asyncio.get_running_loop()
@@ -56,6 +60,7 @@ class Link:
                     self.perform(self.session.disconnected(effect.peer, "the connection broke"))
             elif isinstance(effect, Connected):
                 self._listener.trust(effect.peer)
+                self.last_refusal = ""
                 log.info("primary connected session=%x again=%s", effect.hello.session, effect.again)
                 self._arm()
                 self._on_change()
@@ -66,6 +71,7 @@ class Link:
                 if effect.sentence != self.last_refusal:
                     log.warning("primary refused code=%s sentence=%r", effect.code, effect.sentence)
                 self.last_refusal = effect.sentence
+                self.on_refusal(effect.sentence)
             elif isinstance(effect, Asked):
                 self._on_ask(effect.ask, partial(self._listener.send, effect.peer))
             else:
@@ -103,6 +109,8 @@ class Link:
     def _received(self, peer: bytes, frames: list[Frame]) -> None:
         if self._deaf:
             return
+        if self.session.standing.role == "primary":
+            self.before_refusing()
         effects = self.session.receive(peer, frames, time.monotonic())
         if effects:
             self.perform(effects)

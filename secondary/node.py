@@ -255,6 +255,7 @@ class SecondaryNode:
         self.applier = Applier(self.session, self.backup, self.disks, self, self.link.perform)
         self._stack.callback(self.applier.close)
         self.link.applier = self.applier
+        self.link.before_refusing, self.link.on_refusal = self.promotion.tell_loss, self.promotion.tell_refusal
         self.promotion.attend(self.session, self.link, self.applier)
 
     def _connection_changed(self) -> None:

@@ -14,6 +14,7 @@ failed, so this side hears no primary before it has been written there again tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from common.disk import FileDisk
 from common.errors import OperationFailed, TandemDiskError
 from common.generation import History, extend
 from common.inquiry import Informant
-from common.intent import INTENT_FILE, IntentFile
+from common.intent import INTENT_FILE, IntentFile, marked_bytes
 from common.record import Record, random_number
 from common.settings import NodeSettings
 from common.wire import Frames
@@ -84,6 +85,8 @@ class Promotion:
         """Set while the other side's order to take over is carried out."""
         self._withdrawing: asyncio.Task[None] | None = None
         """Set while a promotion that failed is being taken back."""
+        self._telling: asyncio.Task[None] | None = None
+        """Set while the export process is told of a refusal."""
         self._handed_over = False
         """From here on the engine writes the metadata, and ours are too old to write."""
 
@@ -247,7 +250,7 @@ class Promotion:
 
     def stop(self) -> None:
         """Tell and try nothing more; a commit is ended by ``stop_commit``."""
-        for task in (self.leading, self._withdrawing, self._taking_over):
+        for task in (self.leading, self._withdrawing, self._taking_over, self._telling):
             if task is not None:
                 task.cancel()
 
@@ -295,6 +298,26 @@ class Promotion:
             )
         finally:
             file.close()
+
+    # A former primary that greets this side
+
+    def tell_loss(self) -> None:
+        """Into the standing, as an upper bound: what a refusal says would be lost here."""
+        sizes = [disk.size for disk in self._disks]
+        with contextlib.suppress(TandemDiskError):  # what was said last may be old; to be refused matters more
+            size = marked_bytes(f"{self._settings.directory}/{INTENT_FILE}", sizes)
+            blocks = -(-size // self._settings.buffer.block_size)
+            self._session.standing = self._session.standing._replace(own_blocks=blocks, own_bytes=size)
+
+    def tell_refusal(self, sentence: str) -> None:
+        """``status`` of this side, which leads, says it, too."""
+        if self.leading is not None and self._telling is None:
+            self._telling = self._loop.create_task(self._tell(sentence), name="refusal")
+
+    async def _tell(self, sentence: str) -> None:
+        with contextlib.suppress(TandemDiskError):
+            await self._exporter.call("turned_away", sentence=sentence)
+        self._telling = None
 
     # Leading
 

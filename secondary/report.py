@@ -111,12 +111,13 @@ async def _of_engine(node: SecondaryNode, told: dict[str, Any]) -> dict[str, Any
         volume | {"dirty_bytes": dirty}
         for volume, dirty in zip(told["volumes"], engine["dirty_bytes"], strict=True)
     ]
-    same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "peer", "checkpoint_seconds",
-            "compression")
+    same = ("mode", "reason", "checkpoint", "generation", "lag", "resync", "verify", "checkpoint_seconds",
+            "compression", "own_bytes")
     # until it had a secondary of its own, how the failover ended says more than that it has none
     alone = engine["state"] == "alone" and not engine["counters"]["sessions"]
     return {
         **{key: engine[key] for key in same},
+        "peer": engine["peer"] | {"refused": told["peer"]["refused"]},
         "engine": engine["state"],
         "state": told["state"] if alone else engine["state"],
         "checkpoint_time": engine["checkpoint_time"] or told["checkpoint_time"],

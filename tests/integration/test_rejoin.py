@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def test_failover_rejoin_and_back(short_dir: Path, target: str) -> None:
             pair.failover(target)
             guest.write(20 * MIB, random_bytes(3, 1 * MIB))
             led_by_b(pair)
+            pair.clear_error()
             guest.write(24 * MIB, random_bytes(4, 1 * MIB))
             told = pair.rejoin()
             assert told["side"] == "a"
@@ -264,8 +266,13 @@ def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: s
     options = PairOptions(size=SIZE, overrides={**QUICK, "keep_diverged": True})
     with running(short_dir / "p", options) as pair:
         split(pair)
-        with pytest.raises(PeerRefused, match=r"Split brain.*side a.*would lose.*side b.*would lose"):
+        both = r"plit brain.*side a.*would lose at most.*side b.*would lose at most"
+        with pytest.raises(PeerRefused, match=rf"S{both}"):
             pair.rejoin()
+        with pytest.raises(PeerRefused, match=rf"s{both}"):
+            start_side(pair, "primary")
+        pair.wait_for(lambda now: re.search(both, now["secondary"]["reason"]), "known on both sides as split brain", 20)
+        assert pair.rejoin(discard="b", dry_run=True)["bytes"] == MIB, "side b lives, and knows what it wrote"
         dry = tandemdisk("rejoin", "--dir", pair.directory.path, "--dry-run", "--discard", loser, "--json")
         assert dry.returncode == 0, dry.stderr
         said = json.loads(dry.stdout)
