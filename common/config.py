@@ -242,9 +242,17 @@ class _Node(_Table):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problems: list[str] = []
         floor, ceiling = self.resync_floor, self.resync_rate
         if 0 < ceiling < floor:
-            raise ValueError(f"`resync_floor` ({floor}) must not be above `resync_rate` ({ceiling}), the ceiling")
+            problems.append(f"`resync_floor` ({floor}) must not be above `resync_rate` ({ceiling}), the ceiling")
+        if self.on_congestion == "pull-ahead" and self.on_peer_loss == "block":
+            problems.append(
+                'on_congestion = "pull-ahead" lets the primary go on alone, which on_peer_loss = "block" forbids: '
+                "change one of them"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

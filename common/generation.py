@@ -10,7 +10,11 @@ durably and before the first write that depends on it is acknowledged, whenever 
 
 Every side keeps the list of the generations that its disk has been through. So the newest generation of a side that is
 merely behind is found in the list of the other; if each has one that the other never saw, both wrote. This is DRBD's
-generation identifiers with a list instead of four slots, so that a copy restored from years ago is recognised too.
+generation identifiers with a list of ``MAX_HISTORY`` instead of four slots, so that an older copy that was restored is
+recognised as long as not more generations have begun since: years of a pair that fails over now and then, days of one
+whose link flaps under load. What stands further back is refused, never taken for something else. The list cannot be
+thinned instead: of a generation that is not in it nobody can tell whether both sides had it, and one that could be
+computed from the one before would be computed again by an older copy that goes on alone.
 
     their newest is        mine is primary, theirs secondary         both call themselves primary
     ---------------        ---------------------------------        ----------------------------
@@ -30,8 +34,8 @@ from typing import Final, NamedTuple
 
 RETURNING: Final = (1 << 64) - 1
 """Stream of a side that gave the primary role up: it stands at no point of any stream, but what it wrote is listed."""
-MAX_HISTORY: Final = 64
-"""Generations that a side remembers; the oldest ones go first."""
+MAX_HISTORY: Final = 1024
+"""Generations that a side remembers; the oldest ones go first. 16 KiB of metadata, and of a greeting."""
 
 
 class Generation(NamedTuple):
@@ -196,12 +200,21 @@ def _amount(standing: Standing) -> str:
     return f"{standing.own_blocks} block{'s' * (standing.own_blocks != 1)} ({standing.own_bytes} bytes)"
 
 
+def _forgotten(first: Standing, second: Standing) -> str:
+    """One of the two may be a copy from before all that the other one remembers."""
+    for old, new in ((first, second), (second, first)):
+        if old.history[-1].number < new.history[0].number:
+            return (f" that is remembered: side {new.side} knows no generation before {new.history[0].number}. If side "
+                    f"{old.side} is an older copy, remove its metadata file: it is then synchronised in full")
+    return ""
+
+
 def _diverged(first: Standing, second: Standing) -> Decision:
     known = {generation.identity for generation in second.history}
     common = [generation for generation in first.history if generation.identity in known]
     if not common:
         return Unrelated(f"the disks of side {first.side} ({first.history[-1]}) and side {second.side} "
-                         f"({second.history[-1]}) have no common past")
+                         f"({second.history[-1]}) have no common past{_forgotten(first, second)}")
     parts = (f"side {s.side} went on to {s.history[-1]} and would lose at most {_amount(s)}"
              for s in sorted((first, second), key=lambda standing: standing.side))
     return SplitBrain(common[-1], f"split brain: both sides wrote since {common[-1]}: {'; '.join(parts)}")

@@ -46,16 +46,21 @@ _CHECKSUM: Final = struct.Struct("<Q")
 assert _HEADER.size == 24
 
 
-def marked_bytes(path: str, sizes: Sequence[int]) -> int:
-    """Bytes of the regions that the file at ``path`` marks, of all if there is none; its owner may run. DiskError if
-    it cannot be read."""
+def marked_ranges(path: str, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(volume, offset, length) of what the file at ``path`` marks, of everything if there is none; its owner may run.
+    DiskError if it cannot be read."""
     if not os.path.exists(path):
-        return sum(sizes)
+        return [(index, 0, size) for index, size in enumerate(sizes)]
     file = IntentFile(path, sizes, everything=True, read_only=True)
     try:
-        return sum(length for _, _, length in file.ranges())
+        return file.ranges()
     finally:
         file.close()
+
+
+def marked_bytes(path: str, sizes: Sequence[int]) -> int:
+    """Bytes of ``marked_ranges``."""
+    return sum(length for _, _, length in marked_ranges(path, sizes))
 
 
 class IntentFile:

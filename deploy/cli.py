@@ -324,6 +324,8 @@ def verify(directory: Path, as_json: bool, repair: bool) -> None:
     else:
         for name, offset, length in found["extents"]:
             console.print(f"{name}: {length} bytes at {offset} differ", highlight=False)
+        if (more := found["differing"] - len(found["extents"])) > 0:
+            console.print(f"… and {more} more extents")
         size, seconds = format_size(found["compared_bytes"]), found["seconds"]
         if found["differing"]:
             what = "repaired" if found["repaired"] else "marked for the next resync"

@@ -27,6 +27,7 @@ from common.control import ControlClient, error_from_dict
 from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.failures import Failure
 from common.settings import NodeSettings, Role
+from deploy.diverged import check_room, save_diverged
 from deploy.hosts import Side
 from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
@@ -41,7 +42,7 @@ from deploy.peer import (
     told_by_peer,
 )
 from deploy.presence import answers, control_path, process_of, watched
-from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered, save_diverged
+from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -337,6 +338,8 @@ class Pair:
             "saved": [],
             "start": None,
         }
+        if sides[loser].keep_diverged:
+            check_room(sides[loser])
         if dry_run:
             return report
         if loser not in sides:

@@ -10,15 +10,12 @@ for, write its new metadata durably. A crash in between leaves the side what it 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from common import limits
-from common.disk import HOLE, FileDisk
-from common.errors import DiskError, NotRunning, OperationFailed, PeerRefused
+from common.errors import NotRunning, OperationFailed, PeerRefused
 from common.generation import RETURNING, History, Rejoin, SplitBrain, Standing, common_past, decide
 from common.inquiry import remembered_standing
 from common.intent import INTENT_FILE, IntentFile
@@ -169,48 +166,3 @@ def accept_disks(settings: NodeSettings) -> None:
         )
     Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)
     save(f"{settings.directory}/metadata", replace(metadata, disks=(), clean=False, base=0, bases=()))
-
-
-def save_diverged(settings: NodeSettings) -> list[str]:
-    """Copy what this side may have written alone into sparse files beside its metadata; their paths."""
-    metadata = remembered(settings)
-    assert metadata is not None
-    sizes = [size for _, size in metadata.volumes]
-    intent = f"{settings.directory}/{INTENT_FILE}"
-    ranges = [(index, 0, size) for index, size in enumerate(sizes)]
-    if os.path.exists(intent):
-        file = IntentFile(intent, sizes, everything=True, read_only=True)
-        ranges = file.ranges()
-        file.close()
-    paths: list[str] = []
-    for index, volume in enumerate(settings.volumes):
-        number = metadata.history[-1].number if metadata.history else 0
-        path = f"{settings.directory}/diverged-{volume.name}-{number}.raw"
-        _copy_sparse(volume.disk, path, sizes[index], [(at, length) for i, at, length in ranges if i == index])
-        paths.append(path)
-    return paths
-
-
-def _copy_sparse(source: str, target: str, size: int, ranges: list[tuple[int, int]]) -> None:
-    disk = FileDisk(source, read_only=True)
-    memory = memoryview(bytearray(limits.MIB))
-    try:
-        with open(target, "wb") as file:
-            file.truncate(size)
-            for start, total in ranges:
-                at = start
-                for length, flags in disk.extents(start, total):
-                    for offset in range(at, at + length, len(memory)) if not flags & HOLE else ():
-                        view = memory[: min(len(memory), at + length - offset)]
-                        disk.read_into(offset, view)
-                        file.seek(offset)
-                        file.write(view)
-                    at += length
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise DiskError(
-            f"Cannot save diverged blocks to {target}: {error.strerror}.", hint="Nothing was changed."
-        ) from error
-    finally:
-        disk.close()

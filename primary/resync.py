@@ -58,6 +58,29 @@ class Progress:
     left_s: float | None
 
 
+class DecayingRate:
+    """Bytes a second that forget what was long ago: half of it every ``RATE_HALF_LIFE_S``."""
+
+    def __init__(self, now: float) -> None:
+        self.value = 0.0
+        self._at = now
+        self._since = 0
+        """Bytes since ``_at``."""
+
+    def note(self, length: int, now: float) -> None:
+        """``length`` bytes are done; 0: only time has gone by."""
+        self._since += length
+        elapsed = now - self._at
+        if elapsed >= 0.1:
+            keep = 0.5 ** (elapsed / RATE_HALF_LIFE_S) if self.value else 0.0
+            self.value = keep * self.value + (1.0 - keep) * (self._since / elapsed)
+            self._at, self._since = now, 0
+
+    def left_s(self, left: int) -> float | None:
+        """How long ``left`` bytes take at this rate; None while there is none to tell."""
+        return left / self.value if self.value > 0 else None
+
+
 class Piece:
     """A range on its way."""
 
@@ -84,10 +107,7 @@ class ResyncPlan:
         self._taken = 0
         """Bytes that are being read or moved."""
         self._confirmed = 0
-        self._rate = 0.0
-        self._rate_at = now
-        self._since = 0
-        """Bytes confirmed since ``_rate_at``."""
+        self._rate = DecayingRate(now)
         self._tokens = float(limits.piece)
         self._tokens_at = now
 
@@ -132,7 +152,7 @@ class ResyncPlan:
         self._moving.remove(piece)
         self._taken -= piece.length
         self._confirmed += piece.length
-        self._note(piece.length, now)
+        self._rate.note(piece.length, now)
 
     def give_back(self, piece: Piece) -> None:
         """A piece could not be read or was handed back by the session: it is pending again."""
@@ -183,10 +203,9 @@ class ResyncPlan:
 
     def progress(self, now: float) -> Progress:
         """For status. The total moves: guests' writes take pieces off the list, overtaken ones come back."""
-        self._note(0, now)
+        self._rate.note(0, now)
         left = sum(bitmap.dirty_bytes() for bitmap in self._bitmaps) + self._taken
-        left_s = left / self._rate if self._rate > 0 else None
-        return Progress(self._confirmed + left, self._confirmed, self._rate, left_s)
+        return Progress(self._confirmed + left, self._confirmed, self._rate.value, self._rate.left_s(left))
 
     # Parts
 
@@ -219,15 +238,6 @@ class ResyncPlan:
         left = sum(bitmap.dirty_bytes() for bitmap in self._bitmaps)
         remaining_s = self.limits.deadline_s - elapsed
         return left > 0 and (remaining_s <= 0 or left / remaining_s > self._confirmed / elapsed)
-
-    def _note(self, length: int, now: float) -> None:
-        """A rate that halves its memory every ``RATE_HALF_LIFE_S``."""
-        self._since += length
-        elapsed = now - self._rate_at
-        if elapsed >= 0.1:
-            keep = 0.5 ** (elapsed / RATE_HALF_LIFE_S) if self._rate else 0.0
-            self._rate = keep * self._rate + (1.0 - keep) * (self._since / elapsed)
-            self._rate_at, self._since = now, 0
 
 
 def thin_extents(volume: int, offset: int, view: memoryview, block_size: int) -> tuple[bytes, int]:

@@ -32,7 +32,7 @@ from common.disk import HOLE
 from common.wire import EXTENT_STRUCT, RESYNC_DATA
 from primary.mirror import Mirror
 from primary.questions import LOOK, PIECE, QUESTION_BYTES, Inquiry, Pace, Reader
-from primary.resync import Piece, ResyncLimits, ResyncPlan, thin_extents
+from primary.resync import DecayingRate, Piece, ResyncLimits, ResyncPlan, thin_extents
 
 SAMPLE: Final = 256
 """Answers by which it is judged whether asking pays."""
@@ -89,6 +89,7 @@ class Synchroniser:
         self.started = time.monotonic()
         self._limits = limits or ResyncLimits()
         self._plan = ResyncPlan([], self._limits, self.started)
+        self._comparing = DecayingRate(self.started)
         self._reading: Piece | None = None
         self._pace = Pace(mirror, self._limits, lambda: self.left_bytes)
         self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
@@ -112,28 +113,38 @@ class Synchroniser:
         return self._inquiry.asked_bytes
 
     def status(self) -> dict[str, Any]:
-        """For ``status``: progress in bytes, bytes a second since the start, seconds left at this rate."""
+        """For ``status``: progress in bytes; bytes a second that the phase does lately, and seconds that it takes at
+        this rate: how much comparing will find is not known before its end."""
         left = self.left_bytes
         total = max(self.total_bytes, left)
-        rate = (total - left) / max(1e-9, time.monotonic() - self.started)
+        rate, seconds_left = self._pace_of_phase(time.monotonic())
         return {
             "active": True,
             "phase": self.phase,
             "done_bytes": total - left,
             "total_bytes": total,
             "rate": rate,
-            "seconds_left": left / rate if rate else None,
+            "seconds_left": seconds_left,
             "asked_bytes": self.asked_bytes,
             "differing_bytes": self.differing_bytes,
             "moved_bytes": self.moved_bytes,
             **limits_status(self._limits),
         }
 
+    def _pace_of_phase(self, now: float) -> tuple[float, float | None]:
+        """Bytes a second, and seconds left, of what it is doing."""
+        if self.phase == "copying":
+            progress = self._plan.progress(now)
+            return progress.rate, progress.left_s
+        self._comparing.note(0, now)
+        suspects = sum(bitmap.dirty_bytes() for bitmap in self.suspects)
+        return self._comparing.value, self._comparing.left_s(suspects)
+
     async def run(self) -> None:
         """Ask and send until nothing is marked. OSError if the primary disk cannot be read."""
         while True:
             if any(self.suspects):
-                self.phase = "comparing"
+                self.phase, self._comparing = "comparing", DecayingRate(time.monotonic())
                 await self._compare()
                 continue
             self.phase = "copying"
@@ -167,6 +178,7 @@ class Synchroniser:
         if differs is None:
             return  # still a suspect: asked again in the next round
         self.suspects[index].clear_range(offset, length)
+        self._comparing.note(length, time.monotonic())
         self._answers.append(differs)
         if differs:
             self.differing_bytes += length

@@ -115,6 +115,13 @@ def test_a_resync_has_floor_ceiling_and_deadline() -> None:
     ]
 
 
+def test_a_primary_that_may_not_go_on_alone_cannot_pull_ahead() -> None:
+    found = problems(on_congestion="pull-ahead", on_peer_loss="block", resync_floor="2M", resync_rate="1M")
+    assert len(found) == 2
+    assert 'on_peer_loss = "block" forbids' in found[1]
+    assert settings(on_congestion="pull-ahead").on_congestion == "pull-ahead"
+
+
 def test_missing_keys_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         config.make_settings({}, base=BASE)

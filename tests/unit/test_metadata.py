@@ -15,7 +15,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from common.errors import DiskError
-from common.generation import Generation, extend
+from common.generation import MAX_HISTORY, Generation, extend
 from common.metadata import MAGIC, Metadata, load, parse, save, serialise
 from common.record import Record
 
@@ -65,7 +65,8 @@ def test_a_well_sealed_body_of_another_shape_is_refused() -> None:
     assert parse(sealed(good), "p") == SAMPLE
     bad: list[object] = [
         [], 5, {}, {**good, "more": 1}, {**good, "role": "king"}, {**good, "clean": 1}, {**good, "stream": True},
-        {**good, "history": [[1, 2]]}, {**good, "history": [[-1, 2, "a"]]}, {**good, "history": [[1, 2, "a"]] * 65},
+        {**good, "history": [[1, 2]]}, {**good, "history": [[-1, 2, "a"]]},
+        {**good, "history": [[1, 2, "a"]] * (MAX_HISTORY + 1)},
         {**good, "volumes": [["v", "x"]]}, {**good, "bases": [5]},
     ]
     for fields in bad:

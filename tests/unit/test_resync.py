@@ -9,7 +9,7 @@ import pytest
 from common import wire
 from common.bitmap import DirtyBitmap
 from primary.ledger import FOLD_BYTES, Ledger
-from primary.resync import Piece, ResyncLimits, ResyncPlan, thin_extents
+from primary.resync import DecayingRate, Piece, ResyncLimits, ResyncPlan, thin_extents
 
 BLOCK = 512
 FAST = ResyncLimits(piece=4 * BLOCK, in_flight=16 * BLOCK)
@@ -87,6 +87,22 @@ def test_pieces_walk_all_volumes_and_progress_adds_up() -> None:
     assert progress.done_bytes == total
     assert progress.left_s == 0.0
     assert 200 < progress.rate < 4096
+
+
+def test_the_rate_is_that_of_now() -> None:
+    """A minute of holes at a gibibyte a second says nothing of what the data behind them take."""
+    rate = DecayingRate(0.0)
+    for step in range(1, 601):
+        rate.note(100 << 20, step / 10)
+    assert rate.value == pytest.approx(1000 << 20)
+    for step in range(601, 801):
+        rate.note(1 << 20, step / 10)
+    assert rate.value == pytest.approx(10 << 20, rel=0.15)
+    assert rate.left_s(100 << 20) == pytest.approx(10, rel=0.15)
+    rate.note(0, 200.0)
+    rate.note(0, 320.0)
+    assert rate.value < 1, "it stands still"
+    assert DecayingRate(0.0).left_s(1) is None
 
 
 def test_guests_go_first_unless_there_is_a_floor() -> None:
