@@ -11,12 +11,13 @@ begins, and what happens at the end:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 from common.arguments import flag_of
-from common.errors import OperationFailed
+from common.errors import OperationFailed, TandemDiskError
 from common.settings import NodeSettings
 from primary.effects import ResyncNeeded
 from primary.knowledge import Knowledge
@@ -29,6 +30,8 @@ from primary.synchroniser import Synchroniser, limits_status, make_suspects
 from primary.verifier import Verifier
 
 T = TypeVar("T")
+
+log = logging.getLogger("primary")
 
 MAX_EXTENTS: Final = 1000
 """Differing extents that an answer to ``verify`` names."""
@@ -76,6 +79,8 @@ class Alignment:
             deadline_s=settings.resync_deadline_s,
         )
         self._counters = _ResyncCounters()
+        self._unsampled = False
+        """The next resync begins with samples; a cut may have come before all of them were answered."""
 
     def stop(self) -> None:
         """Whatever goes over the disks in the background: it began under conditions that hold no more."""
@@ -101,6 +106,9 @@ class Alignment:
         """Answer to what the handshake found."""
         full, peer = effect.full, effect.peer
         self._counters.begun(full=full)
+        known = peer.exact and peer.stream == self._session.stream
+        # since a start that was not clean, of either side, nobody knows what happened to its disk before
+        self._unsampled = not full and (self._unsampled or not known)
         self._link.perform(self._session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
         self._start_synchroniser()
 
@@ -112,8 +120,23 @@ class Alignment:
             self._start_synchroniser()
 
     def _start_synchroniser(self) -> None:
-        self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits)
+        distrust = self._distrust if self._unsampled else None
+        self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits, distrust)
         self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
+
+    async def _distrust(self, surprises: int) -> None:
+        """Samples differ that nothing explains: the disks are compared as a whole."""
+        sentence = (
+            f"{surprises} samples differ where both disks were equal: one of them was changed, or replaced by an "
+            "older copy, while nobody looked; they are compared as a whole"
+        )
+        log.warning("%s", sentence)
+        self._engine.reason = sentence
+        self._counters.distrusted()
+        try:
+            await self._knowledge.suspect_everything()
+        except TandemDiskError as error:
+            log.error("a primary that is killed now would not know what to compare: %s", error)
 
     def complete(self) -> None:
         """The secondary took the checkpoint that ends a resync."""
@@ -139,6 +162,7 @@ class Alignment:
             self._synchronising = None
         if self._synchroniser is not None:
             self._synchroniser.stop()
+            self._unsampled = self._unsampled and self._synchroniser.sampling
             self._counters.ended(self._synchroniser)
             self._synchroniser = None
 
@@ -252,11 +276,14 @@ class _ResyncCounters:
     """What all resyncs and repairs of this process came to."""
 
     def __init__(self) -> None:
-        self._count = self._full = self._asked = self._differing = self._moved = self._repaired = 0
+        self._count = self._full = self._asked = self._differing = self._moved = self._repaired = self._distrusts = 0
 
     def begun(self, *, full: bool) -> None:
         self._count += 1
         self._full += full
+
+    def distrusted(self) -> None:
+        self._distrusts += 1
 
     def ended(self, resync: Synchroniser) -> None:
         self._asked += resync.asked_bytes
@@ -271,6 +298,7 @@ class _ResyncCounters:
         return {
             "resyncs": self._count,
             "full_resyncs": self._full,
+            "resyncs_in_distrust": self._distrusts,
             "resync_asked_bytes": self._asked + (current.asked_bytes if current is not None else 0),
             "resync_differing_bytes": self._differing + (current.differing_bytes if current is not None else 0),
             "resync_moved_bytes": self._moved + (current.moved_bytes if current is not None else 0),

@@ -121,6 +121,14 @@ class Knowledge:
             unfinished.union(suspects)
             unfinished.union(bitmap)
 
+    async def suspect_everything(self) -> None:
+        """Nothing is known to be equal any more, also for a primary that is killed before it has compared. DiskError if
+        that cannot be noted."""
+        for suspects, unfinished in zip(self.suspects, self._unfinished, strict=True):
+            suspects.set_all()
+            unfinished.set_all()
+        await self.remember_differences([(volume.index, 0, volume.size) for volume in self.mirror.volumes])
+
     async def remember_differences(self, ranges: Sequence[Range]) -> None:
         """A verification has marked ``ranges``: make a primary that is killed, or stops, find them again. Without a
         write-intent bitmap it compares everything then. DiskError if that cannot be noted."""

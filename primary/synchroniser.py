@@ -10,6 +10,9 @@ First the questions, so that it is known how much differs before a byte is copie
 session's hands, which gives it back if the secondary is lost. So a resync that is interrupted, wherever, is a resync
 with fewer marks.
 
+After a start that was not clean there are samples before all that (``primary.samples``): outside both sets nothing may
+differ, and if anything does, everything is suspect.
+
 Where nearly every answer is "differs" (a new disk), asking costs more than it saves: then a stretch is taken for
 different unasked, twice as long each time, with a sample between.
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -33,6 +36,7 @@ from common.wire import EXTENT_STRUCT, RESYNC_DATA
 from primary.mirror import Mirror
 from primary.questions import LOOK, PIECE, QUESTION_BYTES, Inquiry, Pace, Reader
 from primary.resync import DecayingRate, Piece, ResyncLimits, ResyncPlan, thin_extents
+from primary.samples import sample_ranges
 
 SAMPLE: Final = 256
 """Answers by which it is judged whether asking pays."""
@@ -78,7 +82,14 @@ def limits_status(limits: ResyncLimits) -> dict[str, float]:
 class Synchroniser:
     """One resync: empties ``suspects`` and the mirror's bitmaps. ``run`` it as a task."""
 
-    def __init__(self, mirror: Mirror, suspects: Sequence[DirtyBitmap], limits: ResyncLimits | None = None) -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        suspects: Sequence[DirtyBitmap],
+        limits: ResyncLimits | None = None,
+        distrust: Callable[[int], Awaitable[None]] | None = None,
+    ) -> None:
+        """``distrust``: samples are asked about first; it is told how many differ, if any do, and has to mark all."""
         self.mirror = mirror
         self.suspects = suspects
         self.phase = "copying"
@@ -93,6 +104,11 @@ class Synchroniser:
         self._reading: Piece | None = None
         self._pace = Pace(mirror, self._limits, lambda: self.left_bytes)
         self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
+        self.sampling = distrust is not None
+        """The samples are not all answered yet."""
+        self.surprises = 0
+        """Samples that differ, where nothing should."""
+        self._distrust = distrust
         self._answers: deque[bool] = deque(maxlen=SAMPLE)
         self._stretch = self._stretch_left = STRETCH
         self._free: list[memoryview] = []
@@ -142,6 +158,8 @@ class Synchroniser:
 
     async def run(self) -> None:
         """Ask and send until nothing is marked. OSError if the primary disk cannot be read."""
+        if self.sampling:
+            await self._sample()
         while True:
             if any(self.suspects):
                 self.phase, self._comparing = "comparing", DecayingRate(time.monotonic())
@@ -153,6 +171,28 @@ class Synchroniser:
             await self.copy()
 
     # Asking
+
+    async def _sample(self) -> None:
+        """Ask about samples of what is not marked."""
+        assert self._distrust is not None
+        self.phase = "sampling"
+        inquiry = Inquiry(self.mirror, Reader(self.mirror), self._pace, self._sampled)
+        for index, offset, length in sample_ranges(self.mirror.volumes, self.mirror.carrier.session.stream):
+            if not self._is_marked(index, offset, length):
+                await self._pace.room()
+                await inquiry.ask(self.mirror.volumes[index], offset, length)
+        await self._pace.drained()
+        if self.surprises:
+            await self._distrust(self.surprises)
+            self.total_bytes = self.left_bytes
+        self.sampling = False
+
+    def _sampled(self, index: int, offset: int, length: int, differs: bool | None) -> None:
+        # a write that failed on one side marks what it made different, perhaps only now
+        self.surprises += bool(differs) and not self._is_marked(index, offset, length)
+
+    def _is_marked(self, index: int, offset: int, length: int) -> bool:
+        return any(bitmaps[index].any_in(offset, length) for bitmaps in (self.suspects, self.mirror.bitmaps))
 
     async def _compare(self) -> None:
         """Once over all suspects; returns when every question has its answer."""
