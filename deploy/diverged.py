@@ -80,8 +80,13 @@ def save_diverged(settings: NodeSettings) -> list[str]:
     return paths
 
 
+def _private(path: str, flags: int) -> int:
+    """What was on a disk is nobody else's business."""
+    return os.open(path, flags, 0o600)
+
+
 def _write_durably(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -91,7 +96,7 @@ def _copy_sparse(source: str, target: str, size: int, ranges: list[tuple[int, in
     disk = FileDisk(source, read_only=True)
     memory = memoryview(bytearray(limits.MIB))
     try:
-        with open(target, "wb") as file:
+        with open(target, "wb", opener=_private) as file:
             file.truncate(size)
             for start, total in ranges:
                 at = start

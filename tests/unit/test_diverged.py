@@ -48,6 +48,7 @@ def test_what_is_marked_is_saved_and_listed(side: NodeSettings) -> None:
     assert saved[4 * MIB : 12 * MIB] == disk[4 * MIB : 12 * MIB]
     assert not any(saved[: 4 * MIB]), "what both sides have is not in it"
     assert len(saved) == SIZE
+    assert os.stat(path).st_mode & 0o777 == 0o600
     assert os.stat(path).st_blocks * 512 < 2 * MIB, "holes stay holes"
 
 
