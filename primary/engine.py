@@ -323,7 +323,7 @@ class Engine:
     def _pull_ahead(self) -> None:
         if self.session.attached and not self.session.window_open:
             reason = "it does not keep up, and on_congestion is pull-ahead"
-            self.link.settle(self.session.lost(reason, time.monotonic()))
+            self.link.settle(self.session.pull_ahead(reason, time.monotonic()))
 
     def _refused(self, effect: Refused) -> None:
         self.alignment.stop()

@@ -11,7 +11,7 @@ from common import wire
 from common.errors import OperationFailed
 from common.generation import Generation, Standing
 from primary import effects as up
-from primary.contact import REFUSED_RETRY_S, RETRY_S, PrimaryConfig, State
+from primary.contact import AHEAD_S, KEPT_UP_S, REFUSED_RETRY_S, RETRY_S, PrimaryConfig, State
 from primary.session import PrimarySession
 from secondary import session as down
 
@@ -468,6 +468,35 @@ def test_max_lag_treats_a_slow_secondary_as_lost() -> None:
     assert session.next_deadline() == 1.0
     assert kinds(session.handle_timer(2.9)) == ["Send"]
     assert kinds(session.handle_timer(3.0)) == ["Cut", "Lost"]
+
+
+def test_a_secondary_that_cannot_keep_up_is_tried_less_and_less_often() -> None:
+    """An overload that lasts: each session ends by congestion after a moment. One that keeps up is trusted again."""
+    session = established()
+    now, pauses, lasting = 0.0, [], [1.0] * 8 + [2 * KEPT_UP_S, 1.0]
+    for seconds in lasting:
+        now += seconds
+        session.write(EXTENT, bytes(512), 1, 0, "pin", now)
+        assert kinds(session.pull_ahead("congestion", now)) == ["Cut", "Lost"]
+        due = session.next_deadline()
+        assert due is not None
+        assert not session.handle_timer(due - 0.001), "not before"
+        assert kinds(session.handle_timer(due)) == ["Reconnect"]
+        pauses.append(due - now)
+        now = due
+        session.connect(now)
+        assert kinds(session.receive(welcome(session), now))[-1] == "ResyncNeeded"
+        session.begin_resync(full=False, keep_checkpoint=True, now=now)
+    assert pauses == pytest.approx([*AHEAD_S, 60.0, 60.0, 1.0, 2.0])
+
+
+def test_who_waits_for_its_secondary_does_not_pause() -> None:
+    session = established(config={"max_lag_s": 2.0, "on_peer_loss": "block"})
+    session.write(EXTENT, bytes(512), 1, 0, "pin", 0.0)
+    session.handle_timer(2.0)
+    due = session.next_deadline()
+    assert due is not None
+    assert due < 2.5
 
 
 def test_failed_flush_names_its_clients_before_the_rest_is_handed_back() -> None:
