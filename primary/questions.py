@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -204,6 +204,33 @@ class Inquiry:
         ranges = [(volume.index, offset + at, min(unit, size - at)) for at in range(0, size, unit)]
         self._send(ranges, [xxh3_64_intdigest(view[at : at + unit]) for at in range(0, size, unit)], size)
         return size
+
+    async def ask_together(self, ranges: Sequence[Range]) -> None:
+        """Ask about ranges in many places, ``QUESTION_BYTES`` each at most, ``PIECE`` together, in one message; about
+        those that a device has to be asked for one by one. Await ``Pace.room`` before; OSError as in ``ask``."""
+        asked: list[Range] = []
+        hashes: list[int] = []
+        cold: list[Range] = []
+        view = self._memory
+        for index, offset, length in ranges:
+            disk = self._mirror.volumes[index].disk
+            size, flags = disk.extents(offset, length)[0]
+            if flags & HOLE and size == length:
+                digest = hash_of_zeroes(length)
+            else:
+                try:
+                    disk.read_nowait(offset, view[:length])
+                except BlockingIOError:
+                    cold.append((index, offset, length))
+                    continue
+                digest = xxh3_64_intdigest(view[:length])
+            asked.append((index, offset, length))
+            hashes.append(digest)
+        if asked:
+            self._send(asked, hashes, sum(length for _, _, length in asked))
+        for index, offset, length in cold:
+            await self._pace.room()
+            await self.ask(self._mirror.volumes[index], offset, length)
 
     def _send(self, ranges: list[Range], hashes: list[int], weight: int) -> None:
         questions = np.zeros(len(ranges), dtype=QUESTION)

@@ -177,10 +177,11 @@ class Synchroniser:
         assert self._distrust is not None
         self.phase = "sampling"
         inquiry = Inquiry(self.mirror, Reader(self.mirror), self._pace, self._sampled)
-        for index, offset, length in sample_ranges(self.mirror.volumes, self.mirror.carrier.session.stream):
-            if not self._is_marked(index, offset, length):
-                await self._pace.room()
-                await inquiry.ask(self.mirror.volumes[index], offset, length)
+        wanted = sample_ranges(self.mirror.volumes, self.mirror.carrier.session.stream)
+        for first in range(0, len(wanted), PIECE // QUESTION_BYTES):
+            await self._pace.room()
+            together = wanted[first : first + PIECE // QUESTION_BYTES]
+            await inquiry.ask_together([range_ for range_ in together if not self._is_marked(*range_)])
         await self._pace.drained()
         if self.surprises:
             await self._distrust(self.surprises)
