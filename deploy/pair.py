@@ -41,7 +41,7 @@ from deploy.peer import (
     start_command,
     told_by_peer,
 )
-from deploy.presence import answers, control_path, process_of, watched
+from deploy.presence import answers, control_path, process_of, watched, written_alone
 from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
@@ -324,7 +324,7 @@ class Pair:
         the command that starts what was not started, because no supervisor of ours runs here.
         """
         sides = self.directory.settings()
-        judgement = judge(sides, told_by_peer(sides), self._own_bytes())
+        judgement = judge(sides, told_by_peer(sides), written_alone(sides))
         loser = choose_loser(judgement, discard)
         winner = other(loser)
         standing = judgement.standings[loser]
@@ -338,7 +338,7 @@ class Pair:
             "saved": [],
             "start": None,
         }
-        if sides[loser].keep_diverged:
+        if loser in sides and sides[loser].keep_diverged:
             check_room(sides[loser])
         if dry_run:
             return report
@@ -355,16 +355,6 @@ class Pair:
         if not self._start_all(winner):
             report["start"] = start_command(self.directory, loser)
         return report
-
-    def _own_bytes(self) -> dict[Role, int]:
-        """What the leading processes that answer say of how much they alone wrote."""
-        found: dict[Role, int] = {}
-        for role in self.directory.settings():
-            with contextlib.suppress(TandemDiskError):
-                told = self.client(role, 5.0).call("status")
-                if told.get("role") == "primary" and told.get("own_bytes") is not None:
-                    found[role] = int(told["own_bytes"])
-        return found
 
     def accept_disks(self) -> NodeSettings:
         """The disks of the side that leads are right as they are, though it refuses them; it must not run. Its

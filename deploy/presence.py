@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import psutil
 
@@ -55,6 +55,17 @@ def control_path(settings: NodeSettings, configured: Role) -> str:
             probe.connect(path)
             return path
     return settings.control_path(process_role(settings, configured))
+
+
+def written_alone(sides: Mapping[Role, NodeSettings]) -> dict[Role, int]:
+    """The bytes that each side alone wrote, at most, of those that lead and whose processes answer."""
+    found: dict[Role, int] = {}
+    for role, settings in sides.items():
+        with contextlib.suppress(TandemDiskError):
+            told = ControlClient(control_path(settings, role), 5.0).call("status")
+            if told.get("role") == "primary" and told.get("own_bytes") is not None:
+                found[role] = int(told["own_bytes"])
+    return found
 
 
 def answers(path: str) -> bool:

@@ -7,16 +7,12 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import primary.samples
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
 from tests.simulation.disk import Faults, MetadataFile, Platter
 from tests.simulation.processes import Running
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-# On disks as small as these the samples would be all of it, and put right what is to be found here.
-primary.samples.SAMPLES = 0
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}

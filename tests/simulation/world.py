@@ -205,6 +205,7 @@ class World:
                  "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
         region = 1 << max(12, self.options.block_size.bit_length() - 1)
         small |= {"REGION": region, "REGION_SHIFT": region.bit_length() - 1, "AHEAD": 2, "FORGET_INTERVAL_S": 2.0}
+        small["SAMPLES"] = 0  # of disks like these they would be all, and put right what is to be found here
         for module in _rooms(len(sys.modules)):
             if module.__name__.startswith(("primary.", "common.intent")):
                 for name in small.keys() & vars(module).keys():
