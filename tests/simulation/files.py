@@ -68,6 +68,28 @@ class CountedOs:
             raise OSError(self._code, os.strerror(self._code))
 
 
+SPILL_FAULTS = {"preadv": "read", "pwrite": "write", "posix_fallocate": "write"}
+"""Calls, and which of ``disk.Faults`` they meet."""
+
+
+class SpillOs(CountedOs):
+    """A spill file is beside the secondary disk: it fails when that does, by a chance of its own."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "spill file", ("open", "posix_fallocate", "preadv", "pwrite", "ftruncate"))
+        self._chance = random.Random(str(world.chance.getstate()[1][:8]))
+
+    def strike(self, name: str, target: int | str) -> None:
+        super().strike(name, target)
+        kind = SPILL_FAULTS.get(name, "")
+        if not any(getattr(host.faults, kind, 0.0) for host in self._world.hosts.values()):
+            return
+        host = self._world.host_of(os.readlink(f"/proc/self/fd/{target}"))
+        if host is not None and self._chance.random() < getattr(host.faults, kind):
+            host.faults.struck[f"failed: spill {kind}"] += 1
+            raise OSError(host.faults.code, os.strerror(host.faults.code))
+
+
 class IntentOs(CountedOs):
     """See the module. Its chance is its own: what a life draws does not depend on how many pages there are."""
 

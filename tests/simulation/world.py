@@ -61,7 +61,7 @@ from secondary.requests import RequestTable
 from secondary.spill import Spill
 from tests.simulation.clock import PROCESS, VirtualLoop, thread_of, time_of
 from tests.simulation.disk import Countdown, MetadataFile, Platter, SimDisk
-from tests.simulation.files import CountedOs, IntentOs, fail_intents
+from tests.simulation.files import CountedOs, IntentOs, SpillOs, fail_intents
 from tests.simulation.host import OTHER, SIDES, Host
 from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
@@ -294,7 +294,7 @@ class World:
         space = ("open", "posix_fallocate")
         self._set(undo, secondary.buffer, "os", CountedOs(self, "memory", space, errno.ENOSPC))
         self._set(undo, secondary.header, "os", CountedOs(self, "memory", space, errno.ENOSPC))
-        self._set(undo, secondary.spill, "os", CountedOs(self, "spill file", (*space, "preadv", "pwrite", "ftruncate")))
+        self._set(undo, secondary.spill, "os", SpillOs(self))
 
     def _note_files(self, undo: list[Callable[[], None]], cls: Any) -> None:
         """Descriptors belong to a process: the kernel closes them when it dies."""
