@@ -38,7 +38,8 @@ class Troubles:
         if "stale" in troubles:
             manners.stale = 0.4
         if "preempt" in troubles:
-            world.preempt = 0.3
+            # a turn in each of many small operations, with as many again, would have no end
+            world.preempt = 0.02 if self.sim.options.dense else 0.3
         if "clocks" in troubles:
             for host in world.hosts.values():
                 host.rate = chance.uniform(-0.1, 0.1)
