@@ -1,5 +1,6 @@
 # make demo    a pair on this machine, its primary killed, the disk alive: needs Python >= 3.11, no root
 # make test    the tests; clients that are not installed (qemu-io, fio, nbdcopy …) are named and skipped
+# make slow    the tests that take ten seconds or more each
 # make soak    all that takes hours: copy-before-write against a model, the simulation, n-th faults, the long tests, chaos
 #              until KILLS SIGKILLs and FAILOVERS failovers; OPERATIONS, SIMULATION_MINUTES and CHAOS_MINUTES say how long,
 #              PARTS which of it; a summary at the end, exit code non-zero if anything failed
@@ -17,13 +18,16 @@ PARTS ?=
 MINUTES ?= 5
 SOURCES := $(shell find common primary secondary deploy -name '*.py') pyproject.toml
 
-.PHONY: demo test soak chaos lint types check clean
+.PHONY: demo test slow soak chaos lint types check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tandemdisk demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not soak" $(TESTS)
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --operations $(OPERATIONS) --simulation-minutes $(SIMULATION_MINUTES) --jobs $(JOBS) \

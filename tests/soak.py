@@ -3,7 +3,7 @@
     cow          the stress test of copy-before-write, for --operations
     simulation   seeds of the simulation, for --simulation-minutes on --jobs processes
     nth-fault    every disk, metadata and send call of every phase fails once, and from then on
-    tests        pytest -m soak
+    tests        pytest -m "soak or slow"
     chaos        real processes in sync mode until --kills SIGKILLs and --failovers failovers, at most --chaos-minutes
     chaos-async  the same in async mode, for a third of the time
     chaos-netns  the same between network namespaces, for a third of the time; only as root
@@ -50,7 +50,7 @@ def parts(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:
             "--jobs", str(options.jobs),
         ),
         "nth-fault": (PYTHON, "-m", "tests.simulation", "--nth-fault"),
-        "tests": (PYTHON, "-m", "pytest", "-q", "-m", "soak", "tests"),
+        "tests": (PYTHON, "-m", "pytest", "-q", "-m", "soak or slow", "tests"),
         "chaos": (*chaos, "--minutes", str(options.chaos_minutes), *counts),
         "chaos-async": (*chaos, "--mode", "async", *third),
         "chaos-netns": (*chaos, "--hosts", "netns", *third),

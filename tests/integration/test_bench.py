@@ -107,6 +107,7 @@ def test_a_short_run_of_our_own_pair_with_the_built_in_client(shm_dir: Path) -> 
     short_run(shm_dir, BuiltIn(), "tandemdisk-sync")  # the hot path's test has the other mode
 
 
+@pytest.mark.slow
 def test_the_hot_path_is_told_step_by_step(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotpath, "LOAD_S", 0.3)
     monkeypatch.setattr(hotpath, "ROUND_TRIPS", 100)
@@ -152,6 +153,7 @@ def test_fio_has_its_nbd_engine() -> None:
     assert choose_engine("fio").name.startswith("fio")
 
 
+@pytest.mark.slow
 def test_the_way_back_in_short(shm_dir: Path) -> None:
     """One round: every figure is there, the bitmap was waited for where there is one, and nothing is left behind."""
     memory, disk = shm_dir / "memory", shm_dir / "disk"  # no real disk: this measures nothing

@@ -28,6 +28,7 @@ def measure(home: Path, shm: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_bare_command_prints_its_tables_writes_its_reports_and_reaches_every_goal(
     tmp_path: Path, shm_dir: Path

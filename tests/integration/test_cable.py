@@ -40,7 +40,7 @@ CUTS = ("cut", "cut forward", "cut backward")
 @pytest.mark.parametrize(
     "table",
     [
-        pytest.param({"primary": CUTS[1:], "secondary": CUTS[:1]}, id="some"),
+        pytest.param({"primary": CUTS[1:], "secondary": CUTS[:1]}, id="some", marks=pytest.mark.slow),
         pytest.param({"primary": CUTS, "secondary": CUTS}, id="all", marks=pytest.mark.soak),
     ],
 )

@@ -221,7 +221,7 @@ def comes_back(pair: Pair, cell: Replaced, model: bytes, follower_has: bytes) ->
 @pytest.mark.parametrize(
     "table",
     [
-        pytest.param(SOME, id="some"),
+        pytest.param(SOME, id="some", marks=pytest.mark.slow),
         pytest.param(TABLE + IN_PLACE, id="all", marks=[pytest.mark.soak, pytest.mark.timeout(900)]),
     ],
 )
@@ -244,6 +244,7 @@ def test_disks_that_are_replaced(shm_dir: Path, table: list[Replaced]) -> None:
             old = model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["a", pytest.param("b", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("stop", [pytest.param("clean", marks=pytest.mark.soak), "killed"])
 def test_a_host_restored_from_an_older_snapshot(shm_dir: Path, side: str, stop: str) -> None:

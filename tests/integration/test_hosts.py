@@ -107,6 +107,7 @@ def test_writes_go_on_through_a_cut_and_both_disks_have_them_after_it(
     pairs.through_a_fault(pair, faults(hosts)[fault], before, span=SPAN, seed=len(fault))
 
 
+@pytest.mark.slow
 def test_the_same_while_side_b_leads(pair: Pair, hosts: NetnsHosts) -> None:
     pair.switchover()
     protected(pair)
@@ -225,6 +226,7 @@ def test_a_guest_goes_on_across_a_failover(short_dir: Path, haproxy: bool) -> No
     assert any("equal" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_machine_goes_on_across_a_failover(short_dir: Path) -> None:
     """A QEMU (TCG) that boots from the pair: its BIOS, virtio-blk, and every sector that it was told is written."""

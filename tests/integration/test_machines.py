@@ -237,6 +237,7 @@ def test_a_switchover_is_one_command_and_a_start(lab: Lab) -> None:
     lab.equal(west)
 
 
+@pytest.mark.slow
 def test_split_brain_between_machines(lab: Lab) -> None:
     """Both hosts are told what each side would lose; what the loser alone wrote is saved."""
     old, new = (lab.west, lab.east) if lab.west.pair.leader() == "secondary" else (lab.east, lab.west)

@@ -285,7 +285,7 @@ SOME = [
 @pytest.mark.parametrize(
     "table",
     [
-        pytest.param(SOME, id="some"),
+        pytest.param(SOME, id="some", marks=pytest.mark.slow),
         *(pytest.param(cells(phase), id=phase, marks=[pytest.mark.soak, pytest.mark.timeout(900)]) for phase in PHASES),
     ],
 )

@@ -1,4 +1,4 @@
-"""The simulation in the suite: two thousand seeds, every story, and the same trace for the same seed.
+"""The simulation in the suite: three thousand seeds (750 in every run), every story, the same trace for a seed.
 
 It replaces clocks, sockets and disks of the whole process, so each run is a process of its own. The soak is the same
 command with more seeds: ``python -m tests.simulation --seeds N``.
@@ -26,7 +26,9 @@ from tests.simulation.scenarios import SCENARIOS
 
 SEEDS = 250
 """Of each part."""
-PARTS = 8
+PARTS = 12
+QUICK = 3
+"""Parts that no run leaves out."""
 
 
 DESCRIPTORS = 128
@@ -78,9 +80,11 @@ def counts(text: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [*range(QUICK), *(pytest.param(part, marks=pytest.mark.slow) for part in range(QUICK, PARTS))]
+)
 def test_seeds_lose_nothing_and_converge(part: int) -> None:
-    """Two thousand, in parts that can run side by side."""
+    """Three thousand, in parts that can run side by side."""
     text = simulate("--start", str(part * SEEDS), "--seeds", str(SEEDS))
     assert re.search(rf"^{SEEDS} seeds .* 0 failed$", text, re.MULTILINE), text
     acknowledged = re.search(r"(\d+) writes acknowledged", text)
@@ -93,6 +97,7 @@ def test_seeds_lose_nothing_and_converge(part: int) -> None:
     assert happened["promotions"] > SEEDS // 3
 
 
+@pytest.mark.slow
 def test_seeds_with_a_compressed_stream() -> None:
     text = simulate("--compress", "--seeds", "60", "--start", "5000")
     assert re.search(r"^60 seeds .* 0 failed$", text, re.MULTILINE), text

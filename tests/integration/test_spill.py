@@ -11,6 +11,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -65,6 +67,7 @@ def spilling(pair: Pair) -> Iterator[int]:
         os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_outlives_a_resync_larger_than_the_pool(short_dir: Path) -> None:
     # slow enough that a resync is still going on when `up` has answered, however busy the machine is
     overrides = {**QUICK, "resync_rate": 12 * MIB}
