@@ -298,6 +298,8 @@ class Connection:
             return
         self._out.append(reply)
         if self._working:
+            if not self._transmission.reads:  # else one send has both
+                self._send()
             return
         if not self._in_flight:
             self._flush()
