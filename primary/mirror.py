@@ -1,8 +1,8 @@
 """MirroredDisk: what the primary's export serves. Each write goes to the secondary and to the primary disk, in one
 order.
 
-    batch ─▶ extents + span of the receive buffer ─▶ session.write ─▶ socket     (first with sync: both disks work at once)
-          └▶ pwrite each payload where it lies                                   (first with async)
+    batch ─▶ extents + span of the receive buffer ─▶ session.write ─▶ socket   (first with sync: both work at once)
+          └▶ pwrite each payload where it lies                                 (first with async)
     reply: mode=async behind the pwrite, before anything is sent; mode=sync when the secondary has applied the batch
 
 Everything runs on one event loop, and a batch is submitted in one step, so the order in which ``submit`` is called is

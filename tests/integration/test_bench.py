@@ -97,6 +97,7 @@ def test_a_short_run_of_unreplicated_servers_with_the_built_in_client(shm_dir: P
     short_run(shm_dir, BuiltIn(), "qemu-nbd", "nbdkit")
 
 
+@pytest.mark.slow
 def test_a_short_run_of_qemus_pair(shm_dir: Path) -> None:
     require("qemu-colo-unix")
     short_run(shm_dir, choose_engine(), "qemu-colo-unix")

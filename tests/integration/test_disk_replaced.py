@@ -63,6 +63,7 @@ def written(pair: Pair, seed: int) -> bytes:
     return data + bytes(SIZE - DATA)
 
 
+@pytest.mark.slow
 def test_a_primary_refuses_a_disk_that_it_did_not_leave(shm_dir: Path) -> None:
     old = shm_dir / "old.raw"
     with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
@@ -94,6 +95,7 @@ def test_a_primary_refuses_a_disk_that_it_did_not_leave(shm_dir: Path) -> None:
         assert contents(primary_uri(pair)) == old.read_bytes()
 
 
+@pytest.mark.slow
 def test_disks_of_the_other_side_and_of_another_pair(shm_dir: Path) -> None:
     """Both sides' disks are swapped while nothing runs; then a side gets the directory of another pair."""
     with Pair.create(shm_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:

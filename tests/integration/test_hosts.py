@@ -210,7 +210,9 @@ def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("haproxy", [False, True], ids=["redirect", "haproxy"])
+@pytest.mark.parametrize(
+    "haproxy", [pytest.param(False, id="redirect"), pytest.param(True, id="haproxy", marks=pytest.mark.slow)]
+)
 def test_a_guest_goes_on_across_a_failover(short_dir: Path, haproxy: bool) -> None:
     """ext4 through QEMU's NBD client; the primary's host dies under it. The example is the test."""
     try:

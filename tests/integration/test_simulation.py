@@ -1,4 +1,4 @@
-"""The simulation in the suite: three thousand seeds (750 in every run), every story, the same trace for a seed.
+"""The simulation in the suite: three thousand seeds (500 in every run), every story, the same trace for a seed.
 
 It replaces clocks, sockets and disks of the whole process, so each run is a process of its own. The soak is the same
 command with more seeds: ``python -m tests.simulation --seeds N``.
@@ -27,7 +27,7 @@ from tests.simulation.scenarios import SCENARIOS
 SEEDS = 250
 """Of each part."""
 PARTS = 12
-QUICK = 3
+QUICK = 2
 """Parts that no run leaves out."""
 
 
@@ -174,6 +174,7 @@ def test_who_has_seen_enough_may_close_the_pipe() -> None:
         assert run.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found_within_the_stated_seeds_and_without_it_they_pass(name: str) -> None:
     """Each by itself: workers that share the tests out need not hunt for all of them."""
@@ -188,6 +189,7 @@ def nth_faults(phase: str, every: int) -> bool:
     return bool(re.search(rf"^ok     {phase}: [1-9]\d* calls, \d+ runs, once", text, re.MULTILINE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_any_call_of_a_phase_may_fail_once_and_from_then_on(phase: str) -> None:
     """Every sixth call here; the soak has them all."""

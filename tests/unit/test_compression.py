@@ -171,6 +171,7 @@ def test_a_connection_does_not_wait_for_what_the_last_one_gave_to_the_thread(mon
             socket.packer.send(plain(b"gone" + TEXT, sequence))
         socket.attach()
         socket.packer.send(plain(b"here" + TEXT, 7))
+        await asyncio.sleep(0)  # what is called off is so with the next turn of the loop
         given.set()
         assert [message.sequence for message in await socket.until(1)] == [7]
         assert done == [b"here"], "what nobody wants any more was compressed first"
