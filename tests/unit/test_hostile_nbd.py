@@ -223,7 +223,8 @@ def test_clients_beside_it_go_on(served: Served, attack: Callable[[socket.socket
         for _ in range(3):
             besiege(served, attack, honest)
             sizes.append(psutil.Process().memory_info().rss)
-        assert sizes[2] - sizes[1] < 8 * limits.MIB, sizes
+        # what leaks grows with every attack; the rest of this process may grow beside one
+        assert min(sizes[1] - sizes[0], sizes[2] - sizes[1]) < 8 * limits.MIB, sizes
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
