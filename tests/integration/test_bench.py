@@ -167,9 +167,10 @@ def test_the_way_back_in_short(shm_dir: Path) -> None:
     names = {"raw stream", "resync, dirty bits", "resync, checksums"}
     assert set(found.resync_mib_s) - {"nbdcopy"} == names
     assert all(rate.low == rate.median == rate.high > 0 for rate in found.resync_mib_s.values())
-    assert {name: one.waits.median > 0 for name, one in found.intents.items()} == {
-        f"{kind}, depth {depth}": kept for kind, kept in wayback.KINDS.items() for depth in wayback.DEPTHS
-    }
+    assert set(found.intents) == {f"{kind}, depth {depth}" for kind in wayback.KINDS for depth in wayback.DEPTHS}
+    for kind, kept in wayback.KINDS.items():  # at depth 32 every region may be marked before it is counted
+        waits = [found.intents[f"{kind}, depth {depth}"].waits.median for depth in wayback.DEPTHS]
+        assert any(waits) == kept, (kind, waits)
     assert all(one.p99_us.median >= one.p50_us.median > 0 < one.writes_s.median for one in found.intents.values())
     assert " on " in found.intent_disk["file_system"]
     assert found.intent_disk["regions"] == 128
