@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Every pair that does not name its hosts, in any process, runs where --hosts says. And every process loads
     compiled modules, as one that was installed does: a pair is four of them, and compiling is half of their start."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so does `make test &` of a script, and children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     hosts = config.getoption("--hosts")
     if hosts != "local":
         try:

@@ -74,11 +74,12 @@ def listed(tag: str) -> dict[str, object]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_hosts_go_with_their_maker_however_it_ends(number: signal.Signals) -> None:
     """What runs in them as well; nobody has to sweep, and the next maker may have the same name at once."""
+    tag = f"gone{int(number)}"  # both may run at once
     then = "made.up(); print(flush=True); time.sleep(60)"
-    with maker("gone", then) as one:
+    with maker(tag, then) as one:
         assert one.stdout is not None
         assert one.stdout.readline()
-        hosts = NetnsHosts("gone")
+        hosts = NetnsHosts(tag)
         with subprocess.Popen([*hosts.hosts["a"].prefix(), "sleep", "60"]) as inside:
             wait_until(lambda: inside.pid in hosts.hosts["a"].pids(), 10, "a process in them")
             one.send_signal(number)
@@ -88,7 +89,7 @@ def test_hosts_go_with_their_maker_however_it_ends(number: signal.Signals) -> No
                 assert again.exists()
                 assert inside.wait(10) == -signal.SIGKILL
     assert not hosts.exists()
-    assert "gone" not in tags()
+    assert tag not in tags()
 
 
 def test_a_maker_that_is_stopped_halfway_leaves_nothing() -> None:
@@ -104,12 +105,18 @@ def test_what_outlives_maker_and_guardian_is_swept() -> None:
     with maker("orphan", "made.up(); print(flush=True); time.sleep(60)") as one:
         assert one.stdout is not None
         assert one.stdout.readline()
-        guardian_of("orphan").kill()
+        guardian = guardian_of("orphan")
+        guardian.kill()
         orphan = NetnsHosts("orphan")
         assert orphan.exists()
         one.kill()
-    sweep()  # or whoever else makes hosts just now has swept it
-    assert not orphan.exists()
+
+    def swept() -> bool:
+        sweep()  # or whoever else makes hosts just now is about to, and then it is not ours to take
+        return not orphan.exists()
+
+    guardian.wait(10)
+    wait_until(swept, 10, "being swept")
     assert "orphan" not in tags()
 
 
