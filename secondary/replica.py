@@ -123,9 +123,8 @@ class GuestVolume(VolumeView):
                 errors = self.apply(batch.operations, batch.buffer.view, wait=True)
             except Exception as error:  # a thread's end would leave the client without an answer for ever
                 errors = self._all_failed(batch.operations, repr(error))
-            if batch.fua and not errors:
-                code = self._flush()
-                errors = dict.fromkeys(range(len(batch.operations)), code) if code else None
+            if batch.fua and (code := self._flush()):
+                errors = dict.fromkeys(range(len(batch.operations)), code)
             try:
                 loop.call_soon_threadsafe(batch.finish, errors)
             except RuntimeError:

@@ -199,12 +199,20 @@ class Clients:
 
     # The guest's
 
+    @staticmethod
+    def _leads(volume: Any) -> bool:
+        """Its side has taken over, and may not know yet that it was left: who comes now is no guest of a checkpoint."""
+        leads: bool = volume.buffer.header.stage == Stage.DONE
+        return leads
+
     def guest_write(self, process: Running) -> None:
         server, world = process.server, self.world
         if server is None or not server.listening:
             return
         index = self.chance.randrange(len(world.sizes))
         volume = list(server.volumes.values())[index]
+        if self._leads(volume):
+            return
         size = self._size(process, index, volume)
         operations, _, buffer, fua = self._operations(world.oracle.starts[index], size, 20)
         host = process.host
@@ -233,6 +241,8 @@ class Clients:
         if server is None or not server.listening or not process.alive:
             return
         index, volume, offset, length = self._range(process)
+        if self._leads(volume):
+            return
         contents = bytearray(length)
         first = world.oracle.starts[index] + offset // SECTOR
 
@@ -242,9 +252,7 @@ class Clients:
                     volume.read_blocking(offset, memoryview(contents))
                 except OSError:
                     return
-                leads = process.host.side == world.oracle.leader  # it has taken over since the guest asked
-                check = world.oracle.check_primary_read if leads else world.oracle.check_guest_read
-                world.guard(check, first, bytes(contents))
+                self._late_read(process, first, bytes(contents))
 
         try:
             process.run(volume.read_into, offset, memoryview(contents))
@@ -262,12 +270,20 @@ class Clients:
             return
         world.guard(world.oracle.check_guest_read, first, bytes(contents))
 
+    def _late_read(self, process: Running, first: int, contents: bytes) -> None:
+        """Judge what a guest reads some time after it asked: its side may have taken over meanwhile."""
+        leads = process.host.side == self.world.oracle.leader
+        check = self.world.oracle.check_primary_read if leads else self.world.oracle.check_guest_read
+        self.world.guard(check, first, contents)
+
     def slow_read(self, process: Running, seconds: float) -> None:
         """A reader that dawdles in the middle of a read: its request is held, then it looks up and copies."""
         server, world = process.server, self.world
         if server is None or not server.listening:
             return
         index, volume, offset, length = self._range(process)
+        if self._leads(volume):
+            return
         try:
             request = volume.buffer.requests.try_begin(offset, offset + length, shared=True)
         except BlockingIOError:
@@ -281,7 +297,7 @@ class Clients:
         def look() -> None:
             state = volume.buffer.header.state
             volume.copy_segments(volume.look_up(offset, length, volume.least(state)), memoryview(contents))
-            world.guard(world.oracle.check_guest_read, first, bytes(contents))
+            self._late_read(process, first, bytes(contents))
 
         def end() -> None:
             world.slow_readers -= 1

@@ -352,6 +352,27 @@ def test_flush_and_fua_reach_the_disk_after_promotion_only(tmp_path: Path) -> No
         assert failure(made) is Failure.SECONDARY_DISK
 
 
+def test_fua_of_what_could_be_written_is_durable_beside_what_could_not(tmp_path: Path) -> None:
+    """Seed 100004072: requests that arrive together are one batch, and one of them failed."""
+    with rig(tmp_path / "rig") as made:
+        disk = CountingDisk(made.guest.disk)
+        faults = FaultDisk(disk)
+        guest = GuestVolume(made.buffer.volumes[0], faults)
+        failover_latest(made.pair, force=True)
+        faults.fail(Fault(frozenset({"write"}), errno.ENOSPC, start=BLOCK, end=2 * BLOCK))
+        collected = Collected()
+
+        async def scenario() -> None:
+            operations = [(WRITE, at * BLOCK, 1, 0, FUA) for at in range(3)]
+            guest.submit(collected.batch(operations, b"x"))
+            while not collected.answers:  # noqa: ASYNC110 - a thread answers
+                await asyncio.sleep(0.001)
+
+        asyncio.run(asyncio.wait_for(scenario(), 10))
+        assert collected.answers == [{1: errno.ENOSPC}]
+        assert disk.calls["flush"] == 1
+
+
 def test_with_its_last_client_the_export_stops_being_in_the_backup_job_s_way(tmp_path: Path) -> None:
     with rig(tmp_path / "rig") as made:
         table = made.buffer.volumes[0].requests
