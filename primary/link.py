@@ -43,6 +43,8 @@ class Link:
         self.address = address
         self.trouble = ""
         """Why there is no connection, as far as the transport can tell; empty while there is one."""
+        self.stood = False
+        """A connection stood once: who hangs up now is away, and no stranger."""
         self.before_greeting: Callable[[], None] = lambda: None
         self._context = context
         self._keys = keys
@@ -123,7 +125,7 @@ class Link:
             # ZeroMQ reconnected by itself and dropped what was in flight: the session begins again on a clean socket
             self.settle(self.session.disconnected("the connection was interrupted", time.monotonic()))
             return
-        self._greeted = True
+        self._greeted = self.stood = True
         self.trouble = ""
         self.before_greeting()
         self.settle(self.session.connect(time.monotonic()))

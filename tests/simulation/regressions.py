@@ -427,6 +427,25 @@ async def the_welcome_gets_lost(sim: Simulation) -> None:
 
 
 @scenario()
+async def the_connection_breaks_while_the_primary_starts(sim: Simulation) -> None:
+    """Seed 102004118: whoever hung up behind the greeting was taken for a stranger with other keys, and the primary
+    ended."""
+    await born(sim)
+    network = sim.world.network
+    sim.watched = []
+    sim.kill(sim.primary, 1000)
+    await sim.pause(0.2)
+    primary = sim.start("a")
+    await at_the_moment(sim, lambda: any(c.queues[TO_LISTENER] for c in network.connections), 5, "a greeting")
+    sim.kill(sim.secondary, 1000)
+    await sim.until(lambda: primary.lifecycle.is_ready, 30, "a primary that serves clients alone")
+    sim.watched = ["a", "b"]
+    sim.restart_at.clear()
+    await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
 async def a_refusal_comes_while_the_primary_starts(sim: Simulation) -> None:
     """Seed 11281: between the greeting and the first client the other side was promoted, and the primary served its
     clients alone, in a generation that both had."""
