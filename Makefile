@@ -24,10 +24,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tandemdisk demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not soak" $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "slow and not soak" $(TESTS)
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --operations $(OPERATIONS) --simulation-minutes $(SIMULATION_MINUTES) --jobs $(JOBS) \

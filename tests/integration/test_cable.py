@@ -102,6 +102,7 @@ def test_a_cut_that_the_window_outlasts_moves_nothing(shm_dir: Path) -> None:
         assert after["replayed"] > before["replayed"], "and the window was sent again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [

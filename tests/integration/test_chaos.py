@@ -26,7 +26,7 @@ RUNS = [
     pytest.param("sync", "local", 7, (), id="sync"),
     pytest.param("async", "local", 8, (), id="async", marks=pytest.mark.slow),
     pytest.param("sync", "netns", 9, (), id="netns", marks=[pytest.mark.root, pytest.mark.slow]),
-    pytest.param("sync", "local", 1, ("--fault", "takeover"), id="takeover"),
+    pytest.param("sync", "local", 1, ("--fault", "takeover"), id="takeover", marks=pytest.mark.slow),
 ]
 
 

@@ -119,6 +119,7 @@ def test_the_same_while_side_b_leads(pair: Pair, hosts: NetnsHosts) -> None:
     assert pairs.contents(pairs.primary_uri(pair)) == model
 
 
+@pytest.mark.slow
 def test_flapping_and_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:
     with pairs.Load(pairs.primary_uri(pair), seed=5) as load:
         with Flapping(hosts, down_s=0.15, up_s=0.1) as flapping:
@@ -133,6 +134,7 @@ def test_flapping_and_a_slow_link(pair: Pair, hosts: NetnsHosts) -> None:
     pairs.compare_disks(pair)
 
 
+@pytest.mark.slow
 def test_a_slow_link_carries_more_compressed(short_dir: Path) -> None:
     """Guests' writes and those of a resync; the disks are equal, and status tells the ratio."""
     options = PairOptions(
@@ -209,10 +211,9 @@ def test_hosts_are_gone_when_the_pair_is(short_dir: Path) -> None:
     assert hosts.tag not in {one.tag for one in found()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "haproxy", [pytest.param(False, id="redirect"), pytest.param(True, id="haproxy", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("haproxy", [False, True], ids=["redirect", "haproxy"])
 def test_a_guest_goes_on_across_a_failover(short_dir: Path, haproxy: bool) -> None:
     """ext4 through QEMU's NBD client; the primary's host dies under it. The example is the test."""
     try:

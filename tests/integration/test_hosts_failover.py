@@ -116,6 +116,7 @@ def test_the_host_of_the_secondary_is_gone(pair: Pair, hosts: NetnsHosts) -> Non
     assert pairs.contents(pairs.primary_uri(pair)) == load.model(size=SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["both", pytest.param("to the primary", marks=pytest.mark.soak)])
 def test_a_cut_that_both_sides_lead_through(pair: Pair, hosts: NetnsHosts, way: str) -> None:
     """Split brain on purpose: nobody rejoins by himself, and the operator's choice is what both disks are then."""
@@ -136,6 +137,7 @@ def test_a_cut_that_both_sides_lead_through(pair: Pair, hosts: NetnsHosts, way: 
     back_to_a(pair)
 
 
+@pytest.mark.slow
 def test_a_failover_and_a_rejoin_over_a_flapping_link(pair: Pair, hosts: NetnsHosts) -> None:
     guest = pairs.guest_uri(pair)
     with pairs.Load(pairs.primary_uri(pair), seed=10) as load:

@@ -252,6 +252,7 @@ def test_failover_in_the_instant_of_a_kill(short_dir: Path) -> None:
             load.check_answered(pairs.contents(guest))
 
 
+@pytest.mark.slow
 def test_failover_from_a_primary_that_nobody_here_looks_after(short_dir: Path) -> None:
     """Its host is gone without a word: the secondary still calls it connected, the operator knows better."""
     options = PairOptions(size=8 * pairs.MIB, mode="sync", overrides={"replication": {"peer_timeout_s": 8.0}})

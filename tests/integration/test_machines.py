@@ -195,6 +195,7 @@ def come_back(old: Machine, new: Machine) -> None:
     new.pair.wait_protected(20)
 
 
+@pytest.mark.slow
 def test_from_start_to_failover_rejoin_and_back(lab: Lab) -> None:
     east, west = lab.east, lab.west
     take_over(lab, east, west)
@@ -215,6 +216,7 @@ def test_from_start_to_failover_rejoin_and_back(lab: Lab) -> None:
     lab.equal(east)
 
 
+@pytest.mark.slow
 def test_a_switchover_is_one_command_and_a_start(lab: Lab) -> None:
     """What was answered is there on the other machine, which leads when the command returns."""
     east, west = lab.east, lab.west

@@ -171,6 +171,7 @@ def test_a_guest_that_writes_during_the_commit_wins(filesystem: FileSystem, shor
         assert pairs.secondary_disk(pair).read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_failover_to_the_latest(filesystem: FileSystem, short_dir: Path, tmp_path: Path) -> None:
     """Every write that was answered is there, in their order, and nothing behind a write that is not there."""
     options = PairOptions(size=SIZE, mode="sync", buffer_bytes=2 * SIZE)

@@ -74,6 +74,7 @@ def test_both_hosts_are_here(short_dir: Path, addresses: tuple[str, str]) -> Non
         assert tandemdisk("down", "--dir", directory, "--purge").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_other_host_is_another_machine(short_dir: Path) -> None:
     """The side that is here serves; the operator reads what to do on the other one."""
     path = pair_file(short_dir, "127.0.0.1", "192.0.2.7")

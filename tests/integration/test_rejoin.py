@@ -120,6 +120,7 @@ def test_clients_of_the_promoted_side_never_stop(short_dir: Path) -> None:
         assert contents(guest_uri(pair)) == load.model(before)
 
 
+@pytest.mark.slow
 def test_a_promoted_side_is_dead_at_once_when_its_process_is_killed(short_dir: Path) -> None:
     """Its export process leads. With a write that nobody could answer it lived on for 5 s, beside whoever took over,
     and in the way of its own restart (chaos, seed 132)."""
@@ -164,6 +165,7 @@ def test_switchover_loses_nothing_and_goes_both_ways(short_dir: Path) -> None:
         assert pair.status()["primary"]["role"] == "primary"
 
 
+@pytest.mark.slow
 def test_a_fenced_primary_rejoins(short_dir: Path) -> None:
     """It was stopped for so long that it was left; awake again it acknowledges nothing, and rejoins alive."""
     with running(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
@@ -261,6 +263,7 @@ def split(pair: Pair) -> None:
     put(guest_uri(pair), 20 * MIB, random_bytes(3, MIB))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loser", ["a", pytest.param("b", marks=pytest.mark.soak)])
 def test_split_brain_is_refused_until_a_loser_is_named(short_dir: Path, loser: str) -> None:
     options = PairOptions(size=SIZE, overrides={**QUICK, "keep_diverged": True})

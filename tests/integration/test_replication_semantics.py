@@ -147,6 +147,7 @@ def test_secondary_stop_keeping_the_latest(pair: Pair) -> None:
     assert pairs.secondary_disk(pair).read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_secondary_continuous_replication(pair: Pair) -> None:
     """After a failover further commands of the old order change nothing: not a byte, not the stage."""
     replicate_and_write(pair)

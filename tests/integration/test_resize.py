@@ -111,6 +111,7 @@ def asked(pair: Pair) -> None:
     wait_until(busy, 20, "RESIZE on its way")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["checkpoint", pytest.param("latest", marks=pytest.mark.soak)])
 def test_grows_under_load_and_fails_over_with_every_byte(short_dir: Path, target: str) -> None:
     with running(short_dir / "p", PairOptions(size=OLD, overrides=QUICK)) as pair:

@@ -172,6 +172,7 @@ def replace_empty(path: Path) -> None:
         file.truncate(size)
 
 
+@pytest.mark.slow
 def test_a_secondary_disk_that_was_replaced_or_restored_is_compared_in_full(short_dir: Path) -> None:
     with Pair.create(short_dir / "p", PairOptions(size=SIZE, overrides=QUICK)) as pair:
         pair.up()

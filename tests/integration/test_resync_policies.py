@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.nbd_client import NbdClient
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -77,6 +79,7 @@ def test_a_congested_primary_pulls_ahead_and_resynchronises(short_dir: Path) -> 
         assert pair.status()["counters"]["primary"]["resync_moved_bytes"] >= 20 * MIB
 
 
+@pytest.mark.slow
 def test_a_lag_beyond_the_bound_counts_as_loss(short_dir: Path) -> None:
     overrides = {"replication": {"heartbeat_s": 0.5, "peer_timeout_s": 60.0}, "max_lag_seconds": 1.0}
     with running(short_dir / "p", PairOptions(size=SIZE, mode="async", overrides=overrides)) as pair:

@@ -334,6 +334,7 @@ def in_the_middle(pair: Pair) -> None:
     assert now["commit"]["done_bytes"] < now["commit"]["total_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "number"),
     [

@@ -1,4 +1,4 @@
-"""The simulation in the suite: three thousand seeds (500 in every run), every story, the same trace for a seed.
+"""The simulation in the suite: three thousand seeds (250 in every run), every story, the same trace for a seed.
 
 It replaces clocks, sockets and disks of the whole process, so each run is a process of its own. The soak is the same
 command with more seeds: ``python -m tests.simulation --seeds N``.
@@ -27,7 +27,7 @@ from tests.simulation.scenarios import SCENARIOS
 SEEDS = 250
 """Of each part."""
 PARTS = 12
-QUICK = 2
+QUICK = 1
 """Parts that no run leaves out."""
 
 
@@ -104,6 +104,10 @@ def test_seeds_with_a_compressed_stream() -> None:
     assert re.search(r"^60 seeds .* 0 failed$", text, re.MULTILINE), text
 
 
+STORIES = pytest.mark.xdist_group("stories")
+"""They are told all at once, by one worker."""
+
+
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
     """How each story ended: what is printed for it."""
@@ -114,11 +118,13 @@ def told() -> dict[str, str]:
     return found
 
 
+@STORIES
 @pytest.mark.parametrize("story", [name for name in SCENARIOS if name not in REGRESSIONS])
 def test_a_story_ends_well(told: dict[str, str], story: str) -> None:
     assert told[story].startswith("ok "), told[story]
 
 
+@STORIES
 @pytest.mark.parametrize("bug", REGRESSIONS)
 def test_a_bug_that_the_simulation_found_is_gone(told: dict[str, str], bug: str) -> None:
     assert told[bug].startswith("ok "), told[bug]

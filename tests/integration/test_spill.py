@@ -108,6 +108,7 @@ def test_the_checkpoint_outlives_a_resync_larger_than_the_pool(short_dir: Path) 
         assert contents(primary_uri(pair)) == new
 
 
+@pytest.mark.slow
 def test_without_room_the_checkpoint_is_given_up_with_a_sentence(short_dir: Path) -> None:
     with mounted_tmpfs(short_dir / "small", 4 * MIB) as small:
         overrides = {**QUICK, "resync_rate": 64 * MIB, "buffer": {"spill_directory": str(small)}}
