@@ -11,12 +11,10 @@ import functools
 import getpass
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, ParamSpec, TypeVar
 
 import click
@@ -34,6 +32,7 @@ from deploy.bench.command import bench
 from deploy.chaos.entry import chaos
 from deploy.display import status_view, watch_resync, where_to_connect
 from deploy.hosts_commands import RATE, hosts, redirect, wrap
+from deploy.interrupts import unwinding
 from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
@@ -221,16 +220,14 @@ def up(
         encrypt=not plaintext,
         compression=compression,
     )
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
-        signal.signal(signal.SIGHUP, _interrupt)
     pair = Pair(directory)
     try:
-        _bring_up(pair, options, detach=detach)
-        if not pair.is_supervising():
-            return
-        console.print("\nCtrl-C stops the pair.", style="dim")
-        code = pair.wait_supervisor()
+        with unwinding():
+            _bring_up(pair, options, detach=detach)
+            if not pair.is_supervising():
+                return
+            console.print("\nCtrl-C stops the pair.", style="dim")
+            code = pair.wait_supervisor()
         console.print("The pair was stopped.")
         sys.exit(0 if code == 0 else 1)
     except KeyboardInterrupt:
@@ -258,10 +255,6 @@ def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
         if set(told["started"]) == set(children):  # all ours: nobody uses it yet
             pair.down()
         raise
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @main.command()

@@ -33,6 +33,7 @@ from common import limits
 from common.config import SHARED_MEMORY, format_size
 from common.errors import NbdError, OperationFailed, TimedOut
 from common.nbd_client import NbdClient
+from deploy.interrupts import unwinding
 from deploy.layout import PairOptions
 from deploy.pair import Pair
 
@@ -122,7 +123,7 @@ def run(console: Console, size: int) -> int:
     directory = Path(tempfile.mkdtemp(prefix="tandemdisk-demo-"))
     began = time.perf_counter()
     try:
-        with Pair.create(directory / "pair", _options(size, directory)) as pair:
+        with unwinding(), Pair.create(directory / "pair", _options(size, directory)) as pair:
             _story(pair, Timeline(console), size)
     except KeyboardInterrupt:
         console.print("Interrupted; everything is stopped.")

@@ -13,12 +13,10 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import click
@@ -27,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from common.config import format_size
 from common.errors import ConfigError, DiskError, NeedsForce, NotRunning
+from deploy.interrupts import unwinding
 from secondary.attach import PairView, attach
 
 SHOW_S: Final = 0.1
@@ -71,7 +70,7 @@ def take(pair: PairView, targets: Mapping[str, Path], *, force: bool, console: C
     partial = {name: path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial") for name, path in targets.items()}
     started = time.perf_counter()
     try:
-        with _interruptible(), _shown(console) as show:
+        with unwinding(), _shown(console) as show:
             checkpoint = pair.snapshot({name: str(path) for name, path in partial.items()}, show)
         allocated = {name: path.stat().st_blocks * 512 for name, path in partial.items()}
         for name, path in targets.items():
@@ -112,21 +111,6 @@ def _rename_new(partial: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(str(path)) from None
         partial.rename(path)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that no partial image stays."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

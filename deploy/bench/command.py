@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +12,7 @@ from click.core import ParameterSource
 
 from common.errors import ConfigError, OperationFailed
 from common.limits import KIB, MIB
+from deploy.interrupts import unwinding
 
 if TYPE_CHECKING:
     from deploy.bench.hosts import Options as HostsOptions
@@ -45,21 +42,6 @@ def parse_size(text: str) -> int:
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-@contextlib.contextmanager
-def _orderly_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that the peers and their disks go."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @click.command("bench")
@@ -176,7 +158,7 @@ def bench(
 
         _refuse_beside_hosts()
         measured = _across(rates, seconds, rounds, size, directory, growth=not no_growth, short=short)
-        with _orderly_end():
+        with unwinding():
             across(measured, engine, json_path, html_path, from_path, markdown=markdown)
         return
     if rates or no_growth or short or markdown:
@@ -257,7 +239,7 @@ def _way_back(
     options = wayback.Options(directory, size, rounds=rounds, engine=engine)
     if disk_directory is not None:
         options = replace(options, disk_directory=disk_directory)
-    with _orderly_end():
+    with unwinding():
         wayback.show(Console(), options, json_path)
 
 
@@ -268,7 +250,7 @@ def _steps(directory: Path, json_path: str | None, *, heart: bool) -> None:
     from deploy.bench.heart import show_heart
     from deploy.bench.hotpath import show_hot_path
 
-    with _orderly_end():
+    with unwinding():
         if heart:
             show_heart(json_path)
         else:
@@ -283,7 +265,7 @@ def _measure(options: object, engine: str, json_path: str | None, html_path: Pat
 
     assert isinstance(options, Options)
     aside = Console(stderr=True)
-    with _orderly_end(), aside.status("start", spinner="dots") as status:
+    with unwinding(), aside.status("start", spinner="dots") as status:
 
         def progress(what: str) -> None:
             status.update(what)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import click
@@ -21,13 +19,10 @@ from deploy.chaos.disks import missing
 from deploy.chaos.kinds import KINDS
 from deploy.chaos.tally import Tally
 from deploy.hosts import SUDO_OR_LOCAL, require_root
+from deploy.interrupts import unwinding
 
 LOST: Final = 12
 """Exit code of a run in which acknowledged writes were lost, or a generation had two writers."""
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @click.command()
@@ -74,13 +69,11 @@ def chaos(
         counted = [(tally.kill_cycles, kills), (len(tally.failovers), failovers)]
         return all(wanted is None for _, wanted in counted) or any(have < wanted for have, wanted in counted if wanted)
 
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        campaign(home, seed, mode, hosts, tally, proceed, kinds)
+        with unwinding():
+            campaign(home, seed, mode, hosts, tally, proceed, kinds)
     except KeyboardInterrupt:
         console.print("Interrupted.")
-    finally:
-        signal.signal(signal.SIGTERM, before)
     console.print(tally.table())
     if not tally.failure and (tally.kill_cycles < (kills or 0) or len(tally.failovers) < (failovers or 0)):
         console.print("The time was over before all SIGKILLs and failovers that were asked for.", style="yellow")

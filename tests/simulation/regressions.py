@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from common.wire import Resync, Welcome, decode
 from tests.simulation.clients import Clients
+from tests.simulation.host import Host
 from tests.simulation.network import TO_DIALER, TO_LISTENER
 from tests.simulation.oracle import Violation
 from tests.simulation.processes import Running
@@ -30,6 +31,18 @@ async def takes_over(sim: Simulation, target: str = "latest") -> None:
     answer = await told(sim, "failover", to=target, force=True)
     expect(not isinstance(answer, Exception), f"refused: {answer}")
     await sim.until(lambda: sim.leading is taking, 30, "the lead of the other side")
+
+
+async def slowly_taking_over(sim: Simulation) -> Host:
+    """The leading side is dead, and the other one, on a slow machine, was told to take over; that one."""
+    for role in ("primary", "secondary"):
+        sim.kill(sim.leading.process(role), 1000)
+    taking = sim.following
+    sim.watched = [taking.side]
+    await sim.pause(0.5)
+    sim.world.loop.slowness = 0.02
+    sim.failover("latest", force=True)
+    return taking
 
 
 async def at_the_moment(
@@ -127,13 +140,7 @@ async def the_export_process_dies_as_it_begins_to_lead(sim: Simulation) -> None:
     """Seed 263: the next export process was never told to lead."""
     await born(sim)
     for life in range(6):
-        for role in ("primary", "secondary"):
-            sim.kill(sim.leading.process(role), 1000)
-        taking = sim.following
-        sim.watched = [taking.side]
-        await sim.pause(0.5)
-        sim.world.loop.slowness = 0.02
-        sim.failover("latest", force=True)
+        taking = await slowly_taking_over(sim)
         await at_the_moment(sim, lambda taking=taking: sim.leading is taking, 30, "the lead of the other side")
         await sim.pause(life * 0.008)
         sim.kill(taking.process("export"), 1000)
@@ -192,13 +199,7 @@ async def a_write_comes_while_the_lead_is_handed_over(sim: Simulation) -> None:
     await born(sim)
     for life in range(8):
         await sim.pause(6.0)  # the bits of what was before are cleared
-        for role in ("primary", "secondary"):
-            sim.kill(sim.leading.process(role), 1000)
-        taking = sim.following
-        sim.watched = [taking.side]
-        await sim.pause(0.5)
-        sim.world.loop.slowness = 0.02
-        sim.failover("latest", force=True)
+        taking = await slowly_taking_over(sim)
         await at_the_moment(sim, lambda taking=taking: sim.leading is taking, 30, "the lead of the other side")
         await sim.pause(life * 0.005)
         await sim.until(sim.write, 30, "a client of the promoted side")

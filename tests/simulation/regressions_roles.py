@@ -16,6 +16,7 @@ from tests.simulation.regressions import (
     operator_stops,
     protected_again,
     rejoined,
+    slowly_taking_over,
     takes_over,
 )
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
@@ -158,13 +159,7 @@ async def an_export_process_is_stopped_while_it_begins_to_lead(sim: Simulation) 
     """Seed 521358: the engine that it was making when the stop came was nobody's, and its files stayed open."""
     await born(sim)
     for life in range(4):
-        for role in ("primary", "secondary"):
-            sim.kill(sim.leading.process(role), 1000)
-        taking = sim.following
-        sim.watched = [taking.side]
-        await sim.pause(0.5)
-        sim.world.loop.slowness = 0.02
-        sim.failover("latest", force=True)
+        taking = await slowly_taking_over(sim)
 
         def begins(taking: Host = taking) -> bool:
             export = taking.process("export")
