@@ -23,6 +23,7 @@ from deploy.interrupts import unwinding
 
 LOST: Final = 12
 """Exit code of a run in which acknowledged writes were lost, or a generation had two writers."""
+REPORT_S: Final = 60.0
 
 
 @click.command()
@@ -62,8 +63,13 @@ def chaos(
     tally = Tally(seed, mode, hosts)
     tally.not_tried = missing(home)
     end = time.monotonic() + 60 * minutes
+    told = time.monotonic()
 
     def proceed() -> bool:
+        nonlocal told
+        if time.monotonic() - told > REPORT_S:
+            told = time.monotonic()
+            console.print(tally.line(), highlight=False, soft_wrap=True)
         if time.monotonic() >= end or (cycles is not None and tally.cycles >= cycles):
             return False
         counted = [(tally.kill_cycles, kills), (len(tally.failovers), failovers)]

@@ -64,6 +64,13 @@ class Tally:
         self.generations = 0
         self.failure = ""
 
+    def line(self) -> str:
+        """How far it is."""
+        return (
+            f"{(time.monotonic() - self.begun) / 60:.1f} min: {self.cycles} cycles, {self.kill_cycles} SIGKILLs, "
+            f"{len(self.failovers)} failovers, {self.comparisons} comparisons of all bytes, {self.lost} lost"
+        )
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time of the context is that of ``name``."""
