@@ -185,7 +185,7 @@ class Engine:
             async with asyncio.timeout(self.settings.replication.peer_timeout_s):
                 await self._settled.wait()
         except TimeoutError:
-            if self.link.trouble and not self.link.stood:
+            if self.link.turned_away:
                 raise PeerRefused(
                     f"No connection to the secondary at {self.link.address}: {self.link.trouble}.",
                     hint="Each side needs the other's public key: see `tandemdisk keygen`.",

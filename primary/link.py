@@ -43,8 +43,6 @@ class Link:
         self.address = address
         self.trouble = ""
         """Why there is no connection, as far as the transport can tell; empty while there is one."""
-        self.stood = False
-        """A connection stood once: who hangs up now is away, and no stranger."""
         self.before_greeting: Callable[[], None] = lambda: None
         self._context = context
         self._keys = keys
@@ -55,8 +53,15 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._dialer: Dialer | PlainDialer | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._greeted = False
+        self._greeted = self._stood = False
+        self._hung_up = 0
         self._armed_in = session.state
+
+    @property
+    def turned_away(self) -> bool:
+        """Whoever listens there hung up whenever we came: a stranger, or one with other keys. A connection that broke
+        once in its handshake, or had stood before, tells nothing."""
+        return not self._stood and self._hung_up > 1
 
     def open(self) -> None:
         """Begin to dial."""
@@ -125,7 +130,7 @@ class Link:
             # ZeroMQ reconnected by itself and dropped what was in flight: the session begins again on a clean socket
             self.settle(self.session.disconnected("the connection was interrupted", time.monotonic()))
             return
-        self._greeted = self.stood = True
+        self._greeted = self._stood = True
         self.trouble = ""
         self.before_greeting()
         self.settle(self.session.connect(time.monotonic()))
@@ -133,6 +138,7 @@ class Link:
     def connection_down(self, reason: str) -> None:
         """The transport broke; the session decides when to try again."""
         self.trouble = reason
+        self._hung_up += not self._greeted
         if self._greeted:
             self.settle(self.session.disconnected(reason, time.monotonic()))
 
