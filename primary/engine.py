@@ -420,6 +420,7 @@ class Engine:
 
     async def close(self) -> None:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
+        self.mirror.fenced = True  # what is held still would be written behind the end; its clients were cut off
         await self.growth.stop()
         self.alignment.stop()
         await self._wait_idle()
