@@ -215,9 +215,9 @@ class Contact:
             effects.append(Send(wire.encode(wire.Ping(self._session, self.last_sequence, float(now)))))
         if self._streaming and self.config.max_lag_s and self.lag_s(now) >= self.config.max_lag_s:
             effects += self.pull_ahead(f"the secondary is {self.lag_s(now):.1f} s behind", now)
-        effects += self._check_starved()
         if self._lost_at is not None and now >= self._lost_at:
             effects += self.lost("the secondary did not come back, or got nothing done, in time", now)
+        effects += self._check_starved()  # not before what may end the session: a lost one lacks nothing
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             effects.append(Reconnect())

@@ -356,6 +356,20 @@ def test_without_automatic_checkpoints_it_starves_and_says_so_once() -> None:
     assert session.receive(pressure, 1.0) == [up.Pressure(80, 100, True)]
 
 
+def test_a_session_that_ends_in_the_same_moment_lacks_nothing() -> None:
+    """Seed 106002946: the checkpoint that was to make room could not be put into a session that had just ended."""
+    session = established(config={"checkpoint_on_pressure": False, "peer_timeout_s": 10.0})
+    session.write(EXTENT, bytes(512), 60, 0, "a", 0.0)
+    session.receive(ack(session, 1, 1, free=40), 0.0)
+    assert session.write(EXTENT, bytes(512), 50, 0, "b", 0.0) == []
+    session.disconnected("the connection broke", 1.0)
+    session.connect(9.0)
+    assert kinds(session.receive(welcome(session, applied=1, received=1, free=40), 9.0))[-1] == "Established"
+    effects = kinds(session.handle_timer(10.5))
+    assert "Lost" in effects
+    assert "Starved" not in effects
+
+
 def test_pressure_puts_one_checkpoint() -> None:
     session = established()
     effects = session.receive(wire.encode(wire.Pressure(session._session, 1, 80, 100)), 0.0)
