@@ -205,9 +205,6 @@ class Mirror:
         if not session.attached:
             self._write_alone(volume, batch)
             return
-        if self.overlap is not None:
-            for _, offset, length, _, _ in batch.operations:
-                self.overlap(volume.index, offset, length)
         index, start, shift = volume.index, batch.start, self._shift
         extents = bytearray()
         blocks = 0
@@ -218,15 +215,27 @@ class Mirror:
             extents += _pack(offset, length, position - start if kind == WRITE else 0, index, kind, flags & NO_HOLE, 0)
         if kinds or not self.sync:
             errors = self._write_local(volume, batch)
+            if self.overlap is not None:
+                self._overtake(volume, batch, errors)
             if errors:
                 extents, blocks = self._only_written(volume, batch, errors)
             self._forward(batch, extents, blocks, errors)
             return
+        if self.overlap is not None:
+            self._overtake(volume, batch, {})
         pending = self._forward(batch, extents, blocks, None)
         errors = self._write_local(volume, batch)
         if errors:
             self._differ(volume, batch, errors)
         self._written_local(batch, pending, errors)
+
+    def _overtake(self, volume: MirroredDisk, batch: WriteBatch, errors: dict[int, int]) -> None:
+        """Tell a resync what it need not send any more, and has read in vain. A fast zero that was refused is on
+        neither side: what is there is still the resync's to send."""
+        assert self.overlap is not None
+        for number, (_, offset, length, _, _) in enumerate(batch.operations):
+            if errors.get(number) != errno.EOPNOTSUPP:
+                self.overlap(volume.index, offset, length)
 
     def _forward(
         self, batch: WriteBatch, extents: bytearray, blocks: int, errors: dict[int, int] | None
