@@ -29,6 +29,8 @@ class Verifier:
         self._coarse = [DirtyBitmap(volume.size, QUESTION_BYTES) for volume in mirror.volumes]
         self._differing = [DirtyBitmap(volume.size, self._unit) for volume in mirror.volumes]
         self._fine = False
+        self._lost: set[tuple[int, int]] = set()
+        """(volume, offset) of the pieces of which an answer was lost in this round over them."""
         self._pace = Pace(mirror, limits or ResyncLimits())
         self._inquiry = Inquiry(mirror, Reader(mirror), self._pace, self._heard)
 
@@ -63,6 +65,7 @@ class Verifier:
     async def _ask(self, unit: int) -> None:
         """Until nothing is open: a question whose answer was lost is asked again."""
         while any(self._open):
+            self._lost.clear()
             for volume, todo in zip(self.mirror.volumes, self._open, strict=True):
                 position = 0
                 while (found := todo.next_run(position, LOOK)) is not None:
@@ -73,7 +76,9 @@ class Verifier:
             await self._pace.drained()
 
     def _heard(self, index: int, offset: int, length: int, differs: bool | None) -> None:
+        start = offset // QUESTION_BYTES * QUESTION_BYTES
         if differs is None:
+            self._lost.add((index, start))
             return
         if not self._fine:
             self._open[index].clear_range(offset, length)
@@ -82,9 +87,9 @@ class Verifier:
             return
         if differs:
             self._differing[index].set_range(offset, length)
-        if (offset + length) % QUESTION_BYTES == 0 or offset + length == self._open[index].size:
+        last = (offset + length) % QUESTION_BYTES == 0 or offset + length == self._open[index].size
+        if last and (index, start) not in self._lost:
             # answers come in order: this was the last block of its piece
-            start = offset // QUESTION_BYTES * QUESTION_BYTES
             self._open[index].clear_range(start, offset + length - start)
 
     @staticmethod
