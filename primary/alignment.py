@@ -73,6 +73,8 @@ class Alignment:
         self._verifier: Verifier | None = None
         self._commanded: asyncio.Task[Any] | None = None
         """What an operator asked for: a verification, or a resync of a pair that is protected."""
+        self._repair: Synchroniser | None = None
+        """Sends what a verification found."""
         self._limits = ResyncLimits(
             floor=float(settings.resync_floor),
             ceiling=float(settings.resync_rate),
@@ -85,6 +87,8 @@ class Alignment:
     def stop(self) -> None:
         """Whatever goes over the disks in the background: it began under conditions that hold no more."""
         self._stop_synchroniser()
+        if self._repair is not None:
+            self._repair.stop()
         if self._commanded is not None:
             self._commanded.cancel()
 
@@ -262,12 +266,13 @@ class Alignment:
         found = await verifier.run()
         await self._knowledge.remember_differences(found)
         if found and repair:
-            sender = Synchroniser(self._mirror, make_suspects(self._mirror))
+            sender = self._repair = Synchroniser(self._mirror, make_suspects(self._mirror))
             try:
                 await sender.copy()
                 await sender.confirm_all()
             finally:
                 sender.stop()
+                self._repair = None
                 self._counters.repaired(sender)
         return found
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from primary.resync import ResyncPlan
 from secondary.session import EndResync
+from tests.simulation.commands import flip, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
@@ -181,6 +184,34 @@ async def two_flushes_fail_at_the_end_of_a_resync(sim: Simulation) -> None:
         await protected_again(sim)
         sim.act("flush")
         await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_stop_comes_while_a_repair_reads_its_last_piece(sim: Simulation) -> None:
+    """The piece was marked no more, and nothing was on its way: the stop counted as clean, and the difference was
+    forgotten."""
+    await born(sim)
+    flip(sim, 7)
+    assert sim.primary is not None
+    primary = sim.primary
+    mirror = primary.node.engine.mirror
+    sim.a.faults.cold = 1.0
+    sim.world.loop.slowness = 0.5
+    sim.command(primary, "verify", [].append, repair=True)
+
+    def reads_the_last_piece() -> bool:
+        plan: Any = getattr(mirror.overlap, "__self__", None)
+        return isinstance(plan, ResyncPlan) and not plan.all_sent and not any(mirror.bitmaps)
+
+    await at_the_moment(sim, reads_the_last_piece, 60, "the last piece of a repair")
+    primary.lifecycle.stop.set()
+    await sim.until(lambda: sim.primary is None, 30, "the end of the primary")
+    sim.a.faults.cold = 0.0
+    sim.world.loop.slowness = 0.002
+    sim.start("a")
+    await sim.until(sim.protected, 30, "a protected pair")
+    expect(not (await verified(sim))["differing"], "the primary forgot what it had not repaired")
     await sim.rest()
 
 
