@@ -251,6 +251,11 @@ class _Node(_Table):
                 'on_congestion = "pull-ahead" lets the primary go on alone, which on_peer_loss = "block" forbids: '
                 "change one of them"
             )
+        if self.max_lag_seconds and self.on_peer_loss == "block":
+            problems.append(
+                "`max_lag_seconds` gives a slow secondary up to go on alone, which on_peer_loss = \"block\" forbids: "
+                "writes wait for it anyway, so leave it out"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

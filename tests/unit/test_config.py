@@ -122,6 +122,13 @@ def test_a_primary_that_may_not_go_on_alone_cannot_pull_ahead() -> None:
     assert settings(on_congestion="pull-ahead").on_congestion == "pull-ahead"
 
 
+def test_a_primary_that_may_not_go_on_alone_gives_no_slow_secondary_up() -> None:
+    """It cut every new connection at once, because what it had to send again was too old already."""
+    (problem,) = problems(max_lag_seconds=2.0, on_peer_loss="block")
+    assert 'on_peer_loss = "block" forbids' in problem
+    assert settings(max_lag_seconds=2.0).max_lag_seconds == 2.0
+
+
 def test_missing_keys_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         config.make_settings({}, base=BASE)
