@@ -264,8 +264,7 @@ class PlainDialer:
 
     async def _connect(self) -> None:
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
-                connected = await _connected(self._loop, self._address)
+            connected = await _connected(self._loop, self._address)
         except socket.gaierror as error:
             if not self._told:
                 log.warning("cannot look up %s: %s; correct replication.connect", self._address, error.strerror)
@@ -298,23 +297,32 @@ class PlainDialer:
 
 
 async def _connected(loop: asyncio.AbstractEventLoop, address: str) -> socket.socket:
-    """A socket that is connected to ``address``, which may be a name with several addresses."""
+    """A socket that is connected to ``address``, which may be a name with several addresses. A look-up takes as long as
+    name servers make it take; each address has its own time to answer in, or one that leads nowhere hides the next."""
     if address.startswith("ipc://"):
         found = endpoints(address)
     else:
         found = await loop.run_in_executor(None, endpoints, address)
-    for number, (family, where) in enumerate(found, 1):
-        dialing = socket.socket(family, socket.SOCK_STREAM)
+    trouble = OSError(errno.EADDRNOTAVAIL, "the name has no address")
+    for endpoint in found:
         try:
-            dialing.setblocking(False)
+            return await _connected_to(loop, endpoint)
+        except OSError as error:  # TimeoutError, too
+            trouble = error
+    raise trouble
+
+
+async def _connected_to(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> socket.socket:
+    family, where = endpoint
+    dialing = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        dialing.setblocking(False)
+        async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
             await loop.sock_connect(dialing, where)  # type: ignore[arg-type]
-        except BaseException as error:
-            dialing.close()
-            if not isinstance(error, OSError) or number == len(found):
-                raise
-        else:
-            return dialing
-    raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
+    except BaseException:
+        dialing.close()
+        raise
+    return dialing
 
 
 class PlainListener:

@@ -4,9 +4,11 @@ the wrong key stays outside; a loss is noticed."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,69 @@ def test_a_name_that_cannot_be_found_is_told_once_and_tried_again(
         dialer.close()
 
     run(test)
+
+
+def test_a_name_may_take_longer_to_look_up_than_a_connection_to_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two name servers is dead: every look-up takes five seconds."""
+    monkeypatch.setattr("common.plain.CONNECT_TIMEOUT_MS", 20)
+    looked_up: list[str] = []
+
+    def look_up(address: str) -> list[Endpoint]:
+        looked_up.append(address)
+        threading.Event().wait(0.1)
+        return [(socket.AF_UNIX, f"{tmp_path}/s")]
+
+    monkeypatch.setattr("common.plain.endpoints", look_up)
+
+    async def test(context: Context) -> None:
+        here, there = Log(), Log()
+        listener = make_listener("libzmq", context, f"ipc://{tmp_path}/s", None, there)
+        dialer = make_dialer("plain", context, "tcp://secondary.example:7420", None, here)
+        await here.until(lambda: here.ups == 1)
+        assert len(looked_up) == 1
+        dialer.close()
+        listener.close()
+
+    run(test)
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[Endpoint]:
+    """Who connects there hears nothing."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # more than wait to be accepted
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        yield socket.AF_INET, listener.getsockname()
+
+
+def test_an_address_of_a_name_that_does_not_answer_does_not_hide_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its IPv6 address leads nowhere, or the kernel here has no such family; the other one does."""
+    monkeypatch.setattr("common.plain.CONNECT_TIMEOUT_MS", 20)
+
+    async def test(context: Context) -> None:
+        here, there = Log(), Log()
+        listener = make_listener("libzmq", context, f"ipc://{tmp_path}/s", None, there)
+        dialer = make_dialer("plain", context, "tcp://secondary.example:7420", None, here)
+        await here.until(lambda: here.ups == 1)
+        dialer.close()
+        listener.close()
+
+    with black_hole() as nowhere:
+        unknown = (socket.AF_APPLETALK, ("::1", 1))
+        monkeypatch.setattr(
+            "common.plain.endpoints", lambda _address: [unknown, nowhere, (socket.AF_UNIX, f"{tmp_path}/s")]
+        )
+        run(test)
 
 
 def test_a_name_that_cannot_be_found_is_nothing_to_listen_on() -> None:
