@@ -45,6 +45,15 @@ class Checkpoints:
                 hint="`tandemdisk status` says what it waits for; the checkpoint is still under way.",
             ) from None
 
+    async def take_last(self) -> int | None:
+        """The one before a stop; its number, or None if there is none to be had. Clients are cut off already, so what
+        was told to stop stops."""
+        try:
+            return (await self.take()).number
+        except TandemDiskError as error:
+            log.warning("no final checkpoint: %s", error)
+            return None
+
     async def command(self, args: dict[str, Any]) -> dict[str, Any]:
         """``checkpoint`` as a control command."""
         started = time.perf_counter()

@@ -126,7 +126,7 @@ class PrimaryNode:
         number = None
         if flag_of(args, "checkpoint") and self.engine.state == "protected":
             await self.server.close()
-            number = (await self.engine.checkpoints.take()).number
+            number = await self.engine.checkpoints.take_last()
         self._lifecycle.stop.set()
         return {"checkpoint": number, "state": self.engine.state}
 

@@ -238,7 +238,7 @@ class GuestProcess:
         number = None
         if flag_of(args, "checkpoint") and self.engine is not None and self.engine.state == "protected":
             await self.server.close()
-            number = (await self.engine.checkpoints.take()).number
+            number = await self.engine.checkpoints.take_last()
         self._lifecycle.stop.set()
         return {"checkpoint": number}
 

@@ -34,7 +34,7 @@ from common import limits
 from common.arguments import flag_of
 from common.control import ControlServer
 from common.disk import FileDisk
-from common.errors import OperationFailed
+from common.errors import OperationFailed, TandemDiskError
 from common.generation import RETURNING, History
 from common.intent import INTENT_FILE, IntentFile
 from common.keys import CurveKeys, stream_keys
@@ -342,7 +342,10 @@ class SecondaryNode:
         if flag_of(args, "checkpoint") and self.promotion.leading is not None:
             if self._keeping is not None:
                 self._keeping.cancel()  # it would start the process that is about to end again
-            number = (await self.exporter.call("stop", checkpoint=True)).get("checkpoint")
+            try:
+                number = (await self.exporter.call("stop", checkpoint=True)).get("checkpoint")
+            except TandemDiskError as error:  # it has just died, say: what was told to stop stops
+                log.warning("no final checkpoint: %s", error)
         self._lifecycle.stop.set()
         return {"checkpoint": number}
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from common.errors import DiskError, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
@@ -258,6 +259,36 @@ async def the_secondary_is_lost_while_the_primary_is_told_to_stop(sim: Simulatio
         expect(sim.leading is sim.a, "the other side leads")
         sim.world.network.set_cut(False, False)
         await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def the_last_checkpoint_before_a_stop_cannot_be_taken(sim: Simulation) -> None:
+    """The export was closed for it already; then the command failed, and a primary without clients went on, until
+    somebody sent it a signal. On both sides: a promoted one leads from its export process."""
+    await born(sim)
+    for _ in range(2):
+        process = sim.leading.process("primary") or sim.leading.process("secondary")
+        assert process is not None
+        sim.write()
+        sim.world.network.set_cut(True, True)
+        answers: list[Any] = []
+        sim.command(process, "stop", answers.append, checkpoint=True)
+        await sim.until(lambda now=process: not now.alive, 30, "the end of what was told to stop")  # type: ignore[misc]
+        expect(answers and not isinstance(answers[0], TandemDiskError), f"refused: {answers}")
+        expect(answers[0]["checkpoint"] is None, "a checkpoint was taken")
+        sim.world.network.set_cut(False, False)
+        sim.start(sim.leading.side)
+        await protected_again(sim)
+        expect(await switchover(sim), "the roles were not swapped")
+        await protected_again(sim)
+    promoted = sim.leading.process("secondary")
+    assert promoted is not None
+    sim.kill(sim.leading.process("export"), 1000)
+    sim.command(promoted, "stop", answers.append, checkpoint=True)
+    await sim.until(lambda: not promoted.alive, 30, "the end of a side whose export process had died")
+    sim.start(sim.leading.side)
+    await protected_again(sim)
     await sim.rest()
 
 
