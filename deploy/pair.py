@@ -395,7 +395,7 @@ class Pair:
                     "The primary lost its secondary, or did not stop in good order, before the roles were swapped.",
                     hint="They are as they were. Wait until `tandemdisk status` says protected, and try again.",
                 )
-            self.wait_for(lambda now: not now[new]["peer"]["connected"], "without its old primary", PEER_LOSS_TIMEOUT_S)
+            self.wait_for(lambda now: _without_peer(now[new]), "without its old primary", PEER_LOSS_TIMEOUT_S)
             done = self.client(new).call("failover", to="latest", force=False)
         except TandemDiskError:
             self.up(detach=not self.is_supervising())
@@ -591,3 +591,8 @@ class Pair:
             if path.exists():
                 parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
         return "\n".join(parts)
+
+
+def _without_peer(side: dict[str, Any]) -> bool:
+    """It says so, or is dead itself: then the next command to it tells."""
+    return side["pid"] is None or ("peer" in side and not side["peer"]["connected"])
