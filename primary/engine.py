@@ -180,16 +180,23 @@ class Engine:
         return self.state == "protected"
 
     async def settle(self) -> None:
-        """Wait until the secondary answered, refused (PeerRefused), or is known to be away."""
+        """Wait until the secondary answered, refused (PeerRefused), or is known to be away; or until a stop comes,
+        which begins nothing."""
+        waiting = [self._loop.create_task(event.wait()) for event in (self._settled, self._lifecycle.stop)]
+        peer_timeout_s = self.settings.replication.peer_timeout_s
         try:
-            async with asyncio.timeout(self.settings.replication.peer_timeout_s):
-                await self._settled.wait()
-        except TimeoutError:
+            await asyncio.wait(waiting, timeout=peer_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        if self._lifecycle.stop.is_set():
+            return
+        if not self._settled.is_set():
             if self.link.turned_away:
                 raise PeerRefused(
                     f"No connection to the secondary at {self.link.address}: {self.link.trouble}.",
                     hint="Each side needs the other's public key: see `tandemdisk keygen`.",
-                ) from None
+                )
             log.warning("the secondary does not answer address=%s", self.link.address)
             if not self.session.attached:
                 self._go_alone("alone", "the secondary does not answer", [])

@@ -40,7 +40,8 @@ class PrimaryNode:
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
-        """Open everything, find the secondary or its absence, serve. What cannot be is a TandemDiskError."""
+        """Open everything, find the secondary or its absence, serve; a stop that comes before that is seen to by the
+        caller. What cannot be is a TandemDiskError."""
         settings = self.settings
         context = self._stack.enter_context(zmq_context())
         disks = [FileDisk(volume.disk) for volume in settings.volumes]
@@ -76,6 +77,8 @@ class PrimaryNode:
             self._stack.callback(doorman.close)
         engine.start(self.server)
         await engine.settle()
+        if self._lifecycle.stop.is_set():
+            return
         engine.serving = True
         await self.server.listen(settings.export)
 
@@ -151,11 +154,12 @@ async def main(settings: NodeSettings, lifecycle: Lifecycle) -> None:
     node = PrimaryNode(settings, lifecycle)
     try:
         await node.start()
-        lifecycle.ready({
-            "pid": os.getpid(),
-            "nbd_uri": node.server.uris(settings.volumes[0].name)[0],
-            "state": node.engine.state,
-        })
+        if not lifecycle.stop.is_set():
+            lifecycle.ready({
+                "pid": os.getpid(),
+                "nbd_uri": node.server.uris(settings.volumes[0].name)[0],
+                "state": node.engine.state,
+            })
         await lifecycle.stop.wait()
     finally:
         await node.close()

@@ -292,4 +292,28 @@ async def the_last_checkpoint_before_a_stop_cannot_be_taken(sim: Simulation) -> 
     await sim.rest()
 
 
+@scenario()
+async def a_stop_comes_while_the_primary_looks_for_its_secondary(sim: Simulation) -> None:
+    """It looked on for all of `peer_timeout_s`, which may be minutes, and went alone in a generation of its own before
+    it stopped. Now it is as if it had never been started."""
+    await born(sim)
+    sim.watched = []
+    operator_stops(sim.primary)
+    await sim.until(lambda: sim.primary is None, 30, "the end of the primary")
+    sim.world.network.set_cut(True, True)
+    before = generation(sim, "a")
+    primary = sim.start("a")
+    await at_the_moment(sim, lambda: primary.node is not None and "status" in primary.handlers, 5, "a start")
+    operator_stops(primary)
+    await sim.until(lambda: not primary.alive, 0.5, "the end of what was told to stop")
+    metadata = sim.world.oracle.metadata(sim.a.metadata)
+    expect(metadata is not None and metadata.clean, "the stop does not count as clean")
+    expect(generation(sim, "a") == before, "it went alone")
+    sim.world.network.set_cut(False, False)
+    sim.start("a")
+    sim.watched = ["a", "b"]
+    await protected_again(sim)
+    await sim.rest()
+
+
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
