@@ -41,6 +41,7 @@ from common.nbd_transmission import (
     empty_reply,
     errno_reply,
 )
+from common.pieces import Pieces, is_long
 from common.pool import PooledBuffer
 
 TURNS: Final = 8
@@ -272,12 +273,14 @@ class Connection:
             counters.bytes_written += sum(map(_length_of, operations))
         buffer.pin()
         self._in_flight += 1
-        volume.submit(
-            WriteBatch(
-                operations, buffer, transmission.span_start, transmission.span_end, transmission.fua,
-                partial(self._finish, transmission.cookies, operations, buffer),
-            )
+        batched = WriteBatch(
+            operations, buffer, transmission.span_start, transmission.span_end, transmission.fua,
+            partial(self._finish, transmission.cookies, operations, buffer),
         )  # fmt: skip
+        if transmission.mixed and is_long(operations):
+            Pieces(volume, batched, lambda: self._gone).submit()
+        else:
+            volume.submit(batched)
 
     def _finish(
         self,
