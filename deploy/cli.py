@@ -37,6 +37,7 @@ from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.peer import as_owner
+from deploy.presence import at_rest
 from deploy.render import deployment
 from deploy.roles import accept_disks, process_role
 from deploy.snapshot import snapshot
@@ -480,7 +481,7 @@ def accept_disk(directory: Path | None, config: Path | None) -> None:
         raise ConfigError("Name the side: either --dir or --config.")
     if config is not None:
         settings = load_config(config)
-        with as_owner(settings):
+        with as_owner(settings), at_rest(settings):
             accept_disks(settings)
     elif directory is not None:
         settings = Pair(directory).accept_disks()

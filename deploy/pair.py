@@ -41,7 +41,7 @@ from deploy.peer import (
     start_command,
     told_by_peer,
 )
-from deploy.presence import answers, control_path, process_of, watched, written_alone
+from deploy.presence import answers, at_rest, control_path, process_of, watched, written_alone
 from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
@@ -348,7 +348,7 @@ class Pair:
                 hint=f"Give the command there: `tandemdisk rejoin --dir DIR{f' --discard {discard}' * bool(discard)}`.",
             )
         self._stop_one(loser)
-        with as_owner(sides[loser]):
+        with as_owner(sides[loser]), at_rest(sides[loser]):
             if sides[loser].keep_diverged:
                 report["saved"] = save_diverged(sides[loser])
             give_up(sides[loser], judgement.standings[winner].history)
@@ -363,7 +363,7 @@ class Pair:
         settings = self.settings(leader)
         if answers(control_path(settings, leader)):
             raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
-        with as_owner(settings):
+        with as_owner(settings), at_rest(settings):
             accept_disks(settings)
         return settings
 
