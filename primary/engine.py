@@ -429,6 +429,7 @@ class Engine:
         """Say goodbye and note where the stream ends. Nothing may be in flight that a client waits for."""
         self.mirror.fenced = True  # what is held still would be written behind the end; its clients were cut off
         await self.growth.stop()
+        await self.knowledge.stop()
         self.alignment.stop()
         await self._wait_idle()
         in_line = self.session.idle and self.session.attached and self.state == "protected"

@@ -169,6 +169,10 @@ class Knowledge:
             except OSError as error:
                 failed("flush", error)
 
+    async def stop(self) -> None:
+        """Let what is being cleared be cleared, and begin nothing more: disks and files are closed next."""
+        await self._replacing.acquire()
+
     async def _forget(self, guard: IntentGuard) -> None:
         """Clear the write-intent bitmap where the secondary has everything, and will remember it."""
         wanted = [bitmap.copy() for bitmap in self.mirror.bitmaps]
