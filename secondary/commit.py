@@ -9,11 +9,12 @@ Two targets, each of them one store of the state word while nothing is in flight
   same for any disk.
 
 The commit takes blocks in the order of the disk, active over hidden, in runs of at most ``RUN_BYTES``: begin a
-request, look again which of them still have their mark (a guest write may have superseded them), write them, clear the
-marks, end the request. A crash at any point leaves each block either marked, with its contents in the buffer, or
-committed; doing it again goes on from there. When the secondary disk refuses a write the stage becomes
-FAILOVER_FAILED: every byte is still readable and writable through the layer that has it, and ``run`` may be called
-again.
+request, look again which of them still have their mark (a guest write may have superseded them), write them, end the
+request. Every ``SETTLE_BYTES`` the disks are flushed, and then the marks of what was written go, run by run, under a
+request again: the kernel tells only once of what it could not write, and may forget it then. A crash at any point
+leaves each block either marked, with its contents in the buffer, or durably committed; doing it again goes on from
+there. When the secondary disk refuses a write or a flush the stage becomes FAILOVER_FAILED: every byte is still
+readable and writable through the layer that has it, and ``run`` may be called again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from common.disk import Disk
 from common.errors import NeedsForce, OperationFailed, TandemDiskError
+from common.limits import MIB
 from secondary import header as h
 from secondary.backup import PairBackup
 from secondary.buffer import Blocks, DiskBuffer, VolumeBuffer
@@ -35,6 +37,8 @@ from secondary.view import HIDDEN, TOP, VolumeView
 
 RUN_BYTES: Final = 256 * 1024
 """Committed under one request: as long as a guest's read of one of these blocks may have to wait."""
+SETTLE_BYTES: Final = 64 * MIB
+"""Committed between two flushes: what a crash lets it do again at most."""
 
 
 def _nothing() -> None:
@@ -130,6 +134,9 @@ class CommitJob:
         self.progress = progress
         self.stopping = threading.Event()
         """Set it to make ``run`` return between two runs of blocks; a later ``run`` goes on."""
+        self._unsettled: list[tuple[int, int, int]] = []
+        """(volume, first block, last block) of what was written, and is still marked."""
+        self._unsettled_bytes = 0
 
     def run(self) -> bool:
         """Commit everything; blocks, so call it in a thread. True when done (stage DONE), False if it was told to stop.
@@ -149,11 +156,11 @@ class CommitJob:
             for volume, blocks in zip(self.buffer.volumes, held, strict=True):
                 header.words[volume.base + h.V_COMMIT_DONE] = 0
                 header.words[volume.base + h.V_COMMIT_TOTAL] = len(blocks)
-            for index, blocks in enumerate(held):
-                if not self._commit_volume(index, blocks):
-                    return False
-            for disk in self.disks:
-                disk.flush()
+            self._forget_unsettled()
+            complete = all(self._commit_volume(index, blocks) for index, blocks in enumerate(held))
+            self._settle()
+            if not complete:
+                return False
         except (OSError, TandemDiskError) as error:
             header.store_state(Stage.FAILOVER_FAILED, header.epoch, syncing=False)
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -181,6 +188,8 @@ class CommitJob:
             if self.stopping.is_set():
                 return False
             self._commit_run(index, int(blocks[start]), int(blocks[stop - 1]))
+            if self._unsettled_bytes >= SETTLE_BYTES:
+                self._settle()
             volume.count(h.V_COMMIT_DONE, stop - start)
             if self.progress is not None:
                 self.progress(*self.statistics)
@@ -199,10 +208,25 @@ class CommitJob:
                         self.on_write(index, offset, count)
                     disk.write(offset, (volume.active if kind == TOP else volume.hidden).contents(position, count))
                 offset += count
-            clear_marks(volume.active, first, last)
-            clear_marks(volume.hidden, first, last)
         finally:
             request.end()
+        self._unsettled.append((index, first, last))
+        self._unsettled_bytes += end - (first << volume.shift)
+
+    def _settle(self) -> None:
+        """What was written is durable; then its marks may go."""
+        for disk in self.disks:
+            disk.flush()
+        for index, first, last in self._unsettled:
+            volume = self.buffer.volumes[index]
+            with volume.requests.cow_request_begin(first << volume.shift, min((last + 1) << volume.shift, volume.size)):
+                clear_marks(volume.hidden, first, last)
+                clear_marks(volume.active, first, last)
+        self._forget_unsettled()
+
+    def _forget_unsettled(self) -> None:
+        self._unsettled.clear()
+        self._unsettled_bytes = 0
 
 
 def _held_blocks(volume: VolumeBuffer) -> Blocks:

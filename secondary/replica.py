@@ -426,8 +426,8 @@ class GuestVolume(VolumeView):
             if end & mask and end != self._size:
                 self._commit_part(last, end, (last << shift) + self.buffer.length_of(last), least)
             self._write_disk(operation, view)
-        for layer in (self._active, self._hidden):
-            clear_marks(layer, first, last)
+        clear_marks(self._hidden, first, last)
+        clear_marks(self._active, first, last)
 
     def _commit_part(self, block: int, start: int, end: int, least: int) -> None:
         """Bytes [start, end) of a block that the buffer holds, to the secondary disk."""
@@ -462,7 +462,8 @@ class GuestVolume(VolumeView):
 
 
 def clear_marks(layer: Layer, first: int, last: int) -> None:
-    """Blocks ``first`` to ``last`` are held by ``layer`` no more. Under a request on them."""
+    """Blocks ``first`` to ``last`` are held by ``layer`` no more. Under a request on them. Those of the hidden disk go
+    first: were the process killed in between, old contents would come back in the place of the guest's."""
     if last - first < SMALL:
         entries = layer.entries
         for block in range(first, last + 1):

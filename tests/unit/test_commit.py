@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from common.disk import CountingDisk, Fault, FaultDisk
+import secondary.commit
+import secondary.replica
+from common.disk import Bytes, CountingDisk, Disk, DiskLayer, Fault, FaultDisk
 from common.errors import NeedsForce, OperationFailed, TandemDiskError
+from secondary.buffer import Layer
 from secondary.commit import RUN_BYTES, CommitJob, failover_checkpoint, failover_latest, held_extents
 from secondary.header import Failure, Stage
 from tests.heart import Rig, pattern, rig, u64
@@ -150,6 +153,88 @@ def test_case_7_a_failed_commit_leaves_every_byte_usable_and_can_be_repeated(pai
         assert pair.read(0, len(oracle.view), index) == oracle.view
     faulty.heal()
     assert job.run()
+    committed(pair)
+
+
+class ForgetfulDisk(DiskLayer):
+    """A page cache whose first flush fails, and that forgets what was written since the one before."""
+
+    def __init__(self, inner: Disk) -> None:
+        super().__init__(inner)
+        self.failures = 1
+        self._before: list[tuple[int, bytearray]] = []
+
+    def write(self, offset: int, data: Bytes) -> None:
+        old = bytearray(len(data))
+        self.inner.read_into(offset, memoryview(old))
+        self._before.append((offset, old))
+        self.inner.write(offset, data)
+
+    def flush(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            for offset, old in reversed(self._before):
+                self.inner.write(offset, old)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._before.clear()
+        self.inner.flush()
+
+
+@pytest.mark.parametrize("settle", [1, 64 << 20])
+def test_what_a_failed_flush_forgot_is_committed_again(
+    pair: Rig, monkeypatch: pytest.MonkeyPatch, settle: int
+) -> None:
+    monkeypatch.setattr(secondary.commit, "SETTLE_BYTES", settle)
+    failover_checkpoint(pair.pair)
+    job = CommitJob(pair.buffer, [ForgetfulDisk(disk) for disk in pair.disks])
+    for _ in pair.disks:
+        with pytest.raises(OperationFailed, match="Input/output error"):
+            job.run()
+        for index, oracle in enumerate(pair.oracles):
+            assert pair.read(0, len(oracle.view), index) == oracle.view
+    assert job.run()
+    committed(pair)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("by", ["commit", "guest"])
+def test_a_process_that_is_killed_between_two_marks_leaves_the_guests_contents(
+    pair: Rig, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    failover_checkpoint(pair.pair)
+    volume, least = pair.buffer.volumes[0], pair.buffer.header.epoch << 32
+    block = next(
+        block
+        for block in range(volume.blocks)
+        if volume.hidden.position(block, least) >= 0 and volume.active.position(block, least) >= 0
+    )
+    cleared = 0
+
+    def clear(layer: Layer, first: int, last: int) -> None:
+        nonlocal cleared
+        if first <= block <= last and layer in (volume.hidden, volume.active):
+            cleared += 1
+            if cleared == 2:
+                raise Killed
+        real(layer, first, last)
+
+    real = secondary.replica.clear_marks
+    for module in (secondary.commit, secondary.replica):
+        monkeypatch.setattr(module, "clear_marks", clear)
+    with pytest.raises(Killed):
+        if by == "commit":
+            CommitJob(pair.buffer, pair.disks).run()
+        else:
+            offset = block * BLOCK
+            pair.guest.write(offset, bytes(pair.oracle.view[offset : offset + BLOCK]))  # what is there already
+    monkeypatch.undo()
+    pair.reopen()
+    for index, oracle in enumerate(pair.oracles):
+        assert pair.read(0, len(oracle.view), index) == oracle.view
+    assert CommitJob(pair.buffer, pair.disks).run()
     committed(pair)
 
 
