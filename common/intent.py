@@ -30,6 +30,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from common.bitmap import DirtyBitmap
+from common.disk import FLOCK
 from common.errors import DiskError
 from common.limits import MIB
 
@@ -290,14 +291,15 @@ class IntentFile:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process changes the file meanwhile, if any could."""
+        """Nobody else changes the file meanwhile, if anybody could. The lock is the open file description's: one of the
+        process would end when another thread closes the file, having only looked at it."""
         if self._shared:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         try:
             yield
         finally:
             if self._shared:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
+                fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
 
     def _write(self, pages: dict[int, bytearray], *, durable: bool) -> None:
         try:

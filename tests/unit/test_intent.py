@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import resource
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from common.bitmap import DirtyBitmap
+from common.disk import FLOCK
 from common.errors import DiskError
-from common.intent import PAGE, IntentFile
+from common.intent import PAGE, IntentFile, marked_bytes
 
 SIZES = (1 << 20, 300_000)
 REGION = 1024
@@ -216,3 +218,33 @@ def test_who_only_looks_leaves_the_file_to_the_process_that_has_it_open(tmp_path
     found = IntentFile(path, SIZES, REGION)
     assert marked(found) == [[(0, REGION)], [(0, REGION)]]
     found.close()
+
+
+def test_who_only_looks_does_not_end_the_lock_of_who_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the same process looks: a lock of the process' would end there, and another process would mark in
+    the same page meanwhile. What it wrote, or what this one writes, would be lost."""
+    path = str(tmp_path / "intent")
+    file = IntentFile(path, SIZES, shared=True)
+    refused: list[bool] = []
+
+    def look_and_write(pages: dict[int, bytearray], *, durable: bool) -> None:
+        marked_bytes(path, SIZES)
+        other = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(other, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except BlockingIOError:
+            refused.append(True)
+        os.close(other)
+        real(pages, durable=durable)
+
+    real = file._write
+    monkeypatch.setattr(file, "_write", look_and_write)
+    file.set_ranges([(0, 0, 1)])
+    assert refused == [True]
+    assert file.covers(0, 0, 1)
+    monkeypatch.undo()
+    other = IntentFile(path, SIZES, shared=True)
+    other.set_ranges([(1, 0, 1)])  # the lock is free again
+    other.close()
+    file.close()
+    assert marked_bytes(path, SIZES) == sum(SIZES)
