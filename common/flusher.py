@@ -1,7 +1,8 @@
 """Durability on request: many callers, one fdatasync at a time, none on the event loop.
 
 A flush must begin after the writes that it is to cover. So whoever asks while one is running waits for the next one,
-and all who wait share it.
+and all who wait share it. Unless the one that runs fails: the kernel tells only once of what it lost, which may be what
+those wrote who wait, and the next flush would succeed. So they fail with it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Flusher:
         if error is not None:
             code = (error.errno or errno.EIO) if isinstance(error, OSError) else errno.EIO
             self._on_error(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            covered, self._waiting = covered + self._waiting, []
         if self._waiting:
             self._start()
         for done in covered:

@@ -63,6 +63,9 @@ class GuestVolume(VolumeView):
         self._lock = threading.Lock()
         self._queue: deque[tuple[WriteBatch, asyncio.AbstractEventLoop]] = deque()
         self._working = False
+        self._flushing = threading.Lock()
+        self._flush_failed = OSError()
+        """The last that did."""
         self._size_at = buffer.base + h.V_SIZE
         self._size_word = h.size_word(self._size)
         self._successor: Volume | None = None
@@ -81,14 +84,16 @@ class GuestVolume(VolumeView):
         if self._arriving is not None:
             self._arriving.append(batch)
             return
-        if not self._working and not (batch.fua and self._words[h.W_STATE] >> h.STAGE_SHIFT > Stage.RUNNING):
+        if not self._working and not (batch.fua and self._promoted):
             try:
                 errors = self.apply(batch.operations, batch.buffer.view, wait=False)
             except BlockingIOError:
                 pass
             else:
-                batch.finish(errors)
-                return
+                if not (batch.fua and self._promoted):
+                    batch.finish(errors)
+                    return
+                # It was promoted in between, and they may be on the disk: the worker does them again, and flushes.
         with self._lock:
             self._queue.append((batch, asyncio.get_running_loop()))
             if self._working:
@@ -119,11 +124,12 @@ class GuestVolume(VolumeView):
                     self._working = False
                     return
                 batch, loop = self._queue.popleft()
+            failed = self._flush_failed
             try:
                 errors = self.apply(batch.operations, batch.buffer.view, wait=True)
             except Exception as error:  # a thread's end would leave the client without an answer for ever
                 errors = self._all_failed(batch.operations, repr(error))
-            if batch.fua and (code := self._flush()):
+            if batch.fua and (code := self._flush(failed)):
                 errors = dict.fromkeys(range(len(batch.operations)), code)
             try:
                 loop.call_soon_threadsafe(batch.finish, errors)
@@ -186,19 +192,24 @@ class GuestVolume(VolumeView):
         if self._successor is not None:
             self._successor.flush(done)
             return
-        if self._words[h.W_STATE] >> h.STAGE_SHIFT <= Stage.RUNNING:
+        if not self._promoted:
             done(0)
             return
-        loop = asyncio.get_running_loop()
+        loop, failed = asyncio.get_running_loop(), self._flush_failed
 
         def work() -> None:
-            code = self._flush()
+            code = self._flush(failed)
             try:
                 loop.call_soon_threadsafe(done, code)
             except RuntimeError:
                 pass
 
         threading.Thread(target=work, name=f"flush {self.name}", daemon=True).start()
+
+    @property
+    def _promoted(self) -> bool:
+        """Writes may go to the secondary disk."""
+        return self._words[h.W_STATE] >> h.STAGE_SHIFT > Stage.RUNNING
 
     @property
     def size(self) -> int:
@@ -452,12 +463,18 @@ class GuestVolume(VolumeView):
             offset += count
             position += count
 
-    def _flush(self) -> int:
-        try:
-            self.disk.flush()
-        except OSError as error:
-            self._failed(Failure.SECONDARY_DISK, error)
-            return error.errno or errno.EIO
+    def _flush(self, failed: OSError) -> int:
+        """In a thread. ``failed``: the last one when it was asked for. One at a time, and one that fails fails those
+        that wait for it: the kernel tells only once of what it lost."""
+        with self._flushing:
+            if self._flush_failed is not failed:
+                return self._flush_failed.errno or errno.EIO
+            try:
+                self.disk.flush()
+            except OSError as error:
+                self._flush_failed = error
+                self._failed(Failure.SECONDARY_DISK, error)
+                return error.errno or errno.EIO
         return 0
 
 

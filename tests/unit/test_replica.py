@@ -7,12 +7,13 @@ import errno
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common import limits
 from common.batch import DISCARD, FAST_ZERO, FUA, NO_HOLE, WRITE, ZERO, Operation, WriteBatch
-from common.disk import HOLE, CountingDisk, DelayDisk, Fault, FaultDisk
+from common.disk import HOLE, CountingDisk, DelayDisk, DiskLayer, Fault, FaultDisk
 from secondary.commit import failover_checkpoint, failover_latest
 from secondary.header import Failure, Stage
 from secondary.replica import GuestVolume
@@ -371,6 +372,68 @@ def test_fua_of_what_could_be_written_is_durable_beside_what_could_not(tmp_path:
         asyncio.run(asyncio.wait_for(scenario(), 10))
         assert collected.answers == [{1: errno.ENOSPC}]
         assert disk.calls["flush"] == 1
+
+
+def test_fua_of_a_batch_that_a_failover_overtakes_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The secondary process switches the stage between the look at it and the request of the batch."""
+    with rig(tmp_path / "rig") as made:
+        disk = CountingDisk(made.guest.disk)
+        guest = GuestVolume(made.buffer.volumes[0], disk)
+        collected = Collected()
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            failover_checkpoint(made.pair)
+            return real(*args, **kwargs)
+
+        async def scenario() -> None:
+            guest.submit(collected.batch([(WRITE, 5 * BLOCK, BLOCK, 0, FUA)], pattern(BLOCK, 9)))
+            while not collected.answers:  # noqa: ASYNC110 - a thread answers
+                await asyncio.sleep(0.001)
+
+        real = guest._begin
+        monkeypatch.setattr(guest, "_begin", begin)
+        asyncio.run(asyncio.wait_for(scenario(), 10))
+        assert collected.answers == [None]
+        assert Path(made.paths[0]).read_bytes()[5 * BLOCK : 6 * BLOCK] == pattern(BLOCK, 9)
+        assert disk.calls["flush"] == 1
+
+
+def test_a_flush_that_fails_fails_those_that_wait_for_it(tmp_path: Path) -> None:
+    """The kernel tells only one of two flushes what it lost."""
+
+    class OnceDisk(DiskLayer):
+        def flush(self) -> None:
+            begun.set()
+            assert asked.wait(10)
+            if failures:
+                raise failures.pop()
+
+    begun, asked = threading.Event(), threading.Event()
+    failures = [OSError(errno.EIO, "lost")]
+    with rig(tmp_path / "rig") as made:
+        guest = GuestVolume(made.buffer.volumes[0], OnceDisk(made.guest.disk))
+        failover_latest(made.pair, force=True)
+        answers: list[int] = []
+
+        async def scenario() -> None:
+            guest.flush(answers.append)
+            await asyncio.to_thread(begun.wait, 10)
+            for _ in range(2):
+                guest.flush(answers.append)
+            await asyncio.to_thread(wait_until, lambda: flushes() == 3)
+            asked.set()
+            while len(answers) < 3:  # noqa: ASYNC110 - a thread answers
+                await asyncio.sleep(0.001)
+            assert answers == [errno.EIO] * 3
+            guest.flush(answers.append)
+            while len(answers) < 4:  # noqa: ASYNC110 - a thread answers
+                await asyncio.sleep(0.001)
+            assert answers.pop() == 0
+
+        def flushes() -> int:
+            return sum(thread.name.startswith("flush") for thread in threading.enumerate())
+
+        asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_with_its_last_client_the_export_stops_being_in_the_backup_job_s_way(tmp_path: Path) -> None:
