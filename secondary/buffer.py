@@ -465,7 +465,12 @@ class DiskBuffer:
 
     @staticmethod
     def remove(directory: str) -> None:
-        """Delete the buffer's files, nothing else in the directory. DiskError if a process runs on it."""
+        """Delete the buffer's files, nothing else in the directory. DiskError if a process runs on it, TimedOut if one
+        that is attached to it does not end a request.
+
+        Whoever is attached keeps what was mapped, and learns from it that there is nothing to show any more: the next
+        backup job knows nothing of those readers.
+        """
         try:
             header = PairHeader(f"{directory}/{HEADER_FILE}")
         except Unreachable:
@@ -473,10 +478,16 @@ class DiskBuffer:
         except DiskError:
             pass  # none, or the remains of one: nobody can run on it
         else:
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(header.close)
                 header.own()
-            finally:
-                header.close()
+                with contextlib.suppress(DiskError):  # nobody can attach to a size that is damaged
+                    for index, volume in enumerate(header.volumes()):
+                        path = f"{directory}/requests.{index}"
+                        table = RequestTable(path, volume.size, header.block_size, name=volume.name)
+                        stack.callback(table.close)
+                        table.wait_absent(table.whole())
+                header.store_state(Stage.NONE, 0, syncing=False)
         _unlink(directory)
 
     # State of the pair

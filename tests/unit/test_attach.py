@@ -18,8 +18,10 @@ from common.errors import DiskError, NotRunning, OperationFailed, TimedOut
 from secondary import attach as attach_module
 from secondary import header as h
 from secondary.attach import BUFFER_LINK, attach
+from secondary.buffer import DiskBuffer
 from secondary.commit import failover_checkpoint
 from secondary.header import Stage
+from tests.conftest import wait_until
 from tests.heart import Rig, pattern, rig
 
 BLOCK = 4096
@@ -242,6 +244,31 @@ def test_a_snapshot_begins_anew_when_its_ground_is_gone(pair: Rig, tmp_path: Pat
         view.snapshot({"disk0": str(tmp_path / "0.raw")}, progress=progress)
     assert (tmp_path / "0.raw").read_bytes() == pair.oracle.disk
     assert calls > 6
+
+
+def test_a_buffer_that_is_removed_shows_nothing_any_more(pair: Rig, tmp_path: Path) -> None:
+    """Its successor's backup job does not know of those who are attached to it: the disk would change under them."""
+    directory = pair.settings.directory
+    pair.guest_write(0, b"the guest's")
+    pair.stream(BLOCK, pattern(BLOCK, 5))
+    with attach(directory) as bare, attach(directory, overlay=True) as overlaid:
+        views = [view.volumes["disk0"] for view in (bare, overlaid)]
+        for view in views:
+            view.read(0, 2 * BLOCK)
+        pair.buffer.close()
+        reading = views[0].cow_request_begin(0, 1, shared=True)
+        remover = threading.Thread(target=DiskBuffer.remove, args=(directory,))
+        remover.start()
+        wait_until(lambda: any(thread.name.startswith("cow wait") for thread in threading.enumerate()), 5)
+        assert views[0].read_inside(reading, 0, 1) == pair.oracle.disk[:1]  # it waits for who reads
+        reading.end()
+        remover.join(10)
+        for view in views:
+            with pytest.raises(OSError, match="no checkpoint"):
+                view.read(0, 2 * BLOCK)
+        with pytest.raises(OperationFailed, match="stage NONE"):
+            bare.snapshot({"disk0": str(tmp_path / "0.raw")})
+    pair.buffer = DiskBuffer.create(pair.settings, pair.volumes, pair_id="rig")
 
 
 def test_several_reads_in_one_request_are_of_one_checkpoint(pair: Rig) -> None:
