@@ -136,11 +136,17 @@ class Spill:
         self.trouble = reason
 
     def release(self) -> None:
-        """Give the space back; nothing of it is used any more. Blocks."""
+        """Give the space back; nothing of it is used any more. Blocks. Where that cannot be only room is lost: the
+        file is not used until it can."""
         self.trouble = ""
-        if not self.reserved and not os.fstat(self._file).st_blocks:
-            return
-        self.reserved = 0
+        try:
+            if self.reserved or os.fstat(self._file).st_blocks:
+                self.reserved = 0
+                self._empty()
+        except OSError as error:
+            self.trouble = f"the spill file {self.path} cannot be emptied: {error.strerror}"
+
+    def _empty(self) -> None:
         punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         try:
             fallocate(self._file, punch, 0, self.slots * self._block_size)

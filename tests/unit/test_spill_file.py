@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import secondary.spill
 from common import limits
 from common.disk import FileDisk
 from common.errors import OperationFailed
@@ -108,3 +109,30 @@ def test_a_write_that_fails_ends_the_room_for_more(spilling: Rig) -> None:
     spilling.check()
     spilling.checkpoint()
     assert job.free_blocks == SLOTS
+
+
+def test_a_file_that_cannot_be_emptied_is_not_used_and_stops_nothing(
+    spilling: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file system went bad: everything is in the secondary disk, or dropped, and that is what counts."""
+
+    def refuse(*_args: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(secondary.spill, "fallocate", refuse)
+    job = spilling.pair.jobs[0]
+    spilling.checkpoint()
+    spilling.check()
+    assert job.spill is not None
+    assert "cannot be emptied: Read-only file system" in job.spill.trouble
+    spilling.pair.begin_spill()
+    assert job.free_blocks == SLOTS  # no room is promised
+    spilling.stream(0, pattern(SLOTS * BLOCK, 6))
+    spilling.reopen()
+    spilling.pair.begin_sync()
+    monkeypatch.undo()
+    spilling.checkpoint()
+    job = spilling.pair.jobs[0]
+    assert job.spill is not None
+    assert not job.spill.trouble
+    assert os.stat(spilling.directory / "0.spill").st_blocks == 0
