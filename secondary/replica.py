@@ -64,6 +64,7 @@ class GuestVolume(VolumeView):
         self._queue: deque[tuple[WriteBatch, asyncio.AbstractEventLoop]] = deque()
         self._working = False
         self._flushing = threading.Lock()
+        self._flushes = 0
         self._flush_failed = OSError()
         """The last that did."""
         self._size_at = buffer.base + h.V_SIZE
@@ -129,7 +130,7 @@ class GuestVolume(VolumeView):
                 errors = self.apply(batch.operations, batch.buffer.view, wait=True)
             except Exception as error:  # a thread's end would leave the client without an answer for ever
                 errors = self._all_failed(batch.operations, repr(error))
-            if batch.fua and (code := self._flush(failed)):
+            if batch.fua and (code := self._flush((self._flushes, failed))):
                 errors = dict.fromkeys(range(len(batch.operations)), code)
             try:
                 loop.call_soon_threadsafe(batch.finish, errors)
@@ -165,6 +166,10 @@ class GuestVolume(VolumeView):
                 self.requests.release(request)
         except TandemDiskError as error:  # a holder that does not let go
             return self._all_failed(operations, error.sentence)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # no descriptor is left for a request
+            return self._all_failed(operations, error.strerror or str(error))
 
     def _apply_locked(self, operations: Sequence[Operation], view: memoryview, wait: bool) -> Mapping[int, int] | None:
         if self._words[self._size_at] != self._size_word:
@@ -195,10 +200,10 @@ class GuestVolume(VolumeView):
         if not self._promoted:
             done(0)
             return
-        loop, failed = asyncio.get_running_loop(), self._flush_failed
+        loop, asked = asyncio.get_running_loop(), (self._flushes, self._flush_failed)
 
         def work() -> None:
-            code = self._flush(failed)
+            code = self._flush(asked)
             try:
                 loop.call_soon_threadsafe(done, code)
             except RuntimeError:
@@ -463,12 +468,17 @@ class GuestVolume(VolumeView):
             offset += count
             position += count
 
-    def _flush(self, failed: OSError) -> int:
-        """In a thread. ``failed``: the last one when it was asked for. One at a time, and one that fails fails those
-        that wait for it: the kernel tells only once of what it lost."""
+    def _flush(self, asked: tuple[int, OSError]) -> int:
+        """In a thread; ``asked``: how many had begun, and the last that failed, when it was asked for. One at a time;
+        those that wait share the next one, or fail with the one they wait for: the kernel tells only once of what it
+        lost."""
+        began, failed = asked
         with self._flushing:
             if self._flush_failed is not failed:
                 return self._flush_failed.errno or errno.EIO
+            if self._flushes > began:
+                return 0
+            self._flushes += 1
             try:
                 self.disk.flush()
             except OSError as error:

@@ -217,6 +217,9 @@ class RequestTable:
         except (BlockingIOError, PermissionError):
             self.release(description)
             return None
+        except BaseException:  # the kernel has no memory for a lock: those before it must not stay
+            self.release(description)
+            raise
         return description
 
     def wait_ranges(self, ranges: Ranges, *, shared: bool, timeout_s: float | None = None) -> Description:
@@ -282,6 +285,9 @@ class RequestTable:
         except (BlockingIOError, PermissionError):
             self._free.append(description)
             return None
+        except BaseException:
+            self._free.append(description)
+            raise
         return description
 
     def wait_byte(self, byte: int, *, shared: bool = False, timeout_s: float | None = None) -> Description:

@@ -43,11 +43,20 @@ class Wait:
         self._queued = False
         """The helper holds its intents and waits for the ranges."""
         self._intent = table.lend()
-        self._range = table.lend()
+        try:
+            self._range = table.lend()
+        except BaseException:  # too many open files: one that is lost at each attempt would make that last
+            table.take_back(self._intent)
+            raise
 
     def result(self, limit_s: float) -> Description:
         self._table.announce()
-        threading.Thread(target=self._run, name=f"cow wait {self._table.name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=f"cow wait {self._table.name}", daemon=True).start()
+        except BaseException:
+            self._table.take_back(self._intent)
+            self._table.take_back(self._range)
+            raise
         try:
             self._keep_time(limit_s)
         except BaseException:

@@ -400,9 +400,12 @@ def test_fua_of_a_batch_that_a_failover_overtakes_is_durable(tmp_path: Path, mon
 
 def test_a_flush_that_fails_fails_those_that_wait_for_it(tmp_path: Path) -> None:
     """The kernel tells only one of two flushes what it lost."""
+    calls = 0
 
     class OnceDisk(DiskLayer):
         def flush(self) -> None:
+            nonlocal calls
+            calls += 1
             begun.set()
             assert asked.wait(10)
             if failures:
@@ -425,6 +428,7 @@ def test_a_flush_that_fails_fails_those_that_wait_for_it(tmp_path: Path) -> None
             while len(answers) < 3:  # noqa: ASYNC110 - a thread answers
                 await asyncio.sleep(0.001)
             assert answers == [errno.EIO] * 3
+            assert calls == 1
             guest.flush(answers.append)
             while len(answers) < 4:  # noqa: ASYNC110 - a thread answers
                 await asyncio.sleep(0.001)
@@ -434,6 +438,24 @@ def test_a_flush_that_fails_fails_those_that_wait_for_it(tmp_path: Path) -> None
             return sum(thread.name.startswith("flush") for thread in threading.enumerate())
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_request_that_cannot_be_made_is_an_error_of_its_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files: the client is told, and the connection goes on."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with rig(tmp_path / "rig") as made:
+        collected = Collected()
+        monkeypatch.setattr(made.guest.requests, "try_ranges", refuse)
+        made.guest.submit(collected.batch([(WRITE, 0, 1, 0, 0), (WRITE, BLOCK, 1, 0, 0)], b"x"))
+        assert collected.answers == [{0: errno.EIO, 1: errno.EIO}]
+        assert failure(made) is Failure.ACTIVE_DISK
+        monkeypatch.undo()
+        made.check()
 
 
 def test_with_its_last_client_the_export_stops_being_in_the_backup_job_s_way(tmp_path: Path) -> None:

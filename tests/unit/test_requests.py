@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import random
 import signal
@@ -17,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import TimedOut
-from secondary import waits
+from secondary import requests, waits
 from secondary.holders import find_holders
+from secondary.locks import SETLK, UNLOCK_ALL
 from secondary.requests import PRESENCE, RequestTable
 from tests.conftest import wait_until
 
@@ -483,6 +486,59 @@ def test_internal_bytes_time_out_with_the_holder_too(table: RequestTable) -> Non
     with pytest.raises(TimedOut, match=str(os.getpid())):
         table.wait_byte(PRESENCE, timeout_s=0.05)
     table.release(held)
+
+
+def test_a_lock_that_the_kernel_has_no_memory_for_leaves_none(
+    table: RequestTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def lock(fd: int, command: int, argument: bytes) -> object:
+        nonlocal calls
+        calls += command == SETLK and argument != UNLOCK_ALL
+        if calls == 2:
+            calls += 1
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        return fcntl.fcntl(fd, command, argument)
+
+    table.try_begin(0, 1).end()
+    monkeypatch.setattr(requests, "_fcntl", lock)
+    with pytest.raises(OSError, match="No locks available"):
+        table.try_ranges(((0, BLOCK), (4 * BLOCK, 5 * BLOCK)), shared=False)
+    calls = 1
+    with pytest.raises(OSError, match="No locks available"):
+        table.try_byte(PRESENCE + 1)
+    monkeypatch.undo()
+    other = RequestTable(table.path, SIZE, BLOCK, timeout_s=1)
+    other.cow_request_begin(0, SIZE).end()
+    other.leave()
+    table.leave()  # all that was taken is back, so nobody is present
+    alone = other.try_alone()
+    assert alone is not None
+    other.close()
+
+
+def test_a_wait_for_which_there_is_no_descriptor_or_thread_loses_none(
+    table: RequestTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    held = table.try_begin(0, BLOCK)
+    table.release(table.take())  # one that is free
+    monkeypatch.setattr(table, "_open", refuse)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Too many open files"):
+            table.cow_request_begin(0, BLOCK)
+    monkeypatch.undo()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Too many open files"):
+            table.cow_request_begin(0, BLOCK)
+    monkeypatch.undo()
+    held.end()
+    assert len(table._free) + 1 == len(table._all)  # that of the presence
+    assert not table._lent
 
 
 def test_a_table_is_closed_while_an_abandoned_wait_is_left_behind(tmp_path: Path) -> None:
