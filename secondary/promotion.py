@@ -179,6 +179,10 @@ class Promotion:
             except TandemDiskError as error:
                 self._withdraw_soon(error)
                 raise
+            except OSError as error:
+                refusal = OperationFailed(f"Side {self._settings.side} cannot take over: {error.strerror or error}.")
+                self._withdraw_soon(refusal)
+                raise refusal from error
             self._session.standing = self._session.standing._replace(role="primary", history=history, consistent=True)
             self._link.perform(self._session.depose(f"side {self._settings.side} has taken over, in {history[-1]}"))
         await self.finish(force=force)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from typing import Any
 
 from primary.resync import ResyncPlan
+from common.errors import OperationFailed
 from secondary.session import EndResync
 from tests.simulation.commands import flip, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
@@ -212,6 +215,29 @@ async def a_stop_comes_while_a_repair_reads_its_last_piece(sim: Simulation) -> N
     sim.start("a")
     await sim.until(sim.protected, 30, "a protected pair")
     expect(not (await verified(sim))["differing"], "the primary forgot what it had not repaired")
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_for_which_no_file_can_be_opened(sim: Simulation) -> None:
+    """By reading: too many open files, where all requests have to end. The failover ended in a traceback, and the
+    secondary stayed deaf to its primary, while it answered its pings."""
+
+    def stopped(**_args: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    await born(sim)
+    assert sim.secondary is not None
+    backup = sim.secondary.node.backup
+    for target in ("latest", "checkpoint"):
+        backup.stopped = stopped
+        answer = await told(sim, "failover", to=target, force=True)
+        expect(isinstance(answer, OperationFailed), f"{answer!r} is no refusal")
+        del backup.stopped
+        await writes(sim, 3)
+        await protected_again(sim)
+        expect(generation(sim, "b") == generation(sim, "a"), "the generations differ")
+    await writes(sim, 10)
     await sim.rest()
 
 
