@@ -300,9 +300,9 @@ class PairHeader:
     def begin_batch(self, sequence: int, copied: int) -> None:
         """A batch is about to be written to the disk, for which ``copied`` blocks went into hidden disks. Goes behind
         them and before the first write; a repetition, which finds them copied, changes nothing."""
-        low = sequence & EPOCH_MASK
-        if self.words[W_BEGUN] >> 32 != low:
-            self.words[W_BEGUN] = low << 32 | copied
+        tag = _tag(sequence)
+        if self.words[W_BEGUN] >> 32 != tag:
+            self.words[W_BEGUN] = tag << 32 | copied
 
     def forget_batch(self) -> None:
         """The numbering changes: what was begun is not what comes next."""
@@ -311,8 +311,7 @@ class PairHeader:
     @property
     def torn(self) -> bool:
         """The batch behind ``applied_sequence`` was begun: parts of it may be on the disk."""
-        word = self.words[W_BEGUN]
-        return word != 0 and word >> 32 == (self.words[W_APPLIED] + 1) & EPOCH_MASK
+        return self.words[W_BEGUN] >> 32 == _tag(self.words[W_APPLIED] + 1)
 
     @property
     def copied_ahead(self) -> int:
@@ -339,7 +338,7 @@ class PairHeader:
 
         The last one wins. Never raises: it is called while another error is on its way.
         """
-        text = sentence.encode()[: ERROR_TEXT.stop - ERROR_TEXT.start]
+        text = sentence.encode(errors="replace")[: ERROR_TEXT.stop - ERROR_TEXT.start]
         if not self._error_lock.acquire(blocking=False):
             return
         try:
@@ -348,13 +347,14 @@ class PairHeader:
             self._error_lock.release()
             return  # somebody else is writing one down at this instant: one of the two is as good as the other
         try:
-            self.words[W_ERROR_SERIAL] += 1
+            serial = self.words[W_ERROR_SERIAL] | 1  # it is odd already if the last one who wrote died in the middle
+            self.words[W_ERROR_SERIAL] = serial
             self.bytes[ERROR_TEXT.start : ERROR_TEXT.start + len(text)] = text
             self.words[W_ERROR_BYTES] = len(text)
             self.words[W_ERROR_CASE] = case
             self.words[W_FAILURES + case] += 1
             self.words[W_ERROR_TIME] = time.time_ns()
-            self.words[W_ERROR_SERIAL] += 1
+            self.words[W_ERROR_SERIAL] = serial + 1
         finally:
             self._lock(_LOCK_ERROR, fcntl.F_UNLCK)
             self._error_lock.release()
@@ -368,7 +368,7 @@ class PairHeader:
             record = ErrorRecord(Failure(min(case, 7)), text.decode(errors="replace"), self.words[W_ERROR_TIME])
             if serial % 2 == 0 and serial == self.words[W_ERROR_SERIAL]:
                 return record if case else None
-        return ErrorRecord(Failure(min(case, 7)), "a process died while it wrote the error down", 0)
+        return ErrorRecord(Failure(min(case, 7)), "a process died while it wrote the error down", 0) if case else None
 
     def clear_error(self, *cases: Failure) -> None:
         """Forget the failure, if it is one of ``cases``, or whichever it is: what caused it was put right."""
@@ -412,6 +412,11 @@ class PairHeader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _tag(sequence: int) -> int:
+    """What tells a batch from those around it, in 32 bits; never 0, which says that none was begun."""
+    return sequence & EPOCH_MASK or 1 << 31
 
 
 def volume_base(index: int) -> int:

@@ -191,6 +191,34 @@ def test_an_error_is_readable_while_its_writer_is_dead_in_the_middle(tmp_path: P
     error = buffer.header.get_error()
     assert error is not None
     assert error.case is Failure.FAILOVER
+    buffer.header.clear_error()
+    assert buffer.header.get_error() is None
+    buffer.header.set_error(Failure.BACKUP, "the next one")
+    error = buffer.header.get_error()
+    assert error is not None
+    assert (error.case, error.sentence) == (Failure.BACKUP, "the next one")
+    buffer.header.set_error(Failure.BACKUP, "/a path/\udcff that is no UTF-8")
+    error = buffer.header.get_error()
+    assert error is not None
+    assert error.sentence == "/a path/? that is no UTF-8"
+    buffer.close()
+
+
+@pytest.mark.parametrize("sequence", [1, (1 << 31), (1 << 32) - 1, 1 << 32, (1 << 32) + 1, 7 << 32])
+def test_a_batch_that_was_begun_is_known_by_any_number(tmp_path: Path, sequence: int) -> None:
+    buffer = DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p")
+    header = buffer.header
+    header.applied_sequence = sequence - 1
+    assert (header.torn, header.copied_ahead) == (False, 0)
+    header.begin_batch(sequence, 5)
+    header.begin_batch(sequence, 0)  # again: they are copied by now
+    assert (header.torn, header.copied_ahead) == (True, 5)
+    header.applied_sequence = sequence
+    assert (header.torn, header.copied_ahead) == (False, 0)
+    header.begin_batch(sequence + 1, 0)
+    assert (header.torn, header.copied_ahead) == (True, 0)
+    header.forget_batch()
+    assert not header.torn
     buffer.close()
 
 
