@@ -32,6 +32,8 @@ ZERO_CHUNK: Final = 16 * MIB
 pool."""
 MAX_HEADER: Final = 1 * MIB
 MAX_VOLUMES: Final = 64
+MAX_VOLUME: Final = (1 << 48) - 1
+"""Bytes of one: the disk buffer's header has 48 bits for them."""
 
 # Pool
 MIN_POOL: Final = ZERO_CHUNK + 2 * MAX_BLOCK

@@ -530,6 +530,8 @@ def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) ->
         raise ConfigError(f"A block of {block_size} bytes is not possible: a power of two, 512 to 1048576.")
     if not volume_sizes or min(volume_sizes) <= 0:
         raise ConfigError("A pair needs at least one volume, and none may be empty.")
+    if max(volume_sizes) > limits.MAX_VOLUME:
+        raise ConfigError(f"A volume of {max(volume_sizes)} bytes is not possible: at most {limits.MAX_VOLUME}.")
     blocks = [-(-size // block_size) for size in volume_sizes]
     least = [min(-(-limits.MIN_POOL // block_size), count) for count in blocks]
     needed = _SPLIT * sum(least) * block_size

@@ -99,7 +99,7 @@ V_SPILL_SLOTS: Final = 14
 VOLUME_NAME: Final = slice(256, 512)
 VOLUME_DISK: Final = slice(512, 2048)
 
-_SIZE_BITS: Final = 48
+_SIZE_BITS: Final = limits.MAX_VOLUME.bit_length()
 _REMOVE: Final = "Remove the buffer: the disk is compared as a whole then."
 _LOCK_ERROR: Final = 1 << 40
 _LOCK_OWNER: Final = _LOCK_ERROR + 1
@@ -426,7 +426,7 @@ def volume_base(index: int) -> int:
 
 def size_word(size: int) -> int:
     """A volume's size as the header holds it: 48 bits, and 16 of its checksum above them."""
-    assert 0 <= size < 1 << _SIZE_BITS
+    assert 0 <= size <= limits.MAX_VOLUME
     return size | (xxh3_64_intdigest(size.to_bytes(8, "little")) & 0xFFFF) << _SIZE_BITS
 
 

@@ -52,6 +52,7 @@ def test_no_volume_gets_more_slots_than_blocks_and_others_get_what_is_left() -> 
         (64 * MIB, 2 * MIB, [1 << 30], "A block of 2097152"),
         (64 * MIB, 4096, [], "at least one volume"),
         (64 * MIB, 4096, [0], "none may be empty"),
+        (64 * MIB, MIB, [1 << 30, 1 << 48], "A volume of 281474976710656 bytes is not possible: at most"),
     ],
 )
 def test_what_cannot_work_is_said(size: int, block: int, volumes: list[int], words: str) -> None:
@@ -60,9 +61,9 @@ def test_what_cannot_work_is_said(size: int, block: int, volumes: list[int], wor
 
 
 def test_too_little_memory_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    volumes = [BufferVolume("disk0", 1 << 50)]
+    volumes = [BufferVolume("disk0", 1 << 47)]
     with pytest.raises(NoSpaceError, match=r"needs \d+ bytes in .*buffer, which has \d+ bytes free"):
-        DiskBuffer.create(settings(tmp_path, 1 << 49, MIB), volumes, pair_id="p")
+        DiskBuffer.create(settings(tmp_path, 1 << 46, MIB), volumes, pair_id="p")
     assert not (tmp_path / "buffer").exists()
 
 
