@@ -265,6 +265,8 @@ class SecondarySession:
 
     def _on_resync(self, message: wire.Resync) -> list[Effect]:
         """The numbering jumps to the message's own number. Everything before it counts as applied."""
+        if not message.sequence:
+            raise WireError("a RESYNC without a number: they begin with 1")
         same = message.stream == self._stream
         if same and message.sequence <= self._received:
             self._duplicates += 1

@@ -197,6 +197,14 @@ def test_acks_are_cumulative_and_carry_durability_and_pressure() -> None:
     assert kinds(effects) == ["Send", "Disconnected"], "checkpoint numbers count up"
 
 
+def test_a_resync_has_a_number() -> None:
+    """What is before it counts as applied, and there is nothing before 0."""
+    session = in_session()
+    effects = session.receive(PEER, wire.encode(wire.Resync(1 << 32 | 1, 0, 88, True, False)), 0.0)
+    assert kinds(effects) == ["Send", "Disconnected"]
+    assert session.position == down.Position(stream=STREAM)
+
+
 def test_another_stream_needs_a_resync_first_and_old_work_is_not_counted() -> None:
     session = in_session()
     session.receive(PEER, batch(1), 0.0)
