@@ -407,11 +407,12 @@ class DiskBuffer:
 
     @staticmethod
     def exists(directory: str) -> bool:
-        """True if a complete buffer is there (``attach`` may still find it unfit). Unreachable if nobody can tell: a
-        new one would take the place of what a commit has yet to move."""
+        """True if a complete buffer is there that this boot of the host made (``attach`` may still find it unfit).
+        Unreachable if nobody can tell: a new one would take the place of what a commit has yet to move."""
         try:
             with open(f"{directory}/{HEADER_FILE}", "rb", opener=os.open) as file:
-                return file.read(8) == h.MAGIC.to_bytes(8, "little")
+                words = memoryview(file.read(h.PAGE).ljust(h.PAGE, b"\0")).cast("Q")
+                return words[h.W_MAGIC] == h.MAGIC and words[h.W_BOOT] in (0, h.boot_number())
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import mmap
 import os
 import threading
@@ -63,6 +64,8 @@ W_SYNCS: Final = 8
 W_BEGUN: Final = 9
 W_SEAL: Final = 10
 """xxh3-64 of all that does not change."""
+W_BOOT: Final = 11
+"""See ``boot_number``."""
 W_RECORDS: Final = 12
 W_ERROR_SERIAL: Final = 18
 W_ERROR_CASE: Final = 19
@@ -197,6 +200,7 @@ class PairHeader:
         words = memoryview(image).cast("Q")
         words[W_VERSION] = LAYOUT_VERSION
         words[W_BYTES] = HEADER_BYTES
+        words[W_BOOT] = boot_number()
         words[W_BLOCK] = block_size
         words[W_VOLUMES] = len(volumes)
         words[W_PAIR_BYTES] = _put(image, PAIR_ID, pair_id)
@@ -419,6 +423,17 @@ def _tag(sequence: int) -> int:
     return sequence & EPOCH_MASK or 1 << 31
 
 
+@functools.cache
+def boot_number() -> int:
+    """Which boot of this host it is; 0: nobody knows. A buffer is memory, wherever its files are: what a disk has of it
+    after a loss of power is of different moments."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return xxh3_64_intdigest(file.read()) or 1
+    except OSError:
+        return 0
+
+
 def volume_base(index: int) -> int:
     """Number of the first word of a volume's record."""
     return (PAGE + VOLUME_BYTES * index) // 8
@@ -443,6 +458,8 @@ def _seal(image: memoryview) -> int:
     """The checksum of what does not change, in the bytes of a header."""
     words = image.cast("Q")
     digest = xxh3_64(image[W_VERSION * 8 : W_STATE * 8])
+    if words[W_BOOT]:
+        digest.update(image[W_BOOT * 8 : W_BOOT * 8 + 8])
     digest.update(image[W_PAIR_BYTES * 8 : W_PAIR_BYTES * 8 + 8])
     digest.update(image[PAIR_ID])
     for index in range(min(words[W_VOLUMES], limits.MAX_VOLUMES)):

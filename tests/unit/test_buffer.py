@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from common import limits
-from common.errors import ConfigError, DiskError, NoSpaceError
+from common.errors import ConfigError, DiskError, NoSpaceError, NotRunning
 from common.settings import BufferSettings
 from secondary import header as h
+from secondary.attach import attach
 from secondary.buffer import BufferVolume, DiskBuffer, plan_slots
 from secondary.header import Failure, PairHeader, Stage
 from tests.heart import Rig, pattern, rig
@@ -173,6 +174,20 @@ def test_only_one_process_owns_a_buffer_and_a_new_one_replaces_an_orphan(tmp_pat
     DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p").close()
     DiskBuffer.remove(str(tmp_path / "buffer"))
     assert list((tmp_path / "buffer").iterdir()) == [keep]
+
+
+def test_a_buffer_of_another_boot_is_none(tmp_path: Path) -> None:
+    """Its directory is on a disk: after a loss of power nobody knows what is there of it, and it would be believed."""
+    buffer = DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p")
+    assert DiskBuffer.exists(buffer.directory)
+    buffer.header.words[h.W_BOOT] ^= 1
+    assert not DiskBuffer.exists(buffer.directory)
+    with pytest.raises(NotRunning):
+        attach(buffer.directory)
+    buffer.header.words[h.W_BOOT] = 0  # an older one, or a host that does not tell
+    assert DiskBuffer.exists(buffer.directory)
+    buffer.close()
+    DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p").close()
 
 
 def test_names_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
