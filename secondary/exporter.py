@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from common.child import Child, exit_reason
 from common.control import ControlClient
-from common.errors import TandemDiskError
+from common.errors import TandemDiskError, TimedOut
 from common.settings import NodeSettings
 
 TIMEOUT_S: Final = {
@@ -48,9 +48,14 @@ class Exporter:
         return next(iter(self.uris.get(volume, [])), None)
 
     async def start(self) -> None:
-        """Until it serves; raises what it said."""
+        """Until it serves; raises what it said, OSError if there is no process to be had."""
         self._child = child = Child.start("secondary.guest", self._settings)
-        self.uris = (await child.wait_ready_async()).get("uris", {})
+        try:
+            told = await child.wait_ready_async()
+        except TimedOut:
+            await child.stop_async()  # or it would serve later, and nobody would know
+            raise
+        self.uris = told.get("uris", {})
 
     async def keep(self, restarted: Callable[[], None]) -> None:
         """Start it again whenever it dies."""
@@ -68,7 +73,7 @@ class Exporter:
             try:
                 await self.start()
                 restarted()
-            except TandemDiskError as error:
+            except (OSError, TandemDiskError) as error:
                 log.error("the export process does not start: %s", error)
 
     async def call(self, command: str, /, **args: Any) -> dict[str, Any]:
