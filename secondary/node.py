@@ -362,9 +362,9 @@ class SecondaryNode:
         empty = False
         try:
             if "applier" in self.__dict__:
+                await self.promotion.end()
                 self.link.stop("the secondary stops")
                 await self.applier.stop()
-                await self.promotion.stop_commit()
                 await self._note_end()
             elif "record" in self.__dict__:
                 await self.record.update_async(clean=self._was_clean)  # nobody could reach it: as it was before

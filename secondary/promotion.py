@@ -99,8 +99,13 @@ class Promotion:
         """A commit is going on."""
         return self._committing is not None
 
-    async def stop_commit(self) -> None:
-        """End a commit where it is: the next process goes on."""
+    async def end(self) -> None:
+        """Wait for a failover that was begun, and begin none any more: the end of this process is not noted on top.
+        Then end a commit where it is: the next process goes on."""
+        await self._failing_over.acquire()
+        self.stop()
+        if self._taking_over is not None:
+            self._taking_over.cancel()
         if self._committing is not None and self.commit is not None:
             self.commit.stopping.set()
             await self._committing
@@ -253,8 +258,8 @@ class Promotion:
         self._withdrawing = None
 
     def stop(self) -> None:
-        """Tell and try nothing more; a commit is ended by ``stop_commit``."""
-        for task in (self.leading, self._withdrawing, self._taking_over, self._telling):
+        """Tell and try nothing more; what was begun is ended by ``end``."""
+        for task in (self.leading, self._withdrawing, self._telling):
             if task is not None:
                 task.cancel()
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from common.errors import DiskError, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
+from deploy.roles import remembered
 from tests.simulation.commands import switchover
 from tests.simulation.host import Host
 from tests.simulation.regressions import (
@@ -313,6 +315,38 @@ async def a_stop_comes_while_the_primary_looks_for_its_secondary(sim: Simulation
     sim.start("a")
     sim.watched = ["a", "b"]
     await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_side_is_stopped_while_it_takes_over(sim: Simulation) -> None:
+    """By reading: the end of the secondary was noted on top of its promotion, as one in good order of a primary."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = []
+    await sim.pause(0.5)
+    assert sim.secondary is not None
+    record = sim.secondary.node.record
+    real = record.update_async
+
+    async def update_async(**changes: Any) -> None:
+        """The thread has to wait for a while: the promotion is being written."""
+        await asyncio.sleep(2.0)
+        await real(**changes)
+
+    record.update_async = update_async
+    sim.world.loop.slowness = 0.1
+    sim.failover("latest", force=True)
+    await sim.pause(0.01)
+    operator_stops(sim.secondary)
+    await sim.until(lambda: sim.b.process("secondary") is None, 60, "the end of the secondary")
+    own = remembered(sim.b.settings)
+    assert own is not None
+    expect(own.role == "primary", "the failover did not come that far")
+    expect(not own.clean, "what is noted as the end of a primary is that of a secondary")
+    sim.world.loop.slowness = 0.002
+    sim.watched = ["b"]
+    await rejoined(sim)
     await sim.rest()
 
 
