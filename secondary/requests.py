@@ -15,7 +15,8 @@ many ranges it has. Requests are exclusive (COW, guest writes, checkpoints) or s
 ``try_begin`` never waits. A ``begin`` that cannot be granted at once tries again a few times within half a millisecond
 (the usual request is held for less), then waits in the kernel: a helper thread makes the blocking call, because such a
 call cannot be given a timeout; the caller waits for the thread. A wait that is abandoned (timeout, cancelled task)
-leaves the helper behind until the kernel grants it the lock, which it gives back at once.
+leaves the helper behind until the kernel grants it the lock, which it gives back at once. Behind a holder that is
+stopped these would become more and more: beyond ``MAX_LENT`` descriptions a wait looks again and again instead.
 
 Fairness
 --------
@@ -49,6 +50,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 from common.disk import FLOCK
@@ -68,6 +70,10 @@ HOLD: Final = PRESENCE + 2
 
 SPINS_S: Final = (0.00002, 0.00005, 0.0001, 0.0003)
 """Pauses before a contended begin goes to the kernel's queue: most requests are held for less than this."""
+
+
+MAX_LENT: Final = 128
+"""Descriptions in the hands of helper threads, two each."""
 
 
 class CowRequest:
@@ -242,6 +248,8 @@ class RequestTable:
                 return description
             time.sleep(pause)
         limit = self.timeout_s if timeout_s is None else timeout_s
+        if len(self._lent) >= MAX_LENT:
+            return self._look_again(lambda: self.try_absent(ranges, shared=shared), ranges, limit, "a CowRequest")
         return Wait(self, ranges, RDLCK if shared else WRLCK).result(limit)
 
     def release(self, description: Description) -> None:
@@ -292,14 +300,10 @@ class RequestTable:
 
     def wait_byte(self, byte: int, *, shared: bool = False, timeout_s: float | None = None) -> Description:
         """Like ``try_byte``, waiting. Raises TimedOut naming the holder."""
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        pause = 0.00002
-        while (description := self.try_byte(byte, shared=shared)) is None:
-            if time.monotonic() > deadline:
-                raise self.timed_out([(byte, byte + 1)], "an internal lock")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.005)
-        return description
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        return self._look_again(
+            lambda: self.try_byte(byte, shared=shared), [(byte, byte + 1)], limit, "an internal lock"
+        )
 
     def whole(self) -> Ranges:
         """The range of all blocks, what a checkpoint locks."""
@@ -330,6 +334,19 @@ class RequestTable:
         )
 
     # Inside
+
+    def _look_again(
+        self, look: Callable[[], Description | None], ranges: Ranges, limit_s: float, what: str
+    ) -> Description:
+        """Until ``look`` finds that it may. Raises TimedOut."""
+        deadline = time.monotonic() + limit_s
+        pause = 0.00002
+        while (description := look()) is None:
+            if time.monotonic() > deadline:
+                raise self.timed_out(ranges, what)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.005)
+        return description
 
     def _round(self, start: int, end: int) -> tuple[tuple[int, int]]:
         mask = self._mask

@@ -541,6 +541,30 @@ def test_a_wait_for_which_there_is_no_descriptor_or_thread_loses_none(
     assert not table._lent
 
 
+def test_waits_behind_a_stopped_holder_do_not_become_more_and_more(
+    table: RequestTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tries again and again, for hours: each attempt left a thread and two descriptors behind."""
+    monkeypatch.setattr(requests, "MAX_LENT", 6)
+    other = RequestTable(table.path, SIZE, BLOCK)
+    held = other.try_begin(0, BLOCK, shared=True)
+    for _ in range(8):
+        with pytest.raises(TimedOut, match="bytes 0 to 4096 of volume disk0, held by process"):
+            table.cow_request_begin(0, BLOCK, timeout_s=0.005)
+    waiting = [thread for thread in threading.enumerate() if thread.name == "cow wait disk0"]
+    assert len(waiting) == 3
+    assert len(table._all) <= 6 + 2
+    late = threading.Thread(target=lambda: table.cow_request_begin(0, BLOCK).end())
+    late.start()
+    held.end()
+    late.join(5)
+    assert not late.is_alive()
+    for thread in waiting:
+        thread.join(5)
+    assert not table._lent
+    other.close()
+
+
 def test_a_table_is_closed_while_an_abandoned_wait_is_left_behind(tmp_path: Path) -> None:
     """Its helper finds out when the kernel grants it what nobody wants any more, and touches no file but its own."""
     path = str(tmp_path / "requests")
