@@ -226,8 +226,9 @@ class Applier:
                 elif not self._header.syncing:
                     self.backup.begin_sync()
                 self._header.forget_batch()
-                self._header.stream_id = work.stream
+                self._header.stream_id = NOWHERE  # not at the old number in the new stream, should it be killed here
                 self._header.applied_sequence = work.sequence
+                self._header.stream_id = work.stream
                 return None
             case EndResync():
                 self.flush()

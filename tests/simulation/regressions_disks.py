@@ -9,6 +9,8 @@ from typing import Any
 
 from primary.resync import ResyncPlan
 from common.errors import OperationFailed
+from secondary.applier import NOWHERE
+from secondary.header import PairHeader
 from secondary.session import EndResync
 from tests.simulation.commands import flip, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
@@ -238,6 +240,38 @@ async def a_failover_for_which_no_file_can_be_opened(sim: Simulation) -> None:
         await protected_again(sim)
         expect(generation(sim, "b") == generation(sim, "a"), "the generations differ")
     await writes(sim, 10)
+    await sim.rest()
+
+
+@scenario()
+async def the_secondary_dies_between_the_stream_and_its_number(sim: Simulation) -> None:
+    """By reading: a resync goes to another numbering, and the process was killed between two stores. The next one
+    stood in the new stream at the number that it had had in the old one: what lay before that was never sent."""
+    await born(sim)
+    await writes(sim, 10)
+    kept: Any = PairHeader.__dict__["applied_sequence"]
+    found: list[tuple[int, int]] = []
+
+    def setter(self: PairHeader, value: int) -> None:
+        if (self.stream_id, self.applied_sequence) != before and not found:
+            found.append((self.stream_id, self.applied_sequence))
+            sim.b.faults.die()
+        kept.fset(self, value)
+
+    assert sim.secondary is not None
+    node = sim.secondary.node
+    before = node.buffer.header.stream_id, node.buffer.header.applied_sequence
+    sim.kill(sim.primary, 1000)
+    sim.start("a")
+    headers: Any = PairHeader
+    headers.applied_sequence = property(kept.fget, setter)
+    try:
+        await sim.until(lambda: found, 30, "a resync in another stream")
+    finally:
+        headers.applied_sequence = kept
+    expect(found[0][0] in (before[0], NOWHERE), f"it stands at {found[0]}, and was at {before}")
+    sim.watched = ["a", "b"]
+    await protected_again(sim)
     await sim.rest()
 
 
