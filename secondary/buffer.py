@@ -19,7 +19,7 @@ epoch << 32``: no entry is ever of a later epoch than the current one.
 
 All memory is allocated with ``posix_fallocate`` when the buffer is made, so that a memory file system that is too
 small is a sentence at start and never a SIGBUS later. The files are plain ones: a process that restarts attaches to
-them again.
+them again, unless the host has started since: what a disk has of them then is of different moments.
 """
 
 from __future__ import annotations
