@@ -37,15 +37,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from common import limits
 from common.disk import Disk
-from common.errors import ConfigError, DiskError
+from common.errors import DiskError
 from common.settings import BufferSettings
 from secondary import header as h
 from secondary import spill
 from secondary.header import PairHeader, Stage, Unreachable, VolumeGeometry
 from secondary.requests import RequestTable
-from secondary.space import free_bytes, no_space
+from secondary.space import free_bytes, no_space, plan_slots, plan_spill
 
 Blocks = NDArray[np.uint64]
 
@@ -53,8 +52,6 @@ HEADER_FILE: Final = "header"
 SMALL: Final = 64
 """Blocks up to which plain integers beat NumPy (measured: deploy/bench/heart.py, `do_cow`)."""
 _PAGE: Final = 4096
-_SPLIT: Final = 2
-"""Hidden and active disk get half of a volume's share each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,51 +515,6 @@ class DiskBuffer:
         for volume in self.volumes:
             volume.close()
         self.header.close()
-
-
-def plan_slots(size_bytes: int, block_size: int, volume_sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(hidden slots, active slots) of each volume out of ``size_bytes`` of pool.
-
-    Each pool gets the least that it needs (``limits.MIN_POOL``, or the whole volume if that is less), the rest goes to
-    the volumes in proportion to their sizes, never more than a slot a block. Raises ConfigError that says the least
-    size.
-    """
-    if block_size & (block_size - 1) or not limits.MIN_BLOCK <= block_size <= limits.MAX_BLOCK:
-        raise ConfigError(f"A block of {block_size} bytes is not possible: a power of two, 512 to 1048576.")
-    if not volume_sizes or min(volume_sizes) <= 0:
-        raise ConfigError("A pair needs at least one volume, and none may be empty.")
-    if max(volume_sizes) > limits.MAX_VOLUME:
-        raise ConfigError(f"A volume of {max(volume_sizes)} bytes is not possible: at most {limits.MAX_VOLUME}.")
-    blocks = [-(-size // block_size) for size in volume_sizes]
-    least = [min(-(-limits.MIN_POOL // block_size), count) for count in blocks]
-    needed = _SPLIT * sum(least) * block_size
-    if size_bytes < needed:
-        raise ConfigError(
-            f"A disk buffer of {size_bytes} bytes is too small for {len(blocks)} volume(s): at least {needed} bytes.",
-            hint="Raise the buffer size.",
-        )
-    spare = size_bytes // block_size // _SPLIT - sum(least)
-    slots = list(least)
-    while spare > 0 and (open_ := [index for index, count in enumerate(blocks) if slots[index] < count]):
-        total = sum(blocks[index] for index in open_)
-        before = spare
-        for index in open_:
-            grant = min(before * blocks[index] // total, blocks[index] - slots[index], spare)
-            slots[index] += grant
-            spare -= grant
-        if spare == before:
-            break  # less than a slot for each
-    return [(min(count, h.EPOCH_MASK), min(count, h.EPOCH_MASK)) for count in slots]
-
-
-def plan_spill(settings: BufferSettings, volume_sizes: Sequence[int], slots: list[tuple[int, int]]) -> list[int]:
-    """Slots of each volume's spill file: its share of ``spill_bytes``, and no more than blocks that have no slot."""
-    total = sum(volume_sizes)
-    shares = [settings.spill_bytes * size // total // settings.block_size for size in volume_sizes]
-    return [
-        max(0, min(share, -(-size // settings.block_size) - hidden, h.EPOCH_MASK - hidden))
-        for share, size, (hidden, _) in zip(shares, volume_sizes, slots, strict=True)
-    ]
 
 
 def _layers(

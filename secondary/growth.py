@@ -23,8 +23,9 @@ from common.intent import INTENT_FILE, IntentFile
 from common.record import Record
 from common.settings import NodeSettings
 from secondary.backup import PairBackup
-from secondary.buffer import DiskBuffer, plan_slots
+from secondary.buffer import DiskBuffer
 from secondary.header import Stage
+from secondary.space import plan_slots
 
 
 class Growth:

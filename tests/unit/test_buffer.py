@@ -15,8 +15,9 @@ from common.errors import ConfigError, DiskError, NoSpaceError, NotRunning
 from common.settings import BufferSettings
 from secondary import header as h
 from secondary.attach import attach
-from secondary.buffer import BufferVolume, DiskBuffer, plan_slots
+from secondary.buffer import BufferVolume, DiskBuffer
 from secondary.header import Failure, PairHeader, Stage
+from secondary.space import plan_slots
 from tests.heart import Rig, pattern, rig
 
 MIB = 1 << 20
