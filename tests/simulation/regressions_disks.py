@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from primary.resync import ResyncPlan
 from common.errors import OperationFailed
+from primary.resync import ResyncPlan
 from secondary.applier import NOWHERE
 from secondary.header import PairHeader
 from secondary.session import EndResync
