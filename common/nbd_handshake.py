@@ -169,6 +169,8 @@ class ServerHandshake:
         if option == nbd.NBD_OPT_EXPORT_NAME:
             raise NbdError(f"The client asks for an export with a name of {length} bytes.")
         self._skip = length
+        if option == nbd.NBD_OPT_SET_META_CONTEXT:
+            self._context_of = None
         if option == nbd.NBD_OPT_ABORT:
             self._option(option, b"")
         elif option in _HANDLERS:
@@ -237,7 +239,10 @@ class ServerHandshake:
         self._reply(option, nbd.NBD_REP_ACK)
 
     def _meta_context(self, option: int, data: bytes) -> None:
-        """ "NBD_OPT_LIST_META_CONTEXT" and "NBD_OPT_SET_META_CONTEXT": one context exists, ``base:allocation``."""
+        """ "NBD_OPT_LIST_META_CONTEXT" and "NBD_OPT_SET_META_CONTEXT": one context exists, ``base:allocation``.
+
+        To set replaces what was set before, "including when this command fails".
+        """
         setting = option == nbd.NBD_OPT_SET_META_CONTEXT
         if setting:
             self._context_of = None

@@ -290,6 +290,19 @@ def test_a_context_holds_for_the_export_that_it_was_set_for(
     assert handshake.agreement.allocation is allocation
 
 
+@pytest.mark.parametrize(
+    "data", [bytes(MAX_OPTION + 1), b"", queries("", *["x:y"] * 2000), queries("", ALLOCATION) + b"x"]
+)
+def test_setting_contexts_in_vain_forgets_those_that_were_set(data: bytes) -> None:
+    """The specification: "replaces all previously-set metadata contexts (including when this command fails)"."""
+    set_once = option(nbd.NBD_OPT_SET_META_CONTEXT, queries("disk", ALLOCATION))
+    in_vain = option(nbd.NBD_OPT_SET_META_CONTEXT, data)
+    handshake, output = talk(hello(), STRUCTURED, set_once, in_vain, option(nbd.NBD_OPT_GO, info("disk")))
+    assert sum(bool(kind & nbd.NBD_REP_FLAG_ERROR) for _, kind, _ in replies(output)) == 1
+    assert handshake.agreement is not None
+    assert not handshake.agreement.allocation
+
+
 def test_requests_behind_go_are_left_alone() -> None:
     handshake = ServerHandshake(exports(), "disk")
     data = hello() + option(nbd.NBD_OPT_GO, info("disk"))
