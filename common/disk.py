@@ -239,9 +239,11 @@ class FileDisk:
         if length == 0:
             return
         self._data = (0, 0, 0.0)
-        modes = (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) if may_unmap else (FALLOC_FL_ZERO_RANGE,)
+        modes = [FALLOC_FL_PUNCH_HOLE] if may_unmap else []
+        if not (self._device and fast):  # a device without a command for it would write the zeroes, as for BLKZEROOUT
+            modes.append(FALLOC_FL_ZERO_RANGE)
         try:
-            if self._device:
+            if self._device and not fast:
                 fcntl.ioctl(self._fd, BLKZEROOUT, struct.pack("=QQ", offset, length))
                 return
             for mode in modes:

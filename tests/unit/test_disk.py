@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from common.disk import HOLE, ZERO, CountingDisk, DelayDisk, Disk, Fault, FaultDisk, FileDisk
+from common.disk import (
+    BLKZEROOUT,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    HOLE,
+    ZERO,
+    CountingDisk,
+    DelayDisk,
+    Disk,
+    Fault,
+    FaultDisk,
+    FileDisk,
+)
 from common.errors import DiskError
 
 SIZE = 1 << 20
@@ -82,6 +94,32 @@ def test_zero_on_a_file_system_without_zero_range_writes_or_says_so(tmp_path: Pa
         disk.close()
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("may_unmap", [True, False])
+def test_a_fast_zero_of_a_device_never_writes(image: Path, monkeypatch: pytest.MonkeyPatch, may_unmap: bool) -> None:
+    """BLKZEROOUT writes zeroes where the device has no command for them, and nobody hears of it (blkdev_fallocate)."""
+    asked: list[tuple[str, int]] = []
+
+    def told(_fd: int, what: int, *_more: object) -> None:
+        asked.append(("ioctl", what))
+
+    def refused(_fd: int, mode: int, _offset: int, _length: int) -> None:
+        asked.append(("fallocate", mode))
+        raise OSError(errno.EOPNOTSUPP, "no command for it")
+
+    monkeypatch.setattr("common.disk.fcntl.ioctl", told)
+    monkeypatch.setattr("common.disk.fallocate", refused)
+    disk = FileDisk(str(image))
+    disk._device = True
+    with pytest.raises(OSError) as caught:
+        disk.zero(0, 4096, may_unmap=may_unmap, fast=True)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert asked == [("fallocate", FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)] * may_unmap
+    asked.clear()
+    disk.zero(0, 4096, may_unmap=may_unmap)
+    assert asked == [("ioctl", BLKZEROOUT)]
+    disk.close()
 
 
 def test_extents_tell_holes_from_data(tmp_path: Path) -> None:
