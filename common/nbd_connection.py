@@ -12,7 +12,8 @@ would forbid to reuse a reply buffer, and adds three Python calls to each wake-u
 
 What bounds memory: nothing is read from a client while replies to it wait for room in its socket, or while too many
 bytes of its reads are with threads. So a connection holds at most one receive buffer, one reply buffer, the reads that
-are with threads, and 16 bytes per request in flight. ``Block`` lists every reason for not reading.
+are with threads, what remembers a bounded number of reads and flushes, and 16 bytes per write in flight. ``Block``
+lists every reason for not reading.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ CHEAP_MOVE: Final = 16 * limits.KIB
 """A partial request of at most this length moves to the front of its buffer, which keeps the buffer in the caches."""
 MAX_DEFERRED: Final = limits.MAX_PAYLOAD
 """Bytes of one connection's reads that may be with threads before it is not read any more."""
+LEAST_DEFERRED: Final = 4 * limits.KIB
+"""What a request that waits for a thread counts at least: a read of one byte costs a kilobyte of memory, too."""
 STATUS_SPAN: Final = 256 * limits.MIB
 """A block status request is answered for at most this much, so that a fragmented file does not hold the loop up for
 long; the client asks on from there."""
@@ -369,21 +372,29 @@ class Connection:
 
     def _in_thread(self, cookie: bytes, length: int, reply: bytes | memoryview, work: Callable[[], None]) -> None:
         """Run ``work`` in a thread, then send ``reply``, or the error that it ended with."""
+        cost = max(length, LEAST_DEFERRED)
+        self._defer(cost)
+        future = self._loop.run_in_executor(self._host.executor, work)
+        future.add_done_callback(partial(self._thread_done, cookie, cost, reply))
+
+    def _defer(self, cost: int) -> None:
+        """A request is with a thread from now on, until ``_deferred_done``."""
         self._in_flight += 1
-        self._deferred += length
+        self._deferred += cost
         if self._deferred > MAX_DEFERRED:
             self._block(Block.DEFERRED)
-        future = self._loop.run_in_executor(self._host.executor, work)
-        future.add_done_callback(partial(self._thread_done, cookie, length, reply))
 
-    def _thread_done(self, cookie: bytes, length: int, reply: bytes | memoryview, future: asyncio.Future[None]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled() or error:
-            reply = self._failure(cookie, error or OSError(nbd.NBD_EIO, "cancelled"), "read in a thread")
-        self._deferred -= length
+    def _deferred_done(self, cost: int, reply: bytes | memoryview) -> None:
+        self._deferred -= cost
         self._done(reply)
         if self._deferred <= MAX_DEFERRED:
             self._unblock(Block.DEFERRED)
+
+    def _thread_done(self, cookie: bytes, cost: int, reply: bytes | memoryview, future: asyncio.Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or error:
+            reply = self._failure(cookie, error or OSError(nbd.NBD_EIO, "cancelled"), "read in a thread")
+        self._deferred_done(cost, reply)
 
     def _command(self, command: Command) -> None:
         """Everything that is neither read nor write-like."""
@@ -394,7 +405,7 @@ class Connection:
             self._block(Block.CLOSING)
         elif kind == nbd.NBD_CMD_FLUSH:
             self.counters.flushes += 1
-            self._in_flight += 1
+            self._defer(LEAST_DEFERRED)
             volume.flush(partial(self._flushed, cookie))
         elif kind == nbd.NBD_CMD_CACHE:
             self.counters.others += 1
@@ -415,7 +426,8 @@ class Connection:
             self._block(Block.TURN)  # a fragmented file makes it the longest of all requests
 
     def _flushed(self, cookie: bytes, number: int) -> None:
-        self._done(errno_reply(cookie, number, self._structured) if number else nbd.SIMPLE_OK + cookie)
+        reply = errno_reply(cookie, number, self._structured) if number else nbd.SIMPLE_OK + cookie
+        self._deferred_done(LEAST_DEFERRED, reply)
 
     # Sending
 

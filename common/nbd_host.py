@@ -27,7 +27,7 @@ class Block:
     SENDING: Final = 4
     """Replies wait for room in the socket."""
     DEFERRED: Final = 8
-    """Too many bytes of reads are with threads."""
+    """Too many bytes of reads, or too many reads and flushes, are with threads."""
     CLOSING: Final = 16
     """The client said goodbye, or the server shuts down: what is in flight is finished, nothing else accepted."""
     TURN: Final = 32

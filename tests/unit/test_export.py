@@ -12,6 +12,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ def test_pipelines(served: Served, plain: PlainVolume) -> None:
         assert len(plain.batches) < 4096, "requests that arrive together are one batch"
         assert sum(map(len, plain.batches)) == 4096
         with pytest.raises(NbdClientError):
-            client.write_many([(0, b"x"), (SIZE, b"x"), (1, b"y")], depth=2)
+            client.write_many([(0, b"x"), (SIZE, b"x"), (1, b"y")], depth=1)
         assert client.in_flight == 0
         assert client.read(0, 1) == b"x"
     statistics = served.call(served.server.statistics)
@@ -478,6 +479,40 @@ def test_reads_in_threads_are_bounded(short_dir: Path, disk: FileDisk) -> None:
         assert served.call(served.server.statistics).reads <= 35
         gate.set()
         assert len([None for completion in client.collect(60) if completion.data]) == 60
+
+
+@pytest.mark.parametrize("kind", [nbd.NBD_CMD_READ, nbd.NBD_CMD_CACHE, nbd.NBD_CMD_FLUSH])
+def test_small_requests_in_threads_are_bounded_by_their_number(
+    short_dir: Path, disk: FileDisk, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    """28 bytes ask for each, and each costs a kilobyte while it waits for the disk."""
+    monkeypatch.setattr(nbd_connection, "MAX_DEFERRED", 64 * nbd_connection.LEAST_DEFERRED)
+    gate = threading.Event()
+    volume = HeldVolume(DelayDisk(disk, kinds=frozenset({"read"}), gate=gate))
+    length = 0 if kind == nbd.NBD_CMD_FLUSH else 1
+    with serving(short_dir, volume) as served, raw(served) as connection:
+
+        def taken() -> int:
+            now = served.call(served.server.statistics)
+            return now.reads + now.others + now.flushes
+
+        try:
+            for cookie in range(65):
+                connection.sendall(request(kind, 0, length, cookie))
+                wait_until(partial(lambda count: taken() == count, cookie + 1), what="requests with threads")
+            connection.sendall(b"".join(request(kind, 0, length, cookie) for cookie in range(65, 200)))
+            for _ in range(3):
+                served.call(lambda: None)
+            assert taken() == 65
+        finally:
+            gate.set()
+
+        def all_taken() -> bool:
+            served.call(volume.let_go)
+            return taken() == 200
+
+        wait_until(all_taken, what="the others")
+        served.call(volume.let_go)
 
 
 @pytest.mark.parametrize("structured", [True, False])
