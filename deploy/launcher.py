@@ -167,11 +167,16 @@ class Supervisor:
         return {"pid": os.getpid(), "children": self._describe_children()}
 
     def _save(self) -> None:
-        """Keep what is known for a time when no supervisor runs."""
+        """Keep what is known for a time when no supervisor runs. A full disk costs that, and no process of the pair."""
         path = self.directory.supervisor_state
         temporary = path.with_suffix(".json.new")
-        temporary.write_text(json.dumps(self.status()))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(self.status()))
+            temporary.replace(path)
+        except OSError as error:
+            log.warning("state not kept %s", fields({"path": path, "reason": error.strerror}))
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _former_deaths(self) -> dict[Role, dict[str, Any]]:
         children = read_state(self.directory).get("children", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,8 +22,10 @@ from common.config import write_config
 from common.errors import AddressInUse, ConfigError, NeedsForce, NoSpaceError, NotRunning, PeerRefused, TandemDiskError
 from common.keys import generate_keys
 from common.nbd_client import NbdClient
+from common.process import Lifecycle
 from common.settings import Role
-from deploy.layout import PairOptions
+from deploy.launcher import Supervisor
+from deploy.layout import PairDirectory, PairOptions
 from deploy.pair import Pair
 from tests import pairs
 from tests.conftest import is_gone, wait_until
@@ -138,6 +141,19 @@ def test_the_foreground_leaves_nothing_behind(short_dir: Path, number: signal.Si
         assert foreground.wait(30) == (0 if number != signal.SIGKILL else -9)
     running = [*pids(status), status["supervisor"]["pid"]]
     wait_until(lambda: all_gone(running), 30, "the end of all processes")
+
+
+def test_a_supervisor_whose_disk_is_full_keeps_what_lives(short_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot write down that a side died; that must not end it, and the other side with it."""
+    directory = PairDirectory(short_dir / "p")
+    directory.create(OPTIONS)
+    directory.supervisor_state.with_suffix(".json.new").mkdir()  # as good as full: nothing can be written there
+
+    async def stop() -> dict[str, Any]:
+        return await Supervisor(directory, Lifecycle("supervisor")).stop()
+
+    assert asyncio.run(stop())["killed"] == []
+    assert "state not kept" in caplog.text
 
 
 def test_children_die_with_their_supervisor(pair: Pair) -> None:
