@@ -275,6 +275,8 @@ async def _listen_tcp(host: str, port: int) -> list[socket.socket]:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"The export cannot listen on {host!r}: {error.strerror or error}.") from None
+    except ValueError:  # an empty label, one of more than 63 characters, or NUL
+        raise ConfigError(f"The export cannot listen on {host[:100]!r}: that is no name of a host.") from None
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):

@@ -31,13 +31,13 @@ from deploy import __version__
 from deploy.bench.command import bench
 from deploy.chaos.entry import chaos
 from deploy.display import status_view, watch_resync, where_to_connect
-from deploy.hosts_commands import RATE, hosts, redirect, wrap
+from deploy.hosts_commands import LISTEN, RATE, hosts, redirect, wrap
 from deploy.interrupts import unwinding
 from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.peer import as_owner
-from deploy.presence import at_rest
+from deploy.presence import at_rest, must_not_run
 from deploy.render import deployment
 from deploy.roles import accept_disks, process_role
 from deploy.snapshot import snapshot
@@ -75,20 +75,6 @@ class BlockSizeType(SizeType):
 
     def check(self, size: int) -> int:
         return check_block_size(size)
-
-
-class ListenType(click.ParamType):  # type: ignore[type-arg]  # as above
-    """``HOST:PORT``, ``[::1]:PORT``."""
-
-    name = "host:port"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        host, colon, port = str(value).rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
-            self.fail(f"{value!r} is no address; write HOST:PORT", param, ctx)
-        return host.strip("[]"), int(port)
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:
@@ -170,7 +156,7 @@ def main() -> None:
 )
 @click.option("--block-size", type=BlockSizeType(), help="Granularity of copy-before-write.  [default: 4K]")
 @click.option("--buffer-size", type=SIZE, help="Memory of the disk buffer.  [default: by disk size]")
-@click.option("--listen", type=ListenType(), help="TCP address of the primary's export, beside its Unix socket.")
+@click.option("--listen", type=LISTEN, help="TCP address of the primary's export, beside its Unix socket.")
 @click.option(
     "--hosts",
     "where",
@@ -481,6 +467,7 @@ def accept_disk(directory: Path | None, config: Path | None) -> None:
         raise ConfigError("Name the side: either --dir or --config.")
     if config is not None:
         settings = load_config(config)
+        must_not_run(settings, "primary")
         with as_owner(settings), at_rest(settings):
             accept_disks(settings)
     elif directory is not None:

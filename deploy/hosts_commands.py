@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import click
 from common.errors import ConfigError, NotRunning
 from deploy.faults import Cut, Fault, OneWayCut
 from deploy.hosts import NetnsHosts, found, parse_rate, remove_all, require_root
+
+MAX_PORT: Final = 65535
+_PORT: Final = re.compile(r"[0-9]{1,5}")
 
 
 class RateType(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click
@@ -27,7 +31,22 @@ class RateType(click.ParamType):  # type: ignore[type-arg]  # generic only in la
             self.fail(str(error), param, ctx)
 
 
+class ListenType(click.ParamType):  # type: ignore[type-arg]  # as above
+    """``HOST:PORT``, ``[::1]:PORT``."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        host, colon, port = str(value).rpartition(":")
+        if not colon or not host or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
+            self.fail(f"{value!r} is no address; write HOST:PORT", param, ctx)
+        return host.strip("[]"), int(port)
+
+
 RATE: Final = RateType()
+LISTEN: Final = ListenType()
 
 
 @click.group("hosts")
@@ -114,18 +133,15 @@ def hosts_heal(tag: str) -> None:
 @click.command("redirect")
 @click.option("--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="The pair's directory.")  # fmt: skip
-@click.option("--listen", default="127.0.0.1:10809", show_default=True, metavar="HOST:PORT", help="For the clients.")
-def redirect(directory: Path, listen: str) -> None:
+@click.option("--listen", type=LISTEN, default="127.0.0.1:10809", show_default=True, help="For the clients.")
+def redirect(directory: Path, listen: tuple[str, int]) -> None:
     """Lead NBD clients to whichever side leads, before and after a failover; until Ctrl-C."""
     from deploy.pair import Pair
     from deploy.redirect import Redirector
 
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"{listen!r} is no address.", hint="Write HOST:PORT.")
     pair = Pair(directory)
     names = [volume["name"] for volume in pair.status()["volumes"]]
-    with Redirector(pair, (host, int(port))) as redirector:
+    with Redirector(pair, listen) as redirector:
         for name in names:
             click.echo(redirector.uri(name))
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

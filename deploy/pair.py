@@ -41,7 +41,7 @@ from deploy.peer import (
     start_command,
     told_by_peer,
 )
-from deploy.presence import answers, at_rest, control_path, process_of, watched, written_alone
+from deploy.presence import answers, at_rest, control_path, must_not_run, process_of, watched, written_alone
 from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
@@ -361,8 +361,7 @@ class Pair:
         settings."""
         leader = self.leader()
         settings = self.settings(leader)
-        if answers(control_path(settings, leader)):
-            raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
+        must_not_run(settings, leader)
         with as_owner(settings), at_rest(settings):
             accept_disks(settings)
         return settings

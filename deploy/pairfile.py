@@ -42,6 +42,7 @@ RUN: Final = Path("/run/tandemdisk")
 """Sockets for clients: a side's own directory is closed to them."""
 _OWN_KEYS: Final = frozenset({"hosts", "volumes", "replication"})
 _HOST_KEYS: Final = frozenset({"address", "starts_as", "export", "agent"})
+_PORT: Final = re.compile(r"[0-9]{1,9}")
 _AGENT: Final = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}")
 _NOT_SHARED: Final = frozenset({"side", "directory", "export"})
 """Keys of a side's configuration that follow from the host."""
@@ -115,8 +116,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"`hosts.{name}.address` is missing")
         if not isinstance(host.get("export", ""), str):
             problems.append(f"`hosts.{name}.export` must be \"HOST:PORT\"")
-        agent = host.get("agent", "0:0")
-        if not isinstance(agent, str) or not _AGENT.fullmatch(agent):
+        agent = host.get("agent", "0:1")
+        if not isinstance(agent, str) or not _AGENT.fullmatch(agent) or not 0 < int(agent.rpartition(":")[2]) < 65536:
             problems.append(f"`hosts.{name}.agent` must be HOST:PORT")
     if [host.get("starts_as") for host in hosts.values()] not in (["primary", "secondary"], ["secondary", "primary"]):
         problems.append("one host's `starts_as` must be primary, the other one's secondary")
@@ -145,7 +146,7 @@ def _side(
         buffer = {"spill_directory": str(directory)} | buffer
     if "export" in raw["hosts"][name]:
         host, _, number = str(raw["hosts"][name]["export"]).rpartition(":")
-        export |= {"host": host.strip("[]"), "port": int(number) if number.isdecimal() else number}
+        export |= {"host": host.strip("[]"), "port": int(number) if _PORT.fullmatch(number) else number}
     addresses = {one: _bracketed(raw["hosts"][one]["address"]) for one in (name, other)}
     return {
         **{key: value for key, value in raw.items() if key not in _OWN_KEYS},

@@ -12,7 +12,7 @@ import psutil
 
 from common.control import ControlClient
 from common.disk import FileDisk
-from common.errors import NotRunning, TandemDiskError, TimedOut
+from common.errors import NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
 from deploy.layout import SIDES
 from deploy.roles import process_role
@@ -56,6 +56,12 @@ def control_path(settings: NodeSettings, configured: Role) -> str:
             probe.connect(path)
             return path
     return settings.control_path(process_role(settings, configured))
+
+
+def must_not_run(settings: NodeSettings, configured: Role) -> None:
+    """OperationFailed if a process of the side runs: what it keeps about its disks is its own then."""
+    if answers(control_path(settings, configured)):
+        raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
 
 
 def written_alone(sides: Mapping[Role, NodeSettings]) -> dict[Role, int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from common.errors import AddressInUse
+from common.errors import AddressInUse, ConfigError
 from common.nbd_uri import NbdUri
 
 Target = tuple[str, int] | str
@@ -78,6 +78,9 @@ class Proxy:
         except OSError as error:
             self._end()
             raise AddressInUse(f"Cannot listen on {self._listen[0]}:{self._listen[1]}: {error.strerror}.") from error
+        except ValueError:  # an empty label, one of more than 63 characters, or NUL
+            self._end()
+            raise ConfigError(f"Cannot listen on {self._listen[0][:100]!r}: that is no name of a host.") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

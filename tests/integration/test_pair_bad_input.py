@@ -244,6 +244,14 @@ def test_bad_usage(short_dir: Path, standing_pair: Pair) -> None:
     assert not (short_dir / "p").exists()
 
 
+def test_disks_are_accepted_of_no_side_that_runs(standing_pair: Pair) -> None:
+    """However it is named: its process goes by the intent file and the metadata that it knows of."""
+    directory = standing_pair.directory.path
+    with untouched(directory / "a" / "metadata", directory / "a" / "intent"):
+        for side in (("--dir", directory), ("--config", standing_pair.directory.config("primary"))):
+            refused("accept-disk", *side, code=1, says=("Side a runs",))
+
+
 def test_commands_to_a_pair_that_does_not_run(short_dir: Path) -> None:
     pair = Pair.create(short_dir / "p", OPTIONS)
     for command in ("checkpoint", "failover"):

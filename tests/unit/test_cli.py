@@ -39,6 +39,9 @@ def test_version_and_help() -> None:
         (["--size", "1M", "--volumes", "0"], "0"),
         (["--size", "1M", "--checkpoint-interval", "-1"], "-1"),
         (["--size", "1M", "--listen", "nowhere"], "HOST:PORT"),
+        (["--size", "1M", "--listen", "127.0.0.1:\u00b2"], "HOST:PORT"),
+        (["--size", "1M", "--listen", "127.0.0.1:65536"], "HOST:PORT"),
+        (["--size", "1M", "--listen", f"127.0.0.1:{'9' * 5000}"], "HOST:PORT"),
         (["--size", "1M", "--primary-disk", "x"], "together with disks"),
         (["--primary-disk", "x"], "--secondary-disk"),
         ([], "--size, or --primary-disk and --secondary-disk"),
@@ -157,6 +160,18 @@ def test_a_process_refuses_a_bad_configuration(short_dir: Path, role: str) -> No
     assert result.exit_code == 2
     assert "`sid` is not known; did you mean `side`?" in result.stderr
     assert "`directory` is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [("nowhere", "HOST:PORT"), ("127.0.0.1:99999", "HOST:PORT"), ("127.0.0.1:\u00b2", "HOST:PORT"),
+     (f"{'x' * 64}:0", "no name of a host")],
+)  # fmt: skip
+def test_a_redirect_to_no_address(short_dir: Path, address: str, sentence: str) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    result = run("redirect", "--dir", short_dir / "p", "--listen", address)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
 
 
 def test_what_create_writes(short_dir: Path) -> None:

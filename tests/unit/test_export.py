@@ -704,6 +704,9 @@ def test_a_port_in_use(short_dir: Path, plain: PlainVolume) -> None:
         ExportSettings(unix="/tmp/" + "x" * 200),
         ExportSettings(host="192.0.2.1"),
         ExportSettings(host="no-such-host.invalid"),
+        ExportSettings(host="an..empty.label"),
+        ExportSettings(host="x" * 64),
+        ExportSettings(host="a\0b"),
     ],
 )
 def test_addresses_that_cannot_be(settings: ExportSettings, plain: PlainVolume) -> None:

@@ -112,7 +112,9 @@ def test_the_command_keeps_the_secret_to_itself(tmp_path: Path) -> None:
         ('size_bytes = "1G"', 'size = "1G"', "size"),
         ('mode = "sync"', 'mode = "fast"', "fast"),
         ('export = "10.0.0.1:10809"', 'export = "10.0.0.1"', "port"),
+        ('export = "10.0.0.1:10809"', f'export = "10.0.0.1:{"9" * 5000}"', "port"),
         ('agent = "10.0.0.1:10811"', 'agent = "10811"', "HOST:PORT"),
+        ('agent = "10.0.0.1:10811"', 'agent = "10.0.0.1:99999"', "HOST:PORT"),
     ],
 )
 def test_a_wrong_pair_file_is_told_apart(tmp_path: Path, old: str, new: str, sentence: str) -> None:
