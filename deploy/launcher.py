@@ -326,7 +326,7 @@ def _now() -> str:
 async def supervise(path: Path, lifecycle: Lifecycle) -> None:
     """Be the supervisor of the pair in ``path`` until told to stop."""
     directory = PairDirectory(path)
-    with _locked(directory), directory.hosts_held():
+    with locked(directory), directory.hosts_held():
         supervisor = Supervisor(directory, lifecycle)
         loop = asyncio.get_running_loop()
 
@@ -376,7 +376,7 @@ async def _unless_stopped(supervisor: Supervisor, lifecycle: Lifecycle) -> dict[
 
 
 @contextlib.contextmanager
-def _locked(directory: PairDirectory) -> Iterator[None]:
+def locked(directory: PairDirectory) -> Iterator[None]:
     """Be the only supervisor of ``directory``; the lock vanishes with its holder."""
     with open(directory.supervisor_lock, "w") as file:
         try:

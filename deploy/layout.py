@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -143,10 +144,25 @@ class PairDirectory:
         if errors:
             problems = tuple(problem for error in errors for problem in (error.problems or (error.sentence,)))
             raise ConfigError(f"The configuration in {self.path} has problems:", problems=problems) from errors[0]
+        for role, settings in sides.items():
+            self._check_place(role, settings)
         return sides
 
+    def _check_place(self, role: Role, settings: NodeSettings) -> None:
+        """ConfigError if the directory was moved or copied: the disks and processes of its configuration are those of
+        the place where it was."""
+        here, there = self.path / settings.side, Path(settings.directory)
+        if here.is_dir() and not (there.exists() and here.samefile(there)):
+            old, new = f"{there.parent}/", f"{self.path}/"
+            raise ConfigError(
+                f"{self.path} was moved or copied: {self.config(role).name} still has side {settings.side} in {there}.",
+                hint=f"Move it back, or correct the paths (`sed -i {shlex.quote(f's|{old}|{new}|g')} "
+                f"{shlex.quote(new)}*.toml`). Never run a copy beside its original.",
+            )
+
     def create(self, options: PairOptions) -> dict[Role, NodeSettings]:
-        """Make directories, images and configurations. On any error nothing stays behind."""
+        """Make directories, images and configurations. On any error nothing stays behind, save what somebody else made
+        here meanwhile."""
         placement = placement_of(options)
         if placement is not None:
             hosts = placement.hosts(parse_rate(options.rate) if options.rate else None)
@@ -157,10 +173,12 @@ class PairDirectory:
         existed = self.path.exists()
         if existed and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
+        ours = False
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             for settings in plan.values():
                 (self.path / settings.side).mkdir(mode=0o700)
+                ours = True
             if hosts is not None:
                 self.hosts_file.write_text(json.dumps({"tag": hosts.tag, "rate": hosts.rate}))
             if placement is not None:
@@ -174,14 +192,17 @@ class PairDirectory:
                     for volume in settings.volumes:
                         _make_image(Path(volume.disk), options.size)
                 write_config(settings, self.config(role), role)
-        except OSError as error:
-            self.remove(keep_directory=existed)
+        except BaseException as error:
+            if not ours and isinstance(error, FileExistsError):
+                raise ConfigError(
+                    f"Another command is making a pair in {self.path}.", hint="Wait, then give the command again."
+                ) from None
+            self._remove_made(ours, keep_directory=existed)
+            if not isinstance(error, OSError):
+                raise
             raise DiskError(
                 f"Cannot make the pair in {self.path}: {error.strerror}.", hint="Choose another --dir."
             ) from error
-        except BaseException:
-            self.remove(keep_directory=existed)
-            raise
         return plan
 
     def _with_keys(self, plan: dict[Role, NodeSettings]) -> dict[Role, NodeSettings]:
@@ -200,6 +221,14 @@ class PairDirectory:
             )
             keyed[role] = replace(settings, replication=replication)
         return keyed
+
+    def _remove_made(self, ours: bool, *, keep_directory: bool) -> None:
+        """What a ``create`` that failed has made: nothing but the directory itself, unless the sides are ``ours``."""
+        if ours:
+            self.remove(keep_directory=keep_directory)
+        elif not keep_directory:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
     def remove(self, *, keep_directory: bool = False) -> None:
         """Delete everything that ``create`` and the processes made here (disks elsewhere are never touched)."""

@@ -24,12 +24,12 @@ import psutil
 
 from common.child import Child
 from common.control import ControlClient, error_from_dict
-from common.errors import ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
+from common.errors import AddressInUse, ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.failures import Failure
 from common.settings import NodeSettings, Role
 from deploy.diverged import check_room, save_diverged
 from deploy.hosts import Side
-from deploy.launcher import STOP_TIMEOUT_S, read_state, release_buffer, remove_buffer
+from deploy.launcher import STOP_TIMEOUT_S, locked, read_state, release_buffer, remove_buffer
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.overview import merge
 from deploy.peer import (
@@ -167,10 +167,17 @@ class Pair:
         """Leave nothing of a start that failed, except what the logs say about an error that has no good sentence."""
         if isinstance(error, OperationFailed):
             error.hint = f"{error.hint}\n{self.log_tail()}".strip()
-        for settings in self.directory.settings().values():
-            if os.path.isdir(settings.buffer.directory):
-                remove_buffer(settings.buffer.directory)
-        self.directory.remove(keep_directory=keep_directory)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.directory))
+            except AddressInUse:
+                return  # another command found the pair meanwhile and runs it
+            except OSError:
+                pass  # there is no room for a lock: nobody has it
+            for settings in self.directory.settings().values():
+                if os.path.isdir(settings.buffer.directory):
+                    remove_buffer(settings.buffer.directory)
+            self.directory.remove(keep_directory=keep_directory)
 
     def is_supervising(self) -> bool:
         """True if the supervisor is a child of this object's, so that the pair stops with it."""

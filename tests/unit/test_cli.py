@@ -4,17 +4,24 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from common import keys
 from common.config import load_config
+from common.errors import AddressInUse, ConfigError
 from deploy.cli import main
+from deploy.launcher import locked
 from deploy.layout import PairDirectory, PairOptions
+from deploy.pair import Pair
 
 
 def run(*arguments: str | Path) -> Result:
@@ -57,14 +64,18 @@ def test_bad_usage_is_exit_code_2_and_touches_nothing(short_dir: Path, options: 
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["up --size 1M", "keygen", "deploy render deploy/examples/pair.toml --host east --keys /dev/null/x"],
+    ("command", "code"),
+    [
+        ("up --size 1M", 3),
+        ("keygen", 2),
+        ("deploy render deploy/examples/pair.toml --host east --keys /dev/null/x", 2),
+    ],
 )
-def test_a_path_that_cannot_be_used_is_a_sentence(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_be_used_is_a_sentence(command: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     directory = [] if "--keys" in command else ["--dir", "/dev/null/x"]
     result = run(*command.split(), *directory)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     assert "Not a directory" in result.stderr
     assert "Traceback" not in result.output
 
@@ -101,6 +112,57 @@ def test_a_directory_with_other_things_in_it_is_left_alone(short_dir: Path) -> N
     assert result.exit_code == 2
     assert "neither empty nor a pair's" in result.stderr
     assert [path.name for path in short_dir.iterdir()] == ["letter.txt"]
+
+
+def test_two_commands_that_make_a_pair_in_one_directory(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one has looked before the first one began, and must not take that one's images away."""
+    options = PairOptions(size=1 << 20)
+    mkdir = Path.mkdir
+    first: list[PairDirectory] = []
+
+    def made_meanwhile(path: Path, *args: Any, **kwargs: Any) -> None:
+        if not first:
+            first.append(PairDirectory(short_dir / "p"))
+            first[0].create(options)
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", made_meanwhile)
+    with pytest.raises(ConfigError, match="Another command is making a pair"):
+        PairDirectory(short_dir / "p").create(options)
+    for settings in first[0].settings().values():
+        assert Path(settings.volumes[0].disk).stat().st_size == 1 << 20
+
+
+def test_a_new_pair_that_another_command_started_first(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(short_dir / "p")
+    with contextlib.ExitStack() as winner:
+
+        def lost(*, detach: bool) -> None:
+            winner.enter_context(locked(pair.directory))
+            raise AddressInUse(f"Another supervisor is at work; detach is {detach}.")
+
+        monkeypatch.setattr(pair, "up", lost)
+        with pytest.raises(AddressInUse):
+            pair.create_or_resume(PairOptions(size=1 << 20))
+        assert all(Path(settings.volumes[0].disk).exists() for settings in pair.directory.settings().values())
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_directory_that_was_moved_or_copied(short_dir: Path, copied: bool) -> None:
+    """Its configuration still names the old place: a command there must not be one to the pair that is in that."""
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    (shutil.copytree if copied else shutil.move)(short_dir / "p", short_dir / "q")
+    for command in ("up", "status", "checkpoint", "failover", "down", "accept-disk"):
+        result = run(command, "--dir", short_dir / "q")
+        assert result.exit_code == 2, result.output
+        assert f"{short_dir / 'q'} was moved or copied" in result.stderr
+        assert str(short_dir / "p" / "b") in result.stderr
+    assert (short_dir / "p").exists() == copied, "nothing is made there"
+    (short_dir / "link").symlink_to(short_dir / "p")
+    assert run("status", "--dir", short_dir / "link").exit_code == (0 if copied else 2)
+    hint = result.stderr.split("`")[1]
+    subprocess.run(hint, shell=True, check=True)
+    assert run("status", "--dir", short_dir / "q").exit_code == 0
 
 
 def test_a_path_too_long_for_sockets(short_dir: Path) -> None:
