@@ -131,6 +131,8 @@ def _connect(uri: NbdUri, timeout_s: float) -> socket.socket:
         raise TimedOut(f"The NBD server at {uri} did not accept a connection within {timeout_s:g} s.") from None
     except OSError as error:
         raise NotRunning(f"No NBD server answers at {uri}: {error.strerror or error}.") from None
+    except ValueError:  # an empty label, one of more than 63 characters, or NUL
+        raise NotRunning(f"No NBD server answers at {uri}: that is no name of a host.") from None
     connection.setblocking(
         False
     )  # with a timeout of Python's each call would poll first, and a full socket would block

@@ -38,7 +38,7 @@ class NbdUri:
             raise ConfigError(f"{text!r} is not a URI: {error}.") from None
         name = unquote(parts.path.removeprefix("/"))
         if parts.scheme == "nbd+unix":
-            sockets = parse_qs(parts.query).get("socket", [])
+            sockets = parse_qs(parts.query.replace("+", "%2B")).get("socket", [])  # RFC 3986: a plus is no blank
             if len(sockets) != 1 or parts.netloc:
                 raise ConfigError(f"{text!r} names no socket.", hint="The form is nbd+unix:///NAME?socket=PATH.")
             return cls(name=name, socket=sockets[0])

@@ -22,6 +22,7 @@ from common.disk import DelayDisk, Fault, FaultDisk, FileDisk
 from common.errors import AddressInUse, ConfigError, NbdError, NotRunning, TandemDiskError, TimedOut
 from common.export import NbdServer
 from common.nbd_client import NbdClient, NbdClientError, list_exports
+from common.nbd_uri import NbdUri
 from common.settings import ExportSettings
 from tests.conftest import wait_until
 from tests.serving import Served, serving
@@ -235,12 +236,24 @@ def test_client_errors(short_dir: Path) -> None:
     for text in ("http://x/y", "nbd+unix:///x", "nbd+unix://host/x?socket=/y", "nbd://host:port/x"):
         with pytest.raises(ConfigError):
             NbdClient(text)
+    for host in ("x" * 64, "an..empty.label"):
+        with pytest.raises(NotRunning, match="no name of a host"):
+            NbdClient(f"nbd://{host}/x")
     path = str(short_dir / "silent")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         with pytest.raises(TimedOut, match="did not answer within"):
             NbdClient(f"nbd+unix:///x?socket={path}", timeout_s=0.05)
+
+
+@pytest.mark.parametrize("path", ["/tmp/a+b c", "/tmp/100%&x=y;z#?", "/tmp/größe"])
+def test_uris_of_sockets(path: str) -> None:
+    """The specification leaves quoting to RFC 3986, which knows no plus for a blank."""
+    uri = NbdUri("disk/0+1 2", socket=path)
+    assert NbdUri.parse(str(uri)) == uri
+    assert NbdUri.parse("nbd+unix:///a+b?socket=/run/c+d%20e%2Bf").socket == "/run/c+d e+f"
+    assert NbdUri.parse("nbd+unix:///a+b?socket=/run/x").name == "a+b"
 
 
 # Replies that come late
