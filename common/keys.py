@@ -48,20 +48,24 @@ def generate_keys(directory: Path, name: str) -> tuple[Path, Path]:
     if taken:
         raise ConfigError("Keys are never overwritten:", problems=taken, hint="Choose another --name or --dir.")
     public, secret = zmq.curve_keypair()
+    made: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(secret_path, 0o600, _SECRET_NOTE, {"public-key": public, "secret-key": secret})
-        _write(public_path, 0o644, _PUBLIC_NOTE, {"public-key": public})
+        _write(secret_path, 0o600, _SECRET_NOTE, {"public-key": public, "secret-key": secret}, made)
+        _write(public_path, 0o644, _PUBLIC_NOTE, {"public-key": public}, made)
     except OSError as error:
+        for path in made:  # half of a pair of keys, which would be in the way of the next one
+            path.unlink(missing_ok=True)
         raise ConfigError(
             f"Cannot write keys into {directory}: {error.strerror}.", hint="Choose another --dir."
         ) from error
     return public_path, secret_path
 
 
-def _write(path: Path, mode: int, note: str, keys: dict[str, bytes]) -> None:
+def _write(path: Path, mode: int, note: str, keys: dict[str, bytes], made: list[Path]) -> None:
     lines = [f"# {note}", "metadata", "curve", *(f'    {name} = "{value.decode()}"' for name, value in keys.items())]
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    made.append(path)
     with open(fd, "w", encoding="ascii") as file:
         file.write("\n".join(lines) + "\n")
 

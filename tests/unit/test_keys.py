@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
 
@@ -35,6 +37,21 @@ def test_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="never overwritten"):
         generate_keys(tmp_path, "a")
     assert secret.read_bytes() == before
+
+
+def test_half_of_a_pair_of_keys_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk; the secret alone would be in the way of the next try."""
+    opened = os.open
+
+    def full(path: Path, *args: int) -> int:
+        if path.suffix == ".key":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, *args)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        generate_keys(tmp_path, "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_everything_wrong_is_named(tmp_path: Path) -> None:
