@@ -7,6 +7,8 @@ stdout too.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import getpass
 import json
@@ -24,7 +26,7 @@ from rich.live import Live
 from common.child import python_command, python_environment, settings_memfd
 from common.config import check_block_size, format_size, load_config, parse_size
 from common.control import error_to_dict
-from common.errors import ConfigError, NeedsForce, TandemDiskError
+from common.errors import ConfigError, NeedsForce, OperationFailed, TandemDiskError
 from common.keys import generate_keys
 from common.settings import NodeSettings, Role
 from deploy import __version__
@@ -86,7 +88,8 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             return _without_os_errors(functools.partial(command, *args, **kwargs))
         except TandemDiskError as error:
             if kwargs.get("as_json"):
-                click.echo(json.dumps({"error": error_to_dict(error)}))
+                with contextlib.suppress(OSError):  # stderr has the sentence, too
+                    click.echo(json.dumps({"error": error_to_dict(error)}))
             stderr.print(f"Error: {error.sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
             if error.hint:
                 stderr.print(error.hint, markup=False, highlight=False, soft_wrap=True)
@@ -96,17 +99,32 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _without_os_errors(command: Callable[[], R]) -> R:
-    """The command; an OSError that names a file becomes a ConfigError. Any other is a mistake of ours, and is shown."""
+    """The command; an OSError that names a file becomes a ConfigError, one of a full disk an OperationFailed. Any other
+    is a mistake of ours, and is shown."""
     try:
         return command()
     except OSError as error:
         if error.filename is None:
-            raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _drop_what_cannot_be_written()
+            raise OperationFailed(
+                f"Cannot write: {error.strerror}.", hint="See where the output goes, and where the pair is."
+            ) from None
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         raise ConfigError(
             f"Cannot use {path}: {error.strerror}.",
             hint=f"The command ran as {_user()}: see that this user may, or give another path.",
         ) from error
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Of our output: else the interpreter tries again at its end, and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _user() -> str:
@@ -127,6 +145,15 @@ SIZE = SizeType()
 @click.version_option(__version__, prog_name="tandemdisk")
 def main() -> None:
     """Two hosts, one disk: a replicated block device with checkpoints, for any NBD client."""
+    _hold_standard_descriptors()
+
+
+def _hold_standard_descriptors() -> None:
+    """Have /dev/null where a standard stream is closed: else the next file or pipe gets its number, and a child of ours
+    takes that for its input or output."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 @main.command()

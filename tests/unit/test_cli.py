@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common import keys
+from common.child import python_command, python_environment
 from common.config import load_config
 from common.errors import AddressInUse, ConfigError
 from deploy.cli import main
@@ -178,6 +180,33 @@ def test_options_that_contradict_an_existing_pair(short_dir: Path) -> None:
     assert "--size 2097152 was given" in result.stderr
     assert "--mode async was given" in result.stderr
     assert "--block-size" not in result.stderr
+
+
+def test_a_disk_that_is_too_full_for_the_output(short_dir: Path) -> None:
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    for option in ("--json", "--json --clear-error", ""):
+        command = [*python_command("deploy"), "status", "--dir", str(short_dir / "p"), *option.split()]
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command, env=python_environment(), stdout=full, stderr=subprocess.PIPE, check=False)
+        code, sentence = (7, b"Neither side") if "clear" in option else (1, b"Cannot write: No space left")
+        assert done.returncode == code
+        assert sentence in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert b"Exception ignored" not in done.stderr
+
+
+def test_closed_standard_streams_give_their_numbers_to_nothing_else(short_dir: Path) -> None:
+    """A supervisor that got its pipe as descriptor 2 wrote that it was ready into its log."""
+    PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    seen = short_dir / "seen"
+    program = (
+        "import os, sys; from deploy.cli import main; main(sys.argv[2:], standalone_mode=False); "
+        "open(sys.argv[1], 'w').write(' '.join(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))"
+    )
+    command = [sys.executable, "-P", "-c", program, str(seen), "down", "--dir", str(short_dir / "p")]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    subprocess.run([*shell, *command], env=python_environment(), check=True)
+    assert seen.read_text() == "/dev/null /dev/null /dev/null"
 
 
 @pytest.mark.parametrize("command", ["status", "checkpoint", "failover"])
