@@ -51,8 +51,8 @@ R = TypeVar("R")
 DIFFERENCES: Final = 11
 """Exit code of a verification that found any; ``common.errors`` has the codes below."""
 
-console = Console()
-stderr = Console(stderr=True)
+console = Console(markup=False, emoji=False)  # paths may have brackets and colons
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click
@@ -90,9 +90,9 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             if kwargs.get("as_json"):
                 with contextlib.suppress(OSError):  # stderr has the sentence, too
                     click.echo(json.dumps({"error": error_to_dict(error)}))
-            stderr.print(f"Error: {error.sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(f"Error: {error.sentence}", style="red", highlight=False, soft_wrap=True)
             if error.hint:
-                stderr.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+                stderr.print(error.hint, highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
 
     return wrapped
@@ -257,7 +257,7 @@ def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
     placement = placement_of(options)
     try:
         if placement is not None and placement.elsewhere:
-            console.print("\n".join(placement.instructions()), markup=False, highlight=False, soft_wrap=True)
+            console.print("\n".join(placement.instructions()), highlight=False, soft_wrap=True)
         elif children.get("primary", {}).get("alive"):
             watch_resync(pair, console)
         elif children.get("primary", {}).get("exit_code") == NeedsForce.exit_code:
@@ -429,7 +429,7 @@ def rejoin(directory: Path, as_json: bool, discard: Any, dry_run: bool) -> None:
 def _tell_start(told: dict[str, Any]) -> None:
     """A side that no supervisor runs was stopped, and is started by whoever started it."""
     if told["start"] is not None:
-        console.print(f"Now start it: {told['start']}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Now start it: {told['start']}", soft_wrap=True, highlight=False)
 
 
 @main.command()
@@ -528,7 +528,7 @@ def _side_to_run(config: Path, role: Role) -> tuple[NodeSettings, Role]:
         settings = load_config(config, process)
         stderr.print(
             f"Side {settings.side} was started as {role} and runs as {process}: that is what it is by its metadata.",
-            markup=False, highlight=False, soft_wrap=True,
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
     if process == "primary" and DiskBuffer.exists(settings.buffer.directory):
         remove_buffer(settings.buffer.directory)  # of the time before its promotion, which is complete

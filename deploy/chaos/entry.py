@@ -55,7 +55,7 @@ def chaos(
     """
     if hosts != "local":
         require_root(hint=SUDO_OR_LOCAL)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     seed = secrets.randbits(31) if seed is None else seed
     home = Path(tempfile.mkdtemp(prefix="tdc-")) if directory is None else directory
     home.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def chaos(
     if report is not None:
         report.write_text(json.dumps(tally.report(), indent=2) + "\n")
     if tally.failure or tally.two_writers:
-        console.print(f"Seed {seed}; kept in {home}: {tally.failure}", style="red", markup=False, soft_wrap=True)
+        console.print(f"Seed {seed}; kept in {home}: {tally.failure}", style="red", soft_wrap=True)
         sys.exit(LOST if tally.lost or tally.two_writers else 1)
     if directory is None:
         shutil.rmtree(home, ignore_errors=True)

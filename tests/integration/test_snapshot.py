@@ -104,6 +104,10 @@ def test_a_target_that_fills_up(pair: Pair, short_dir: Path) -> None:
         assert "cannot be written: No space left on device" in error["sentence"]
         assert "as much room" in error["hint"]
         assert names(small) == []
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        done = tandemdisk("snapshot", "--dir", pair.directory.path, "--output", small / "image.raw", "--json")
+        assert done.returncode == 3
+        assert "cannot be created: Read-only file system" in json.loads(done.stdout)["error"]["sentence"]
 
 
 def test_an_interrupted_snapshot_leaves_nothing(pair: Pair, short_dir: Path) -> None:

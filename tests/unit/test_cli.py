@@ -296,6 +296,15 @@ def test_what_create_writes(short_dir: Path) -> None:
     assert not (short_dir / "p").exists()
 
 
+@pytest.mark.parametrize("name", ["[red]", "a[/b]", ":x:", "[old]"])
+def test_a_path_is_told_as_it_is(short_dir: Path, name: str) -> None:
+    """No part of it is a style or a picture."""
+    told = run("keygen", "--dir", short_dir / name, "--name", "k")
+    assert str(short_dir / name / "k.key_secret") in told.stdout
+    told = run("status", "--dir", short_dir / name)
+    assert f"There is no pair in {short_dir / name}." in told.stderr
+
+
 def test_keygen(short_dir: Path) -> None:
     result = run("keygen", "--dir", short_dir, "--name", "east")
     assert result.exit_code == 0
