@@ -33,7 +33,7 @@ from common.disk import HOLE, ZERO, Disk, hash_of_zeroes
 from common.errors import TandemDiskError, TimedOut
 from common.flusher import Flusher
 from common.generation import History
-from common.wire import QUESTION
+from common.wire import QUESTION, Extent
 from secondary.backup import BackupError, PairBackup
 from secondary.header import Failure, PairHeader
 from secondary.session import (
@@ -170,8 +170,9 @@ class Applier:
 
     def _do(self, work: Work) -> None:
         if isinstance(work, Apply):
-            self._header.begin_batch(work.sequence, self._copy(work, wait=False))
-            self._write(work)
+            extents = self._effective(work.extents)
+            self._header.begin_batch(work.sequence, self._copy(extents, wait=False))
+            self._write(work, extents)
             self._applied(work)
         elif self._void and not isinstance(work, Grow):
             self.session.applied(work.sequence)
@@ -212,8 +213,9 @@ class Applier:
         started = time.perf_counter()
         match work:
             case Apply():
-                self._header.begin_batch(work.sequence, self._copy(work, wait=True))
-                self._write(work)
+                extents = self._effective(work.extents)
+                self._header.begin_batch(work.sequence, self._copy(extents, wait=True))
+                self._write(work, extents)
                 return None
             case Checkpoint():
                 self._check_disk()
@@ -307,32 +309,43 @@ class Applier:
 
     # Batches
 
-    def _copy(self, work: Apply, *, wait: bool) -> int:
+    def _effective(self, extents: list[Extent]) -> list[Extent]:
+        """Those of a batch that change anything. A hole that is discarded or zeroed once more takes no room in the
+        hidden disk: else a client that discards a whole thin disk (mkfs) would wait for checkpoint after checkpoint.
+        """
+        if not extents or any(extent[4] == WRITE for extent in extents):
+            return extents
+        return [extent for extent in extents if extent[5] & NO_HOLE or not self._is_hole(*extent[:2], extent[3])]
+
+    def _is_hole(self, offset: int, length: int, volume: int) -> bool:
+        return self._disks[volume].extents(offset, length)[0] == (length, HOLE | ZERO)
+
+    def _copy(self, extents: list[Extent], *, wait: bool) -> int:
         """Copy-before-write for all extents of the batch. How many blocks were copied."""
         copied = 0
         jobs = self._jobs
         if len(jobs) == 1:
-            parts = [(jobs[0], work.extents)]
+            parts = [(jobs[0], extents)]
         else:
-            volumes = {extent[3] for extent in work.extents}
-            parts = [(jobs[index], [extent for extent in work.extents if extent[3] == index]) for index in volumes]
-        for job, extents in parts:
-            lengths = [extent[1] for extent in extents]
+            volumes = {extent[3] for extent in extents}
+            parts = [(jobs[index], [extent for extent in extents if extent[3] == index]) for index in volumes]
+        for job, some in parts:
+            lengths = [extent[1] for extent in some]
             if not lengths:
                 continue
             if wait:
-                copied += job.do_cow([extent[0] for extent in extents], lengths)
+                copied += job.do_cow([extent[0] for extent in some], lengths)
             elif sum(lengths) > INLINE_BYTES:
                 raise BlockingIOError(errno.EAGAIN, "more than is done without a thread")
             else:
-                copied += job.do_cow_nowait([extent[0] for extent in extents], lengths)
+                copied += job.do_cow_nowait([extent[0] for extent in some], lengths)
         return copied
 
-    def _write(self, work: Apply) -> None:
+    def _write(self, work: Apply, extents: list[Extent]) -> None:
         payload = work.batch.payload
         disks = self._disks
         total = 0
-        for offset, length, position, volume, kind, flags, _ in work.extents:
+        for offset, length, position, volume, kind, flags, _ in extents:
             total += length
             if kind == WRITE:
                 disks[volume].write(offset, payload[position : position + length])
@@ -348,7 +361,7 @@ class Applier:
         for question in np.frombuffer(questions, dtype=QUESTION):
             offset, length = int(question["offset"]), int(question["length"])
             disk = self._disks[int(question["volume"])]
-            if disk.extents(offset, length)[0] == (length, HOLE | ZERO):
+            if self._is_hole(offset, length, int(question["volume"])):
                 found = hash_of_zeroes(length)
             else:
                 contents = memoryview(bytearray(length))

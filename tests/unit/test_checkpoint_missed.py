@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common import wire
-from common.batch import ZERO
+from common.batch import DISCARD, NO_HOLE, ZERO
 from common.disk import DiskLayer, Kind
 from common.failures import Failure
 from common.generation import Generation, History, Standing
@@ -125,7 +125,7 @@ class Watched(DiskLayer):
     late = False
 
     def before(self, kind: Kind, offset: int, length: int) -> None:
-        if length > INLINE_BYTES and threading.current_thread() is threading.main_thread():
+        if kind != "extents" and length > INLINE_BYTES and threading.current_thread() is threading.main_thread():
             self.late = True
 
 
@@ -204,5 +204,32 @@ def test_large_zeroes_do_not_hold_the_loop_up(tmp_path: Path, length: int, in_th
         with attach(made.settings.directory) as view:
             assert view.volumes["disk0"].read(0, 16 << 20) == before[: 16 << 20]
         assert Path(made.paths[0]).read_bytes()[:length] == bytes(length)
+
+    with_applier(tmp_path / "rig", scene)
+
+
+@pytest.mark.parametrize("kind", [DISCARD, ZERO])
+def test_what_is_a_hole_already_takes_no_room_when_it_is_discarded(tmp_path: Path, kind: int) -> None:
+    """A client that discards a whole thin disk would fill the hidden disk again and again with nothing."""
+
+    async def scene(pair: Joined, applier: Applier, made: Rig) -> None:
+        async def changed(first: int, last: int, flags: int = 0) -> int:
+            """Blocks that were copied for a request on blocks ``first`` to ``last``."""
+            before = applier._jobs[0].used_blocks
+            extents = wire.EXTENT_STRUCT.pack(first * 4096, (last - first + 1) * 4096, 0, 0, kind, flags, 0)
+            pair.up([up.Send(frames) for frames in pair.primary.write(extents, b"", 1, 0, "pin", 0.0)])
+            drain(pair, applier)
+            await until(lambda: pair.primary.idle)
+            return applier._jobs[0].used_blocks - before
+
+        assert await changed(0, 99) == 100
+        made.checkpoint()
+        assert await changed(0, 99) == 0
+        assert await changed(10, 20) == 0
+        assert await changed(99, 100) == 2, "in part a hole"
+        assert Path(made.paths[0]).read_bytes()[: 101 * 4096] == bytes(101 * 4096)
+        if kind == ZERO:
+            assert await changed(0, 9, NO_HOLE) == 10, "it is to have room of its own"
+            assert made.disks[0].extents(0, 10 * 4096) == [(10 * 4096, 0)]
 
     with_applier(tmp_path / "rig", scene)
