@@ -236,7 +236,7 @@ class Growth:
         while not done and self._engine.state == "protected" and not self._closing:
             try:
                 await self._alignment.resync_command({})
-                done = True
+                done = not any(self._knowledge.suspects)  # more may have been added while the last of it was confirmed
             except OperationFailed as error:  # a verification is under way, a disk failed, or the secondary was lost
                 log.info("what was added is still to be compared, or sent: %s", error)
                 await asyncio.sleep(COMPARE_AGAIN_S)

@@ -266,9 +266,9 @@ class SimDisk:
         platter = self.platter
         platter.trouble("extents", platter.faults.read)
         found: list[tuple[int, int]] = []
-        versions = platter.versions[offset // SECTOR : (offset + length) // SECTOR]
-        for version in versions.tolist():
-            flags = 0 if version else HOLE_AND_ZERO
+        words = np.frombuffer(platter.contents, np.uint64, length // 8, offset)  # a bit that turned over is no hole
+        for data in np.logical_or.reduce(words.reshape(-1, SECTOR // 8), axis=1).tolist():
+            flags = 0 if data else HOLE_AND_ZERO
             if found and found[-1][1] == flags:
                 found[-1] = (found[-1][0] + SECTOR, flags)
             else:

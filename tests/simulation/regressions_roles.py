@@ -115,6 +115,30 @@ async def a_promoted_side_grows_when_all_is_noted(sim: Simulation) -> None:
 
 
 @scenario(commands=frozenset({"resize", "dirty_growth"}))
+async def more_is_added_while_the_last_of_it_is_confirmed(sim: Simulation) -> None:
+    """Seed 107002758: what the first resize had added was compared, and with the answer to that the second one's was
+    thought to be, too."""
+    await born(sim)
+    assert sim.primary is not None
+    alignment = sim.primary.node.engine.alignment
+    once = alignment.resync_command
+
+    async def slowly(args: dict[str, object]) -> object:
+        told = await once(args)
+        await asyncio.sleep(2.0)
+        return told
+
+    alignment.resync_command = slowly
+    for _ in range(2):
+        for host in (sim.a, sim.b):
+            sim.operator.grow(host, 0, host.platters[0].size + 8 * sim.options.block_size)
+        sim.command(sim.primary, "resize")
+        await sim.pause(1.0)
+    await sim.until(sim.equal, 10, "equal disks after two resizes")
+    await sim.rest()
+
+
+@scenario(commands=frozenset({"resize", "dirty_growth"}))
 async def what_was_added_cannot_be_read_at_first(sim: Simulation) -> None:
     """Seed 1009682: it was found to differ, and the disk failed before it was sent. Nobody sent it any more."""
     await born(sim)

@@ -444,11 +444,14 @@ class Simulation:
         one, other = oracle.versions(self.leading.platters), oracle.versions(self.following.platters)
         different = (one != other) & ~oracle.poisoned
         if self.options.growth:
-            server = self.primary.server if self.primary is not None else None
-            volumes = server.volumes.values() if server is not None else ()
-            served = [int(volume.size) for volume in volumes] or self.world.sizes
-            different &= oracle.inside(served)  # a resize of this side may have failed, and be to come
+            different &= oracle.inside(self.served())
         return not different.any()
+
+    def served(self) -> list[int]:
+        """Sizes of the volumes as the leading side serves them: a resize of it may have failed, and be to come."""
+        server = self.primary.server if self.primary is not None else None
+        volumes = server.volumes.values() if server is not None else ()
+        return [int(volume.size) for volume in volumes] or list(self.world.sizes)
 
     async def _identical(self) -> None:
         """Every byte is the same on both sides. Where a disk failed an operator's resync may have to see to it."""

@@ -309,7 +309,7 @@ class Operator:
         """Sectors of the blocks whose bytes differ, within the volumes."""
         oracle, block = self.world.oracle, self.sim.options.block_size
         mask = np.zeros(oracle.sectors, bool)
-        sizes = [min(both) for both in zip(oracle.noted["a"], oracle.noted["b"], strict=True)]
+        sizes = [min(all_) for all_ in zip(oracle.noted["a"], oracle.noted["b"], self.sim.served(), strict=True)]
         pairs = zip(self.sim.leading.platters, self.sim.following.platters, sizes, oracle.starts, strict=True)
         for one, other, size, first in pairs:
             for offset in range(0, size, block):
