@@ -139,7 +139,10 @@ class DirtyBitmap:
 
     def next_run(self, offset: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first marked range at or after ``offset``, in bytes (offset, length), cut to at most ``limit`` bytes (at
-        least a block); None if there is none. An ``offset`` inside a marked block counts from that block's start."""
+        least a block); None if there is none, as at the end. An ``offset`` inside a marked block counts from that
+        block's start."""
+        if offset >= self.size:
+            return None
         first = self._find(offset // self.block_size, self.blocks, value=True)
         if first is None:
             return None

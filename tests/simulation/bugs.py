@@ -430,8 +430,8 @@ def a_rejoin_forgets_what_was_written_alone(put: Put) -> None:
     put(secondary.node.SecondaryNode, "_own_writes", lambda self: b"")
 
 
-@bug(60, "I1", troubles=frozenset({"cut", "jitter", "slow", "preempt"}), small_pool=4, blocks=(42,), guest=True,
-     loss="continue", steps=120, tempo_s=0.1, failover="", interval_s=0.0, large=False, dense=False,
+@bug(20, "I1", troubles=frozenset({"cut", "jitter"}), small_pool=4, blocks=(42,), guest=True,
+     loss="continue", steps=240, tempo_s=0.1, failover="", interval_s=0.0, large=False, dense=False,
      commands=NONE)  # fmt: skip
 def a_spill_file_without_contents(put: Put) -> None:
     """Old contents that find no room in memory are written nowhere."""

@@ -242,10 +242,11 @@ class Operator:
         sim.command(sim.primary, "verify", told, repair=repair)
 
     def _bad(self) -> set[int]:
-        """Sectors in which a planted bit is wrong on the side that follows, and only there."""
+        """Sectors in which a planted bit is wrong on the side that follows, and only there; in what is served."""
+        inside = self.world.oracle.inside(self.sim.served())
         return {
             sector for sector in self._planted
-            if self._mixed(self.sim.following, sector) and not self._mixed(self.sim.leading, sector)
+            if inside[sector] and self._mixed(self.sim.following, sector) and not self._mixed(self.sim.leading, sector)
         }  # fmt: skip
 
     def _mixed(self, host: Host, sector: int) -> bool:

@@ -82,6 +82,8 @@ def test_runs_are_cut_to_a_limit_and_cover_everything() -> None:
     assert all(length <= 3 * 4096 for _, length in runs)
     assert sum(length for _, length in runs) == bitmap.size == bitmap.dirty_bytes()
     assert bitmap.next_run(5 * 4096 + 17, 1) == (5 * 4096, 4096)
+    assert bitmap.next_run(bitmap.size - 1) == (100 * 4096, 5)
+    assert bitmap.next_run(bitmap.size) is None
 
 
 def test_a_terabyte_is_searched_quickly_and_far_bits_are_found() -> None:

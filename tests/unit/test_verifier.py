@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from common.disk import HOLE, ZERO, DiskLayer, FileDisk
 from common.wire import QUESTION, Frames
 from primary.mirror import Mirror
-from primary.questions import QUESTION_BYTES, Range
+from primary.questions import PIECE, QUESTION_BYTES, Range
 from primary.verifier import Verifier
 from tests.pairs import random_bytes
 
@@ -37,9 +37,10 @@ class Secondary:
 
     config = SimpleNamespace(window_bytes=1 << 20)
 
-    def __init__(self, contents: bytes, lost: set[int]) -> None:
+    def __init__(self, contents: bytes, lost: set[int], *, slow: bool = False) -> None:
         self.session: Any = self
-        self.asked = 0
+        self.asked = self.bytes = 0
+        self._slow = slow
         self._contents = contents
         self._lost = lost
 
@@ -48,11 +49,16 @@ class Secondary:
 
     def verify(self, questions: bytes, token: Any, _now: float) -> list[Frames]:
         self.asked += 1
+        self.bytes += sum(np.frombuffer(questions, dtype=QUESTION)["length"].tolist())
         differing = bytes(
             xxh3_64_intdigest(self._contents[offset : offset + length]) != digest
             for offset, length, _, _, digest in np.frombuffer(questions, dtype=QUESTION).tolist()
         )
-        token.answered(None if self.asked in self._lost else differing)
+        answer = None if self.asked in self._lost else differing
+        if self._slow:
+            asyncio.get_running_loop().call_later(0.02, token.answered, answer)
+        else:
+            token.answered(answer)
         return []
 
     def send(self, _messages: Sequence[Frames]) -> None:
@@ -77,3 +83,23 @@ def test_a_difference_is_found_whichever_answer_is_lost(tmp_path: Path, lost: se
             mirror.close()
 
     assert asyncio.run(verify()) == [(0, 0, BLOCK)]
+
+
+def test_nothing_is_asked_twice_while_answers_are_on_their_way(tmp_path: Path) -> None:
+    """The last piece of a volume whose size is no multiple of one was asked about again and again until its answer
+    came."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random_bytes(1, PIECE + QUESTION_BYTES + 512))
+    secondary = Secondary(path.read_bytes(), set(), slow=True)
+
+    async def verify() -> list[Range]:
+        mirror = Mirror([("v", FileDisk(str(path)))], sync=True, block_size=BLOCK, on_disk_error=lambda *_: None)
+        mirror.carrier = secondary
+        try:
+            async with asyncio.timeout(5):
+                return await Verifier(mirror).run()
+        finally:
+            mirror.close()
+
+    assert asyncio.run(verify()) == []
+    assert secondary.bytes == path.stat().st_size
