@@ -29,7 +29,8 @@ from common.errors import DiskError
 from common.generation import MAX_HISTORY, Generation, History, Standing
 
 MAGIC: Final = b"TDMETADA"
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""Format 1 had no ``committing``; it is read, too."""
 _HEADER: Final = struct.Struct("<8sII")
 _CHECKSUM: Final = struct.Struct("<Q")
 _START: Final = _HEADER.size + _CHECKSUM.size
@@ -67,6 +68,9 @@ class Metadata:
     """(inode, time of the last change in ns) of each disk when the process stopped; the time is 0 while it runs."""
     failover: str = ""
     """On a side that was promoted: the target, ``latest`` or ``checkpoint``; a crash half-way is finished by it."""
+    committing: bool = False
+    """On a side that was promoted to a checkpoint: part of that may be nowhere but in its disk buffer. Without the
+    buffer its disks are a mixture of two times."""
 
     def standing(self, own_blocks: int = 0, own_bytes: int = 0) -> Standing:
         """What this side tells its peer."""
@@ -132,28 +136,32 @@ def parse(data: bytes, path: str) -> Metadata:
     (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
     if len(body) != length or xxh3_64_intdigest(body, xxh3_64_intdigest(data[: _HEADER.size])) != checksum:
         raise DiskError(f"The metadata file {path} is damaged: its checksum is wrong.", hint=hint)
-    if version != FORMAT:
+    if version not in _NEW_FIELDS:
         raise DiskError(f"The metadata file {path} has format {version}, this TandemDisk knows format {FORMAT}.",
                         hint="Run the version that wrote it.")
     try:
-        return _metadata(msgpack.unpackb(body))
+        return _metadata(msgpack.unpackb(body), _NEW_FIELDS[version])
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise DiskError(f"The metadata file {path} does not hold what format {FORMAT} holds: {error}.",
+        raise DiskError(f"The metadata file {path} does not hold what format {version} holds: {error}.",
                         hint=hint) from None
 
 
 _TYPES: Final[dict[str, type]] = {
     "pair_id": str, "side": str, "role": str, "volumes": list, "history": list, "consistent": bool, "clean": bool,
     "syncing": bool, "stream": int, "sequence": int, "checkpoint": int, "base": int, "bases": list,
-    "disks": list, "failover": str,
+    "disks": list, "failover": str, "committing": bool,
 }
+_NEW_FIELDS: Final[dict[int, dict[str, Any]]] = {FORMAT: {}, 1: {"committing": False}}
+"""By format: what it did not have yet, and what that was."""
 assert list(_TYPES) == [field.name for field in dataclasses.fields(Metadata)]
 
 
-def _metadata(fields: Any) -> Metadata:
-    """ValueError, TypeError or KeyError for a body that no version of format 1 wrote."""
-    if type(fields) is not dict or set(fields) != set(_TYPES):
+def _metadata(fields: Any, new: dict[str, Any]) -> Metadata:
+    """``new``: fields that the format of the file does not have. ValueError, TypeError or KeyError for a body that no
+    version wrote in it."""
+    if type(fields) is not dict or set(fields) != set(_TYPES) - set(new):
         raise ValueError("other fields")
+    fields = {**fields, **new}
     for name, kind in _TYPES.items():
         if type(fields[name]) is not kind:
             raise TypeError(f"{name} is of another type")

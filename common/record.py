@@ -181,6 +181,17 @@ def check_leading_disks(settings: NodeSettings, metadata: Metadata) -> None:
             )
 
 
+def refuse_mixture(settings: NodeSettings, metadata: Metadata) -> None:
+    """For a start without the disk buffer of the side's promotion. NeedsForce if the commit was not complete."""
+    if metadata.committing:
+        raise NeedsForce(
+            f"Side {settings.side} had not completed its failover to checkpoint {metadata.checkpoint} when its host "
+            "went down: the rest of that was in memory, and its disks are a mixture of two times.",
+            hint=f"Let the other side lead again (`tandemdisk rejoin --discard {settings.side}`); or, if there is "
+            "nothing better, lead with the mixture (`tandemdisk accept-disk`).",
+        )
+
+
 def _changes(settings: NodeSettings, metadata: Metadata) -> Iterator[tuple[str, str, bool]]:
     """(disk, what is the matter with it, whether that is certain)"""
     now = fingerprints(settings, running=False) if metadata.disks else ()

@@ -355,6 +355,8 @@ class Pair:
                 hint=f"Give the command there: `tandemdisk rejoin --dir DIR{f' --discard {discard}' * bool(discard)}`.",
             )
         self._stop_one(loser)
+        if loser == judgement.mixed and winner in sides:
+            self._stop_one(winner)  # it fenced itself when the loser took over
         with as_owner(sides[loser]), at_rest(sides[loser]):
             if sides[loser].keep_diverged:
                 report["saved"] = save_diverged(sides[loser])

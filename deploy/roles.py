@@ -37,6 +37,8 @@ class Judgement:
     loser: Role | None
     split_brain: bool
     standings: Mapping[Role, Standing]
+    mixed: Role | None = None
+    """The side, if it is here, whose commit was interrupted by a loss of the disk buffer: see ``mixed_disks``."""
 
     @property
     def leader(self) -> Role | None:
@@ -77,6 +79,11 @@ def unfinished_promotion(settings: NodeSettings, metadata: Metadata) -> bool:
         header.close()
 
 
+def mixed_disks(settings: NodeSettings, metadata: Metadata) -> bool:
+    """True if this promoted side had a commit to complete, and the disk buffer with the rest of that is gone."""
+    return metadata.committing and not unfinished_promotion(settings, metadata)
+
+
 def judge(
     sides: Mapping[Role, NodeSettings],
     told: Mapping[Role, Standing] | None = None,
@@ -86,25 +93,41 @@ def judge(
     that never ran, there is nothing to decide. ``live``: the bytes that each of the sides here alone wrote, of those
     whose processes answer: closer than what files say."""
     standings: dict[Role, Standing] = {**(told or {})}
+    mixed: Role | None = None
     for role, settings in sides.items():
         standing = remembered_standing(settings)
         if standing is not None:
             size = (live or {}).get(role, standing.own_bytes)
             blocks = -(-size // settings.buffer.block_size)
             standings[role] = standing._replace(own_blocks=blocks, own_bytes=size)
+            metadata = remembered(settings)
+            if metadata is not None and mixed_disks(settings, metadata):
+                mixed = role
     if len(standings) < 2:
-        return Judgement("one side has never run", None, False, standings)
+        return Judgement("one side has never run", None, False, standings, mixed)
     first, second = standings.values()
     decision = decide(first, second)
     loser: Role | None = None
     if isinstance(decision, Rejoin):
         loser = next(role for role, standing in standings.items() if standing.side == decision.side)
-    return Judgement(decision.sentence, loser, isinstance(decision, SplitBrain), standings)
+    return Judgement(decision.sentence, loser, isinstance(decision, SplitBrain), standings, mixed)
 
 
 def choose_loser(judgement: Judgement, discard: Side | None) -> Role:
     """The side that has to rejoin. Raises PeerRefused where an operator has to say it, OperationFailed if there is
     none."""
+    mixed = judgement.mixed
+    if mixed is not None and len(judgement.standings) == 2:
+        side = judgement.standings[mixed].side
+        others = [standing for role, standing in judgement.standings.items() if role != mixed]
+        if discard == side and others[0].role == "primary":
+            return mixed
+        if discard is None or discard == side:
+            raise PeerRefused(
+                f"Side {side} lost its memory in the middle of its failover: its disks are a mixture of two times.",
+                hint=f"If the other side calls itself primary, `tandemdisk rejoin --discard {side}` lets that lead "
+                f"again. With `tandemdisk accept-disk` side {side} leads with the mixture.",
+            )
     if judgement.split_brain:
         if discard is None:
             raise PeerRefused(
@@ -146,7 +169,7 @@ def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -
         DiskBuffer.remove(settings.buffer.directory)
     changed = replace(
         metadata, role="secondary", history=past, failover="", base=0, bases=(), syncing=False, clean=clean,
-        consistent=clean and in_line,
+        consistent=clean and in_line, committing=False,
         stream=metadata.stream if clean else RETURNING, sequence=metadata.sequence if clean else 0,
     )  # fmt: skip
     save(f"{settings.directory}/metadata", changed)
@@ -165,4 +188,4 @@ def accept_disks(settings: NodeSettings) -> None:
             hint="It is compared as a whole when it was replaced; just start it.",
         )
     Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)
-    save(f"{settings.directory}/metadata", replace(metadata, disks=(), clean=False, base=0, bases=()))
+    save(f"{settings.directory}/metadata", replace(metadata, disks=(), clean=False, base=0, bases=(), committing=False))

@@ -21,7 +21,15 @@ from common.keys import stream_keys
 from common.metadata import load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_leading_disks, check_metadata, disks_changed, initial_metadata, random_number
+from common.record import (
+    Record,
+    check_leading_disks,
+    check_metadata,
+    disks_changed,
+    initial_metadata,
+    random_number,
+    refuse_mixture,
+)
 from common.settings import NodeSettings
 from primary.doorman import Doorman
 from primary.engine import Engine
@@ -93,6 +101,7 @@ class PrimaryNode:
                 f"Side {settings.side} of pair {settings.pair_id} is the secondary: its disk follows the other side's.",
                 hint="Start it as secondary, or let it take over with `tandemdisk failover`.",
             )
+        refuse_mixture(settings, metadata)
         check_leading_disks(settings, metadata)
         if reason := disks_changed(settings, metadata):
             log.warning("the whole disk is compared reason=%r", reason)

@@ -117,10 +117,12 @@ class CommitJob:
         disks: Sequence[Disk],
         *,
         prepare: Callable[[], None] | None = None,
+        complete: Callable[[], None] | None = None,
         on_write: Callable[[int, int, int], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """``prepare`` comes before anything is moved, and the commit fails with it. ``on_write(volume, offset,
+        """``prepare`` comes before anything is moved, ``complete`` when everything is durable and before the stage says
+        so; the commit fails with either. ``on_write(volume, offset,
         length)`` comes before a write to a secondary disk, ``progress(done, total)`` in blocks after it.
         """
         self.buffer = buffer
@@ -130,6 +132,7 @@ class CommitJob:
         ]
         self.disks = list(disks)
         self.prepare = prepare
+        self.complete = complete
         self.on_write = on_write
         self.progress = progress
         self.stopping = threading.Event()
@@ -161,6 +164,8 @@ class CommitJob:
             self._settle()
             if not complete:
                 return False
+            if self.complete is not None:
+                self.complete()
         except (OSError, TandemDiskError) as error:
             header.store_state(Stage.FAILOVER_FAILED, header.epoch, syncing=False)
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)

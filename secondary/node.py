@@ -8,7 +8,8 @@ What it finds decides how it starts:
     secondary       there           where it was, to the message (the buffer outlived the process)
     secondary       gone, clean     where it was; the disk is the last checkpoint
     secondary       gone, unclean   the disk is somewhere after what was recorded: a resync has to come first
-    primary         –               promoted: finishes the failover if that was interrupted, then serves the disk
+    primary         there           promoted: finishes the failover if that was interrupted, then serves the disk
+    primary         gone            serves the disk; refuses to if a commit was interrupted: its rest is gone, too
 
 The export process is a child. It is started again whenever it dies, and dies with this process.
 """
@@ -41,7 +42,15 @@ from common.keys import CurveKeys, stream_keys
 from common.metadata import Metadata, load
 from common.port import zmq_context
 from common.process import Lifecycle
-from common.record import Record, check_leading_disks, check_metadata, disks_changed, fingerprints, initial_metadata
+from common.record import (
+    Record,
+    check_leading_disks,
+    check_metadata,
+    disks_changed,
+    fingerprints,
+    initial_metadata,
+    refuse_mixture,
+)
 from common.settings import NodeSettings, VolumeSettings
 from common.wire import pack_ranges
 from secondary.applier import NOWHERE, Applier
@@ -196,6 +205,8 @@ class SecondaryNode:
                         layers.grow(disk)
                 return buffer, True
             buffer.close()
+        if stored is not None:
+            refuse_mixture(settings, stored)
         buffer = DiskBuffer.create(
             settings.buffer, volumes, pair_id=settings.pair_id, timeout_s=settings.request_timeout_s
         )

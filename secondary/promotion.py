@@ -5,7 +5,9 @@
                                                (the promotion)
 
 What is left to do once the promotion is durable is also done after a crash in the middle: ``finish`` finds the stage in
-the header of the disk buffer, and the target in the metadata.
+the header of the disk buffer, and the target in the metadata. A host that goes down takes the buffer with it: so the
+metadata say with the promotion that there is a commit to do, and that it is done before the stage does. In between a
+side without its buffer does not start (``common.record.refuse_mixture``).
 
 A promotion that could not be made durable is taken back: nobody knows what the metadata file says after a write that
 failed, so this side hears no primary before it has been written there again that it follows.
@@ -228,7 +230,7 @@ class Promotion:
             self._record.update(
                 role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
                 checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,
-                bases=((point.stream, point.sequence),) if durable else (),
+                bases=((point.stream, point.sequence),) if durable else (), committing=target == "checkpoint",
             )  # fmt: skip
 
         if target == "checkpoint":
@@ -272,7 +274,9 @@ class Promotion:
             else:
                 await asyncio.to_thread(lambda: failover_latest(self._backup, force=force))
         if header.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED) and self._committing is None:
-            self.commit = CommitJob(self._buffer, self._disks, prepare=self._note_held)
+            self.commit = CommitJob(
+                self._buffer, self._disks, prepare=self._prepare_commit, complete=self._note_complete
+            )
             self._committing = self._loop.create_task(self._run_commit(self.commit), name="commit")
         elif header.stage is Stage.DONE:
             await asyncio.to_thread(self._backup.end_spill)
@@ -294,6 +298,16 @@ class Promotion:
         IntentFile(f"{self._settings.directory}/{INTENT_FILE}", [disk.size for disk in self._disks]).close()
         if target == "checkpoint":
             self._note_held()
+
+    def _prepare_commit(self) -> None:
+        """Durably, before a block is moved."""
+        if not self._record.value.committing:  # promoted by a version that did not note it
+            self._record.update(committing=True)
+        self._note_held()
+
+    def _note_complete(self) -> None:
+        """Durably, when the last block is: this side leads without its buffer, too."""
+        self._record.update(committing=False)
 
     def _note_held(self) -> None:
         """Mark what the buffer holds: the commit writes it. The export process marks in the same file."""

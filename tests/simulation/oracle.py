@@ -79,6 +79,11 @@ class Oracle:
         self.promoted = False
         """The other side has taken over, and its commit is not complete: ``view`` is what its clients see."""
         self.promoted_side = ""
+        self.mixed = ""
+        """A side that lost its memory before its commit was complete: its disk is neither state, and it may not serve
+        before an operator has decided."""
+        self.through = np.zeros(self.sectors, bool)
+        """The guest wrote here during the commit: stable when it asks for that."""
         self.checkpoints: dict[int, tuple[int, Versions, NDArray[np.bool_]]] = {}
         """By number: batches, the disk, and where it is nobody's promise."""
         self.taken: set[int] = set()
@@ -375,6 +380,7 @@ class Oracle:
             self.promotions += 1
             self.promoted = True
             self.promoted_side = side
+            self.through[:] = False
             self.handover = self.versions(secondary).copy(), self.stable(secondary).copy()
         elif stage == Stage.DONE and old_stage == Stage.RUNNING:
             if not self.promoted:  # else it was before its host went down
@@ -459,6 +465,7 @@ class Oracle:
         for number, (kind, offset, length, position, _) in enumerate(operations):
             begin = first + offset // SECTOR
             end = begin + length // SECTOR
+            self.through[begin:end] |= stage != Stage.RUNNING
             if errors and number in errors:
                 self.unsure[begin:end] = True
             elif kind == DISCARD:
@@ -546,11 +553,27 @@ class Oracle:
             self.promoted_side = side
         if self.promoted:
             self.handover = None
-            self.view = self.versions(platters).copy()
+            now = self.versions(platters)
+            interrupted = own is not None and own.failover == "checkpoint" and self.view is not None
+            if interrupted and ((now != self.view) & ~self.unsure & ~self.through).any():
+                self.mixed = side
+            self.view = now.copy()
             self.unsure[:] = False
         else:
             self.view = None
         self.tracked = None
+
+    def serves(self, side: str) -> None:
+        """A process of ``side`` lets clients in."""
+        if side == self.mixed:
+            raise Violation("I3", f"side {side} serves a disk of which a part was to be committed, and is lost")
+
+    def decided(self, *, accepted: bool) -> None:
+        """An operator has: the side whose commit was interrupted leads with what it has, or the other one leads on."""
+        self.mixed = ""
+        if not accepted:
+            self.promoted = False
+            self.view = self.tracked = None
 
 
 def _where(mask: NDArray[np.bool_]) -> str:

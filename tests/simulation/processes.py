@@ -75,6 +75,9 @@ class SimServer:
 
     async def listen(self, _settings: Any) -> None:
         self.listening = True
+        process = PROCESS.get()
+        assert isinstance(process, Running)
+        self.world.guard(self.world.oracle.serves, process.host.side)
 
     def pause_reading(self) -> None:
         self.paused = True

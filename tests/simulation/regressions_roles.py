@@ -7,9 +7,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from common.errors import DiskError, TandemDiskError
+import pytest
+
+from common.errors import DiskError, NeedsForce, PeerRefused, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
-from deploy.roles import remembered
+from deploy.roles import choose_loser, judge, remembered
+from secondary.buffer import DiskBuffer
 from tests.simulation.commands import switchover
 from tests.simulation.host import Host
 from tests.simulation.regressions import (
@@ -371,6 +374,66 @@ async def a_side_is_stopped_while_it_takes_over(sim: Simulation) -> None:
     sim.world.loop.slowness = 0.002
     sim.watched = ["b"]
     await rejoined(sim)
+    await sim.rest()
+
+
+async def fails_in_its_commit(sim: Simulation) -> None:
+    """The side that follows takes over at its checkpoint, and its host loses its power before the disk is that."""
+    taking = sim.following
+    sim.checkpoint()
+    await sim.pause(0.5)
+    await writes(sim, 10)
+    sim.kill(sim.primary, 1000)
+    sim.watched = [taking.side]
+    await sim.pause(0.5)
+    taking.faults.write = 1.0
+    sim.failover("checkpoint", force=True)
+    await sim.until(lambda: sim.world.oracle.promoted, 10, "a failover under way")
+    await sim.pause(0.5)
+    taking.faults.write = 0.0
+    sim.power(taking.side, 0.1)
+    await sim.pause(0.2)
+    sim.supervise()
+    await sim.until(lambda: sim.refused_mixture(taking), 10, "a refusal")
+    sim.start(taking.side)
+    await sim.pause(0.5)
+    expect(sim.refused_mixture(taking), "it is refused once only")
+
+
+@scenario()
+async def the_power_fails_in_the_middle_of_a_commit(sim: Simulation) -> None:
+    """By reading: the rest of what was to be committed was in memory, and the side led with a mixture, without a word.
+    Now an operator decides: the other side leads on, or the mixture is what is left."""
+    await born(sim)
+    for accept in (False, True):
+        await fails_in_its_commit(sim)
+        judgement = judge({"primary": sim.a.settings, "secondary": sim.b.settings})
+        with pytest.raises(PeerRefused, match="mixture"):
+            choose_loser(judgement, None)
+        taking, other = sim.following, sim.leading
+        sim.decide_on_mixture(accept=accept)
+        sim.watched = ["a", "b"] if not accept else [taking.side]
+        sim.restart_at.clear()
+        if not accept:
+            await protected_again(sim)
+            expect(sim.leading is other, "the mixture leads")
+        else:
+            sim.start(taking.side)
+            await sim.until(lambda now=taking: sim.leading is now, 30, "the lead of a mixture")  # type: ignore[misc]
+    await rejoined(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_secondary_process_is_started_on_a_mixture(sim: Simulation) -> None:
+    """Whoever starts it, by itself or with its old role: it makes no new buffer, and serves nobody."""
+    await born(sim)
+    await fails_in_its_commit(sim)
+    process = sim.world.spawn(sim.b, "secondary")
+    await sim.until(lambda: not process.alive, 10, "a refusal")
+    expect(isinstance(process.error, NeedsForce), f"it ended with {process.error!r}")
+    expect(not DiskBuffer.exists(sim.b.settings.buffer.directory), "it made a disk buffer")
+    sim.watched = ["a", "b"]
     await sim.rest()
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import TandemDiskError
-from deploy.roles import choose_loser, give_up, judge, process_role, remembered
+from common.errors import NeedsForce, TandemDiskError
+from deploy.roles import accept_disks, choose_loser, give_up, judge, mixed_disks, process_role, remembered
 from secondary.header import Stage
 from tests.simulation.clients import Clients
 from tests.simulation.host import OTHER, Host
@@ -377,6 +377,30 @@ class Simulation:
         self.counts["rejoins"] += 1
         give_up(loser.settings, winner.history)
 
+    def refused_mixture(self, host: Host) -> bool:
+        """A process of ``host`` has refused to start, because its commit cannot be completed."""
+        own = remembered(host.settings)
+        if own is None or not mixed_disks(host.settings, own):
+            return False
+        ends = [process for process in self.world.ends if process.host is host and process.role != "export"]
+        return ends[-1].ended and isinstance(ends[-1].error, NeedsForce)
+
+    def decide_on_mixture(self, *, accept: bool) -> None:
+        """The operator's word for the side that refused."""
+        world, taking, other = self.world, self.following, self.leading
+        world.trace(f"side {taking.side} holds a mixture, accepted {accept}")
+        self.counts["mixtures"] += 1
+        if accept:
+            accept_disks(taking.settings)
+        else:
+            choose_loser(judge({"primary": self.a.settings, "secondary": self.b.settings}), taking.side)  # type: ignore[arg-type]
+            if (process := other.process("primary") or other.process("secondary")) is not None:
+                world.kill(process)
+            winner = remembered(other.settings)
+            assert winner is not None
+            give_up(taking.settings, winner.history)
+        world.oracle.decided(accepted=accept)
+
     async def _finish_promotion(self) -> None:
         """A side that has taken over completes its commit, and leads."""
         deadline = self.world.loop.now + PATIENCE_S
@@ -388,6 +412,8 @@ class Simulation:
             node: Any = process.node if process is not None else None
             if node is not None and "link" in node.__dict__ and node.buffer.header.stage is Stage.FAILOVER_FAILED:
                 self.failover("checkpoint")
+            if process is None and self.refused_mixture(self.following):
+                self.decide_on_mixture(accept=self.chance.random() < 0.5)
             await self.pause(0.2)
         taking = self.following
         own = remembered(taking.settings)

@@ -398,7 +398,9 @@ class World:
         self.ends.append(process)
         oracle = self.oracle
         if role == "primary" and oracle.promoted and oracle.promoted_side == host.side:
-            oracle.lead(host.side, host.platters)
+            own = oracle.metadata(host.metadata)
+            if not oracle.mixed and own is not None and not own.committing:  # else it has to refuse
+                oracle.lead(host.side, host.platters)
         elif role != "secondary" and oracle.leader == host.side:
             self.guard(oracle.primary_started, host.platters, power_lost=host.off)
         host.off = False

@@ -63,6 +63,26 @@ def test_the_checkpoint_becomes_the_disk(pair: Rig) -> None:
     assert job.run()
 
 
+def test_the_end_of_a_commit_is_noted_when_all_is_on_the_disks_and_before_the_stage_says_so(pair: Rig) -> None:
+    failover_checkpoint(pair.pair)
+    noted: list[Stage] = []
+
+    def complete() -> None:
+        noted.append(pair.buffer.header.stage)
+        for index, oracle in enumerate(pair.oracles):
+            assert Path(pair.paths[index]).read_bytes() == oracle.view
+        if len(noted) == 1:
+            raise OSError(errno.ENOSPC, "no space for the metadata")
+
+    job = CommitJob(pair.buffer, pair.disks, complete=complete)
+    with pytest.raises(OperationFailed, match="no space for the metadata"):
+        job.run()
+    assert pair.buffer.header.stage is Stage.FAILOVER_FAILED
+    assert job.run()
+    assert noted == [Stage.FAILOVER] * 2
+    committed(pair)
+
+
 def test_what_a_commit_writes_is_known_before(pair: Rig) -> None:
     failover_checkpoint(pair.pair)
     announced = [list(held_extents(volume)) for volume in pair.buffer.volumes]

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from common.errors import DiskError
 from common.generation import MAX_HISTORY, Generation, extend
-from common.metadata import MAGIC, Metadata, load, parse, save, serialise
+from common.metadata import FORMAT, MAGIC, Metadata, load, parse, save, serialise
 from common.record import Record
 
 SAMPLE = Metadata(
@@ -54,7 +54,7 @@ def test_every_flipped_byte_and_every_truncation_is_noticed() -> None:
         parse(data + b"\0", "/where/metadata")
 
 
-def sealed(fields: object, version: int = 1) -> bytes:
+def sealed(fields: object, version: int = FORMAT) -> bytes:
     body: bytes = msgpack.packb(fields)
     header = MAGIC + version.to_bytes(4, "little") + len(body).to_bytes(4, "little")
     return header + xxh3_64_intdigest(body, xxh3_64_intdigest(header)).to_bytes(8, "little") + body
@@ -72,10 +72,20 @@ def test_a_well_sealed_body_of_another_shape_is_refused() -> None:
     for fields in bad:
         with pytest.raises(DiskError, match="does not hold"):
             parse(sealed(fields), "p")
-    with pytest.raises(DiskError, match="format 2"):
-        parse(sealed(good, version=2), "p")
+    with pytest.raises(DiskError, match="format 3"):
+        parse(sealed(good, version=3), "p")
     with pytest.raises(DiskError, match="not a metadata file"):
         parse(b"x" * 100, "p")
+
+
+def test_the_format_before_is_read_and_only_as_what_it_was() -> None:
+    fields = msgpack.unpackb(serialise(SAMPLE)[24:])
+    with pytest.raises(DiskError, match="format 1 holds"):
+        parse(sealed(fields, version=1), "p")
+    del fields["committing"]
+    assert parse(sealed(fields, version=1), "p") == SAMPLE
+    with pytest.raises(DiskError, match="format 2 holds"):
+        parse(sealed(fields), "p")
 
 
 FIELDS: dict[str, Any] = msgpack.unpackb(serialise(SAMPLE)[24:])
@@ -94,7 +104,7 @@ MUTANTS = [pytest.param(500, id="short"), pytest.param(100_000, id="long", marks
 
 def sealed_bytes(body: bytes) -> bytes:
     """A file whose checksum is right, whatever its body is."""
-    header = MAGIC + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little")
+    header = MAGIC + FORMAT.to_bytes(4, "little") + len(body).to_bytes(4, "little")
     return header + xxh3_64_intdigest(body, xxh3_64_intdigest(header)).to_bytes(8, "little") + body
 
 
