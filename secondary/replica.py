@@ -6,7 +6,8 @@ its request (the names are QEMU's, so are the rules):
     stage             reads                        writes
     NONE, or syncing  EIO                          EIO: there is no checkpoint to show
     RUNNING           active, hidden, secondary    active disk; a partial block is filled through the view first
-    FAILOVER          the same                     secondary disk, and the block's marks are cleared
+    FAILOVER          the same                     secondary disk, and the block's marks are cleared; of a part of a
+                                                   buffered block in both places, and the marks stay
     FAILOVER_FAILED   the same                     in place wherever the block is buffered, else secondary disk
     DONE              secondary disk               secondary disk; no request: nothing else is going on
 
@@ -422,8 +423,8 @@ class GuestVolume(VolumeView):
     def _write_through(self, operation: Operation, view: memoryview, least: int) -> None:
         """FAILOVER.
 
-        To the secondary disk, then the marks go. Of a partial block that the buffer holds, the rest is committed with
-        it.
+        To the secondary disk, then the marks go. A partial block that the buffer holds stays marked, and is written to
+        there, too: until the commit has moved and flushed the rest of it, the disk may lose that.
         """
         kind, offset, length, _, _ = operation
         shift, mask = self._shift, self._mask
@@ -437,36 +438,40 @@ class GuestVolume(VolumeView):
             whole_end = min((last + 1) << shift, self._size)
             self._write_disk((DISCARD, first << shift, whole_end - (first << shift), 0, 0), view)
         else:
-            if offset & mask:
-                self._commit_part(first, first << shift, offset, least)
+            edges = {first} if offset & mask else set()
             if end & mask and end != self._size:
-                self._commit_part(last, end, (last << shift) + self.buffer.length_of(last), least)
+                edges.add(last)
             self._write_disk(operation, view)
+            for block in edges:
+                start, stop = max(offset, block << shift), min(end, (block + 1) << shift)
+                for where, at, count in self.look_up(start, stop - start, least):
+                    self._put_in_place(where, at, operation, view, start - offset, count)
+                    start += count
+            first, last = first + (first in edges), last - (last in edges)
+            if last < first:
+                return
         clear_marks(self._hidden, first, last)
         clear_marks(self._active, first, last)
 
-    def _commit_part(self, block: int, start: int, end: int, least: int) -> None:
-        """Bytes [start, end) of a block that the buffer holds, to the secondary disk."""
-        for layer in (self._active, self._hidden):
-            entry = layer.entries[block]
-            if entry >= least:
-                at = ((entry & h.EPOCH_MASK) << self._shift) + (start & self._mask)
-                if self.on_write is not None:
-                    self.on_write(start, end - start)
-                self.disk.write(start, layer.contents(at, end - start))
-                return
+    def _put_in_place(
+        self, where: int, at: int, operation: Operation, view: memoryview, done: int, count: int
+    ) -> None:
+        """``count`` bytes of an operation, from its byte ``done`` on, to where the buffer holds them, if it does."""
+        if where != DISK:
+            position = operation[3] + done
+            data = view[position : position + count] if operation[0] == WRITE else memoryview(bytes(count))
+            (self._active if where == TOP else self._hidden).write(at, data)
 
     def _write_in_place(self, operation: Operation, view: memoryview, least: int) -> None:
         """FAILOVER_FAILED: where the block is."""
         kind, offset, length, position, flags = operation
+        done = 0
         for where, at, count in self.look_up(offset, length, least):
             if where == DISK:
-                self._write_disk((kind, offset, count, position, flags), view)
+                self._write_disk((kind, offset + done, count, position + done, flags), view)
             elif kind != DISCARD:
-                data = view[position : position + count] if kind == WRITE else memoryview(bytes(count))
-                (self._active if where == TOP else self._hidden).write(at, data)
-            offset += count
-            position += count
+                self._put_in_place(where, at, operation, view, done, count)
+            done += count
 
     def _flush(self, asked: tuple[int, OSError]) -> int:
         """In a thread; ``asked``: how many had begun, and the last that failed, when it was asked for. One at a time;

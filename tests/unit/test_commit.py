@@ -13,6 +13,7 @@ import pytest
 
 import secondary.commit
 import secondary.replica
+from common.batch import ZERO
 from common.disk import Bytes, CountingDisk, Disk, DiskLayer, Fault, FaultDisk
 from common.errors import NeedsForce, OperationFailed, TandemDiskError
 from secondary.buffer import Layer
@@ -80,6 +81,41 @@ def test_the_end_of_a_commit_is_noted_when_all_is_on_the_disks_and_before_the_st
     assert pair.buffer.header.stage is Stage.FAILOVER_FAILED
     assert job.run()
     assert noted == [Stage.FAILOVER] * 2
+    committed(pair)
+
+
+class Forgetful(DiskLayer):
+    """Its first flush fails, and everything since it was made is gone: what the kernel does with what it cannot
+    write."""
+
+    def __init__(self, lower: Disk, path: str) -> None:
+        super().__init__(lower)
+        self._path = path
+        self._stable: bytes | None = Path(path).read_bytes()
+
+    def flush(self) -> None:
+        if self._stable is None:
+            super().flush()
+            return
+        with open(self._path, "r+b") as file:
+            file.write(self._stable)
+        self._stable = None
+        raise OSError(errno.EIO, "lost")
+
+
+def test_a_flush_that_fails_loses_nothing_beside_a_partial_write_of_the_guest(pair: Rig) -> None:
+    failover_checkpoint(pair.pair)
+    disks: list[Disk] = [Forgetful(disk, path) for disk, path in zip(pair.disks, pair.paths, strict=True)]
+    for volume, data in enumerate((b"guest", b"guests")):
+        offset, _ = next(held_extents(pair.buffer.volumes[volume]))
+        pair.guest_write(offset + 100, data, volume)
+        pair.guests[volume].operate(ZERO, offset + 200, 50)
+        pair.oracles[volume].guest(offset + 200, bytes(50))
+    job = CommitJob(pair.buffer, disks)
+    for _ in disks:
+        with pytest.raises(OperationFailed, match="lost"):
+            job.run()
+    assert job.run()
     committed(pair)
 
 

@@ -246,7 +246,7 @@ def view(pair: Rig) -> bytes:
     return pair.read(0, SIZE)
 
 
-def test_failover_writes_go_to_the_disk_and_take_the_rest_of_their_block_along(pair: Rig) -> None:
+def test_failover_writes_go_to_the_disk_and_partial_ones_into_the_buffer_too(pair: Rig) -> None:
     promote(pair)
     assert pair.buffer.header.stage is Stage.FAILOVER
     assert view(pair) == pair.oracle.view
