@@ -6,34 +6,38 @@ Two targets:
 ``checkpoint``  the guest's view becomes the disk: stage FAILOVER, and the buffer is committed in the background.
 
 Refusals name what would be lost. ``force`` overrides those that an operator can answer for (a primary that is still
-connected; guest writes in the active disk that ``latest`` would drop); it cannot make a state that does not exist:
-there is
-no checkpoint before the first synchronisation ended, and no ``latest`` in the middle of a resync, where the disk is a
-mixture of two times.
+connected; guest writes in the active disk that ``latest`` would drop; a checkpoint of a disk that lost writes in a
+flush that failed); it cannot make a state that does not exist: there is no checkpoint before the first
+synchronisation ended, and no ``latest`` in the middle of a resync, where the disk is a mixture of two times.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from common.errors import ConfigError, NeedsForce, OperationFailed
 from secondary.header import Stage
 
 Target = Literal["latest", "checkpoint"]
 TARGETS: tuple[Target, ...] = ("latest", "checkpoint")
+_SEND_AGAIN: Final = (
+    "Let the primary send them again: wait until `tandemdisk status` says protected. If it cannot, --to checkpoint "
+    "--force takes over with what is left."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What the decision depends on. ``resyncing``: between RESYNC and SYNCED; ``has_checkpoint``: the buffer keeps
-    one."""
+    one; ``lost_writes``: a flush of the disk failed, and the primary has not sent again what that may have lost."""
 
     stage: Stage
     has_checkpoint: bool
     resyncing: bool
     primary_connected: bool
     guest_has_written: bool
+    lost_writes: bool = False
 
 
 def parse_target(value: object) -> Target:
@@ -61,6 +65,17 @@ def decide(target: Target, *, force: bool, situation: Situation) -> None:
         raise OperationFailed(
             "This side holds no checkpoint: the initial synchronisation is not complete.",
             hint="Wait until `tandemdisk status` says protected.",
+        )
+    lost = situation.lost_writes and situation.has_checkpoint
+    if lost and target == "latest":
+        raise OperationFailed(
+            "This side's disk lost writes in a flush that failed: its latest state is not known.", hint=_SEND_AGAIN
+        )
+    if lost and not force:
+        raise NeedsForce(
+            "This side's disk lost writes in a flush that failed: they may be older than the checkpoint, which is not "
+            "what it was then.",
+            hint=_SEND_AGAIN,
         )
     if target == "latest" and (situation.resyncing or not situation.has_checkpoint):
         hint = "Use --to checkpoint." if situation.has_checkpoint else "Wait until `tandemdisk status` says protected."

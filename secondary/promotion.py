@@ -20,7 +20,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from common import wire
@@ -33,7 +32,7 @@ from common.intent import INTENT_FILE, IntentFile, marked_bytes
 from common.record import Record, random_number
 from common.settings import NodeSettings
 from common.wire import Frames
-from secondary.applier import Applier
+from secondary.applier import NOWHERE, Applier
 from secondary.backup import PairBackup
 from secondary.buffer import DiskBuffer
 from secondary.commit import CommitJob, failover_checkpoint, failover_latest, held_extents
@@ -167,7 +166,7 @@ class Promotion:
         position = self._session.position
         situation = Situation(
             header.stage, not header.syncing, position.syncing or not position.exact,
-            self._session.connected and not primary_dead, self._buffer.guest_has_written,
+            self._session.connected and not primary_dead, self._buffer.guest_has_written, header.stream_id == NOWHERE,
         )  # fmt: skip
         decide(target, force=force, situation=situation)
         if header.stage is Stage.RUNNING:
@@ -177,7 +176,7 @@ class Promotion:
             await self._applier.stop()
             durable = await self._make_durable()
             try:
-                self._decide_again(target, situation)
+                self._decide_again(target, force=force)
             except TandemDiskError:
                 self._link.resume()
                 raise
@@ -201,15 +200,15 @@ class Promotion:
         await self._applier.make_durable()
         return self._applier.exact
 
-    def _decide_again(self, target: Target, before: Situation) -> None:
+    def _decide_again(self, target: Target, *, force: bool) -> None:
         """When the first decision fell, the applier may have been at the beginning of a resync, or a flush on its way
-        to fail: no failover to a state that is no more, whoever forces it."""
-        position = self._session.position
-        now = replace(
-            before, stage=self._buffer.header.stage, has_checkpoint=not self._buffer.header.syncing,
-            resyncing=position.syncing or not self._applier.exact,
+        to fail: no failover to a state that is no more, whoever forces it. The rest was decided."""
+        header = self._buffer.header
+        now = Situation(
+            header.stage, not header.syncing, self._session.position.syncing or not self._applier.exact,
+            primary_connected=False, guest_has_written=False, lost_writes=header.stream_id == NOWHERE,
         )  # fmt: skip
-        decide(target, force=True, situation=now)
+        decide(target, force=force, situation=now)
 
     async def _switch(self, target: Target, *, durable: bool, force: bool) -> History:
         """Durably, and at once for everybody who reads and writes here: from now on this side decides. The history with
@@ -224,9 +223,7 @@ class Promotion:
         point = self._session.point()
 
         def note() -> None:
-            if target == "latest" and not self._applier.exact:
-                raise OperationFailed("The secondary disk lost writes: its latest state is not known.",
-                                      hint="Use --to checkpoint.")  # fmt: skip
+            self._decide_again(target, force=force)  # a flush may have failed on its way here
             self._record.update(
                 role="primary", history=history, failover=target, clean=False, syncing=False, consistent=True,
                 checkpoint=self._buffer.header.checkpoint.number, base=past[-1].identity,

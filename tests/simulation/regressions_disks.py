@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from common.errors import OperationFailed
+from common.errors import NeedsForce, OperationFailed
 from primary.resync import ResyncPlan
 from secondary.applier import NOWHERE
 from secondary.header import PairHeader
@@ -85,6 +85,40 @@ async def a_failover_comes_right_behind_a_failed_flush(sim: Simulation) -> None:
         expect(isinstance(answer, Exception), "a disk that lost writes took over")
         sim.world.loop.slowness = 0.002
         await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_to_the_checkpoint_comes_behind_a_failed_flush(sim: Simulation) -> None:
+    """By reading: what was lost may have been written before the checkpoint, whose buffer does not hold it. A flush
+    that failed before, and the one of the failover itself."""
+    await born(sim)
+    for before in (True, False):
+        await protected_again(sim)
+        await writes(sim, 10)
+        sim.checkpoint()
+        await sim.pause(0.5)
+        await writes(sim, 3)
+        sim.world.network.set_cut(True, True)
+        await sim.pause(6.0)
+        sim.b.faults.flush = 1.0
+        if before:
+            assert sim.secondary is not None
+            await sim.secondary.node.applier.make_durable()
+            sim.b.faults.flush = 0.0
+        for _ in range(2):
+            answer = await told(sim, "failover", to="checkpoint", force=False)
+            expect(isinstance(answer, NeedsForce), f"a checkpoint of a disk that lost writes took over: {answer!r}")
+        sim.b.faults.flush = 0.0
+        answer = await told(sim, "failover", to="latest", force=True)
+        expect(isinstance(answer, OperationFailed), f"its latest state took over: {answer!r}")
+        sim.kill(sim.secondary, 1000)  # the next process knows it, too
+        sim.start("b")
+        await sim.pause(0.5)
+        answer = await told(sim, "failover", to="checkpoint", force=False)
+        expect(isinstance(answer, NeedsForce), f"forgotten by a process that came then: {answer!r}")
+        sim.world.network.set_cut(False, False)
+    await protected_again(sim)
     await sim.rest()
 
 
