@@ -173,7 +173,7 @@ def _metadata(fields: Any, new: dict[str, Any]) -> Metadata:
                     for identity, number, side in fields["history"])
     volumes = tuple((_text(name), _number(size)) for name, size in fields["volumes"])
     bases = tuple((_number(stream), _number(sequence)) for stream, sequence in fields["bases"])
-    disks = tuple((_number(inode), _number(changed)) for inode, changed in fields["disks"])
+    disks = tuple((_number(inode), _integer(changed)) for inode, changed in fields["disks"])
     return Metadata(**{**fields, "history": history, "volumes": volumes, "bases": bases, "disks": disks})
 
 
@@ -184,6 +184,13 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if _integer(value) < 0:
+        raise TypeError("a number is of another type")
+    return int(value)
+
+
+def _integer(value: Any) -> int:
+    """A time before 1970 is negative."""
+    if type(value) is not int:
         raise TypeError("a number is of another type")
     return value

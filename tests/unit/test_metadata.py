@@ -39,6 +39,17 @@ def test_round_trip_and_absence(tmp_path: Path) -> None:
     assert SAMPLE.standing(5, 20).own_bytes == 20
 
 
+def test_disks_last_changed_before_1970(tmp_path: Path) -> None:
+    """As file systems and archives have them."""
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.utime(disk, ns=(0, -5))
+    changed = replace(SAMPLE, disks=((disk.stat().st_ino, disk.stat().st_mtime_ns),))
+    assert changed.disks[0][1] == -5
+    save(str(tmp_path / "metadata"), changed)
+    assert load(str(tmp_path / "metadata")) == changed
+
+
 def test_every_flipped_byte_and_every_truncation_is_noticed() -> None:
     data = serialise(SAMPLE)
     for index in range(len(data)):
