@@ -9,9 +9,9 @@ directory:
             (``secondary.spill``)
     map     one 64-bit entry a block of the volume: epoch << 32 | slot; absent unless the epoch is the current one
 
-The map is at the end because it alone grows with the volume: ``allocate`` makes the file longer, ``announce`` puts the
-new size into the header, ``follow`` maps the file anew in each process that wants to know. One that does not (a reader
-that attached before) goes on with the old size, and what it sees of that stays true.
+The map is at the end because it alone grows with the volume: ``allocate`` makes the file longer, ``prepare`` maps that,
+``announce`` puts the new size into the header, ``follow`` maps the file anew in each process that wants to know. One
+that does not (a reader that attached before) goes on with the old size, and what it sees of that stays true.
 
 A block is written in the order contents, owner, map entry (one store), after the bump pointer was advanced: a process
 that dies in between leaks a slot until the next checkpoint and damages nothing. Blocks held are told by ``entry >=
@@ -85,19 +85,22 @@ class Layer:
         self._spill = -1
         self._words = words
         self._bump = bump
-        self.map(geometry)
+        self.use(geometry, self.map(geometry))
 
-    def map(self, geometry: _LayerGeometry) -> None:
-        """Map the file, or map it anew: whoever is at work with the old views goes on with the same memory."""
+    def map(self, geometry: _LayerGeometry) -> mmap.mmap:
+        """The file mapped, or mapped anew, for ``use``. OSError, or DiskError if it is not what the header says."""
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.fstat(fd).st_size < geometry.total:  # more: a crash came between ``allocate`` and ``announce``
                 raise DiskError(f"{self.path} is shorter than the header says.", hint="Remove the buffer and resync.")
             if geometry.spill_slots and self._spill < 0:
                 self._spill = spill.open_file(self.spill_path, geometry.spill_total)
-            mapped = mmap.mmap(fd, geometry.total)
+            return mmap.mmap(fd, geometry.total)
         finally:
             os.close(fd)
+
+    def use(self, geometry: _LayerGeometry, mapped: mmap.mmap) -> None:
+        """What ``map`` gave for it. Whoever is at work with the old views goes on with the same memory."""
         view = memoryview(mapped)
         self.geometry = geometry
         self.pool = view[geometry.pool_at : geometry.pool_at + geometry.slots * geometry.block_size]
@@ -254,6 +257,7 @@ class VolumeBuffer:
         self._directory = directory
         self._slots = geometry.hidden_slots, geometry.active_slots, geometry.spill_slots
         self._following = threading.Lock()
+        self._prepared: tuple[int, mmap.mmap, mmap.mmap] | None = None
         hidden, active = _layers(geometry.size, self.block_size, *self._slots)
         bump = self.base + h.V_HIDDEN_BUMP
         self.hidden = Layer(
@@ -302,16 +306,23 @@ class VolumeBuffer:
                 read(self.size, added)
                 layer.write(position + inside, added)
 
+    def prepare(self, size: int) -> None:
+        """Map what ``allocate`` made: after this ``announce`` cannot fail. OSError."""
+        hidden, active = _layers(size, self.block_size, *self._slots)
+        self._prepared = size, self.hidden.map(hidden), self.active.map(active)
+
     def announce(self, size: int) -> None:
-        """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` first."""
+        """The volume has ``size`` bytes from now on, for every process that looks; ``allocate`` and ``prepare``
+        first."""
         self.header.words[self.base + h.V_SIZE] = h.size_word(size)
         self.follow()
 
     def grow(self, disk: Disk) -> None:
         """To the size of ``disk``, with all that belongs to it; under a request on all blocks, or before there are
-        any. NoSpaceError if there is no room for the maps."""
+        any. NoSpaceError if there is no room for the maps, OSError."""
         self.allocate(disk.size)
         self.complete(disk.size, disk.read_into)
+        self.prepare(disk.size)
         self.announce(disk.size)
 
     def follow(self) -> bool:
@@ -321,8 +332,11 @@ class VolumeBuffer:
             if size == self.size:
                 return False
             hidden, active = _layers(size, self.block_size, *self._slots)
-            self.hidden.map(hidden)
-            self.active.map(active)
+            prepared, self._prepared = self._prepared, None
+            if prepared is None or prepared[0] != size:
+                prepared = size, self.hidden.map(hidden), self.active.map(active)
+            self.hidden.use(hidden, prepared[1])
+            self.active.use(active, prepared[2])
             self.requests.grow(size)
             self.blocks = -(-size // self.block_size)
             self.size = size

@@ -1,12 +1,13 @@
 """How the volumes of a secondary grow: in the stream, or because it came back to a primary that has larger ones.
 
-    1  room        the disks have the bytes; the maps of the disk buffer are allocated; the length of files is synced
+    1  room        the disks have the bytes; the maps of the disk buffer are allocated and mapped; lengths are synced
     2  metadata    durable: from here on this side has the new sizes, whatever happens
     3  header      each process of this side takes the new size over when it next looks
 
-1 is harmless without 2; without 3 the next start does it. All of it happens with no request in flight, so no guest sees
-half of it. The epoch goes on: the last checkpoint stays what it is, and of what is new it shows what was on the disk
-when it was added (copy-before-write holds for that from the first write on).
+1 is harmless without 2. 3 is nothing but stores, which do not fail here; without it the next start does it. All of it
+happens with no request in flight, so no guest sees half of it. The epoch goes on: the last checkpoint stays what it
+is, and of what is new it shows what was on the disk when it was added (copy-before-write holds for that from the
+first write on).
 
 A resize in the stream is durable here before it is at the primary, which sends nothing beyond the old end until it is
 there, too. So of two different sizes, found at a handshake, the larger one is right, and nothing that anybody was told
@@ -108,6 +109,7 @@ class Growth:
                 for volume in volumes:
                     self._disks[volume.index].use(sizes[volume.index])
                     volume.complete(sizes[volume.index], self._disks[volume.index].read_into)
+                    volume.prepare(sizes[volume.index])
                 names = (name for name, _ in self._record.value.volumes)
                 self._record.update(volumes=tuple(zip(names, sizes, strict=True)))
             except BaseException:

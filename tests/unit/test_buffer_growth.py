@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import secondary.buffer
 from common.disk import FileDisk
 from common.errors import NoSpaceError
+from common.metadata import Metadata
+from common.record import Record
+from common.settings import ExportSettings, NodeSettings, ReplicationSettings
 from secondary.attach import attach
 from secondary.buffer import DiskBuffer
+from secondary.growth import Growth
 from secondary.replica import GuestVolume
 from tests.heart import Rig, pattern, rig
 
@@ -96,6 +103,36 @@ def test_a_crash_between_the_files_and_the_header_changes_nothing(tmp_path: Path
         made.reopen()
         assert made.buffer.volumes[0].size == NEW
         made.check()
+
+
+@pytest.mark.parametrize("volume", [0, 1])
+def test_a_file_that_cannot_be_mapped_ends_a_resize_before_it_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, volume: int
+) -> None:
+    """Too many maps or files of one process: what is noted, the header, and each process agree on the old size."""
+    with rig(tmp_path, [OLD, OLD]) as made:
+        for path in made.paths:
+            os.truncate(path, NEW)
+        metadata = Metadata("rig", "b", "secondary", (("disk0", OLD), ("disk1", OLD)))
+        settings = NodeSettings("rig", "b", str(tmp_path), (), ExportSettings(), ReplicationSettings(), made.settings)
+        record = Record(str(tmp_path / "metadata"), metadata)
+        growth = Growth(settings, record, made.buffer, made.disks, made.pair)
+        wanted = [OLD, OLD]
+        wanted[volume] = NEW
+
+        def fails(*_args: object) -> None:
+            raise OSError(errno.ENOMEM, "too many maps")
+
+        monkeypatch.setattr(secondary.buffer, "mmap", SimpleNamespace(mmap=fails))
+        assert growth.resize(wanted, exact=True) == ((OLD, OLD), "side b could not grow its volumes: too many maps")
+        monkeypatch.undo()
+        assert record.value == metadata
+        assert [geometry.size for geometry in made.buffer.header.volumes()] == [OLD, OLD]
+        assert [disk.size for disk in made.disks] == [OLD, OLD]
+        assert growth.resize(wanted, exact=True) == (tuple(wanted), "")
+        assert [size for _, size in record.value.volumes] == wanted
+        assert [geometry.size for geometry in made.buffer.header.volumes()] == wanted
+        record.close()
 
 
 def test_no_memory_for_the_map_is_said_and_changes_nothing(tmp_path: Path) -> None:
