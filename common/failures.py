@@ -4,7 +4,8 @@
 ``counters.failures`` counts every one.
 
     case                        what happens                                              put right by
-    1 primary disk              the client gets the error                                 an operator
+    1 primary disk              the client gets the error; a flush: the side does not     an operator
+                                start as a primary again
     2 forwarding                clients go on; the pair is reconnecting, then alone or    being protected again
                                 blocked, as ``on_peer_loss`` says
     3 backup job                nothing is overwritten; the session ends, the primary     the next checkpoint

@@ -30,7 +30,7 @@ from common.generation import MAX_HISTORY, Generation, History, Standing
 
 MAGIC: Final = b"TDMETADA"
 FORMAT: Final = 2
-"""Format 1 had no ``committing``; it is read, too."""
+"""Format 1 had no ``committing`` and no ``lost_writes``; it is read, too."""
 _HEADER: Final = struct.Struct("<8sII")
 _CHECKSUM: Final = struct.Struct("<Q")
 _START: Final = _HEADER.size + _CHECKSUM.size
@@ -71,6 +71,8 @@ class Metadata:
     committing: bool = False
     """On a side that was promoted to a checkpoint: part of that may be nowhere but in its disk buffer. Without the
     buffer its disks are a mixture of two times."""
+    lost_writes: bool = False
+    """Primary: a flush of its disks failed, and what that lost is nowhere but on its secondary, if there."""
 
     def standing(self, own_blocks: int = 0, own_bytes: int = 0) -> Standing:
         """What this side tells its peer."""
@@ -149,9 +151,9 @@ def parse(data: bytes, path: str) -> Metadata:
 _TYPES: Final[dict[str, type]] = {
     "pair_id": str, "side": str, "role": str, "volumes": list, "history": list, "consistent": bool, "clean": bool,
     "syncing": bool, "stream": int, "sequence": int, "checkpoint": int, "base": int, "bases": list,
-    "disks": list, "failover": str, "committing": bool,
+    "disks": list, "failover": str, "committing": bool, "lost_writes": bool,
 }
-_NEW_FIELDS: Final[dict[int, dict[str, Any]]] = {FORMAT: {}, 1: {"committing": False}}
+_NEW_FIELDS: Final[dict[int, dict[str, Any]]] = {FORMAT: {}, 1: {"committing": False, "lost_writes": False}}
 """By format: what it did not have yet, and what that was."""
 assert list(_TYPES) == [field.name for field in dataclasses.fields(Metadata)]
 

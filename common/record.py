@@ -170,8 +170,16 @@ def disks_changed(settings: NodeSettings, metadata: Metadata) -> str:
 
 
 def check_leading_disks(settings: NodeSettings, metadata: Metadata) -> None:
-    """NeedsForce if a primary has a disk that it did not leave so: an empty one, or an older copy, would overwrite what
-    its secondary has. (Devices are numbered anew when a host starts: that alone says nothing.)"""
+    """NeedsForce if a primary has a disk that it did not leave so: an empty one, or an older copy, or one that lost
+    writes in a flush that failed, would overwrite what its secondary has. (Devices are numbered anew when a host
+    starts: that alone says nothing.)"""
+    if metadata.lost_writes:
+        raise NeedsForce(
+            f"Side {settings.side} led, and a flush of its disk failed: writes may be lost there that the other side "
+            "has.",
+            hint="Let the other side take over and follow it (`tandemdisk failover`, `tandemdisk rejoin`): it compares "
+            "the whole disk then. Or, if this disk is right, say so with `tandemdisk accept-disk`.",
+        )
     for volume, reason, certain in _changes(settings, metadata):
         if certain:
             raise NeedsForce(

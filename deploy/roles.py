@@ -159,7 +159,7 @@ def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -
     metadata = remembered(settings)
     assert metadata is not None
     past = common_past(metadata.history, winner)
-    clean = metadata.clean and past == metadata.history
+    clean = metadata.clean and past == metadata.history and not metadata.lost_writes
     intent = Path(f"{settings.directory}/{INTENT_FILE}")
     if clean:
         intent.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def give_up(settings: NodeSettings, winner: History, *, in_line: bool = False) -
         DiskBuffer.remove(settings.buffer.directory)
     changed = replace(
         metadata, role="secondary", history=past, failover="", base=0, bases=(), syncing=False, clean=clean,
-        consistent=clean and in_line, committing=False,
+        consistent=clean and in_line, committing=False, lost_writes=False,
         stream=metadata.stream if clean else RETURNING, sequence=metadata.sequence if clean else 0,
     )  # fmt: skip
     save(f"{settings.directory}/metadata", changed)
@@ -188,4 +188,6 @@ def accept_disks(settings: NodeSettings) -> None:
             hint="It is compared as a whole when it was replaced; just start it.",
         )
     Path(f"{settings.directory}/{INTENT_FILE}").unlink(missing_ok=True)
-    save(f"{settings.directory}/metadata", replace(metadata, disks=(), clean=False, base=0, bases=(), committing=False))
+    save(f"{settings.directory}/metadata", replace(
+        metadata, disks=(), clean=False, base=0, bases=(), committing=False, lost_writes=False,
+    ))  # fmt: skip

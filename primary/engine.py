@@ -171,7 +171,7 @@ class Engine:
             self._set_state("alone", alone)
         self.link.open()
         if self.mirror.guard is not None:
-            forgetting = self.knowledge.forget_now_and_then(self._protected, self.disk_failed)
+            forgetting = self.knowledge.forget_now_and_then(self._protected)
             self._lifecycle.critical(forgetting, "intents")
         if (interval_s := self.settings.checkpoint_interval_s) > 0:
             self._lifecycle.critical(self.checkpoints.now_and_then(interval_s, self._protected), "checkpoints")
@@ -414,6 +414,13 @@ class Engine:
     def disk_failed(self, what: str, error: OSError) -> None:
         """A failure to tell of: ``what`` was being done to the primary disk."""
         self.failures.add(Failure.PRIMARY_DISK, f"{what} failed: {error.strerror or error}")
+        if what == "flush":
+            self.knowledge.disk_lost_writes()
+
+    async def clear_error(self) -> None:
+        """The last failure was looked after, and so was a disk that lost writes. DiskError if that cannot be noted."""
+        await self.knowledge.trust_disk()
+        self.failures.clear()
 
     def status(self) -> dict[str, Any]:
         """What ``status`` shows of a primary, without its export."""
@@ -443,18 +450,19 @@ class Engine:
         self.link.perform(self.session.close("the primary stops"))
         if clean:
             try:
-                await self._loop.run_in_executor(None, self.mirror.flush_disks)
-            except OSError as error:
-                self.disk_failed("flush", error)
+                await self.mirror.make_durable()
+            except OSError:
                 clean = False
         try:
             if clean and self._lifecycle.failure is None:
                 await self.record.update_async(
                     clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
-                    disks=fingerprints(self.settings, running=False),
+                    disks=fingerprints(self.settings, running=False), lost_writes=self.knowledge.lost_writes,
                 )  # fmt: skip
             elif as_found:  # nobody was served, nothing was sent
                 await self.record.update_async(clean=True, disks=fingerprints(self.settings, running=False))
+            if self.knowledge.lost_writes and not self.record.value.lost_writes:
+                await self.record.update_async(lost_writes=True)
         finally:
             self.link.close()
             self.mirror.close()

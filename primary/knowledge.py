@@ -50,6 +50,9 @@ class Knowledge:
         self.ledger = Ledger([volume.size for volume in mirror.volumes], settings.buffer.block_size)
         self._settings = settings
         self._record = record
+        self.lost_writes = record.value.lost_writes
+        """A flush of the primary disk failed. What it lost the kernel tells once, and not where: until an operator has
+        seen to it no bit is cleared, and no start believes the disk."""
         self._unfinished = make_suspects(mirror)
         """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
         self._replacing = asyncio.Lock()
@@ -155,19 +158,31 @@ class Knowledge:
 
     # Forgetting
 
-    async def forget_now_and_then(self, protected: Callable[[], bool], failed: Callable[[str, OSError], None]) -> None:
+    def disk_lost_writes(self) -> None:
+        """A flush failed; durable soon, if this side's directory is on a disk that works."""
+        self.lost_writes = True
+        if not self._record.value.lost_writes:
+            self._record.update_soon(lost_writes=True)
+
+    async def trust_disk(self) -> None:
+        """An operator has seen to it. DiskError if that cannot be noted."""
+        if self.lost_writes or self._record.value.lost_writes:
+            await self._record.update_async(lost_writes=False)
+        self.lost_writes = False
+
+    async def forget_now_and_then(self, protected: Callable[[], bool]) -> None:
         """While the pair is ``protected``, clear the write-intent bitmap of what the secondary has."""
         guard = self.mirror.guard
         assert guard is not None
         while True:
             await asyncio.sleep(FORGET_INTERVAL_S)
-            if not protected():
+            if not protected() or self.lost_writes:
                 continue
             try:
                 async with self._replacing:
                     await self._forget(guard)
             except OSError as error:
-                failed("flush", error)
+                log.error("the write-intent bitmap is not cleared: %s", error)
 
     async def stop(self) -> None:
         """Let what is being cleared be cleared, and begin nothing more: disks and files are closed next."""
@@ -187,7 +202,7 @@ class Knowledge:
 
         async def promise() -> None:
             # a host that goes down may lose what its secondary has: until it is durable here, too, the bits say where
-            await asyncio.get_running_loop().run_in_executor(None, self.mirror.flush_disks)
+            await self.mirror.make_durable()
             await self._record.update_async(bases=bases, base=base)
 
         try:

@@ -19,8 +19,10 @@ nobody is told it was done.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
@@ -396,10 +398,19 @@ class Mirror:
             self.carrier.send(messages)
         self.flusher.request(pending.flushed)
 
-    def flush_disks(self) -> None:
-        """Make the primary disks durable; blocks, from any thread. OSError if one cannot be."""
-        for volume in self.volumes:
-            volume.disk.flush()
+    async def make_durable(self) -> None:
+        """The primary disks, behind every flush that is asked for: of two at once the kernel tells only one what it
+        lost. OSError if they cannot be, which is told by then."""
+        flushed, codes = asyncio.Event(), list[int]()
+
+        def done(code: int) -> None:
+            codes.append(code)
+            flushed.set()
+
+        self.flusher.request(done)
+        await flushed.wait()
+        if code := codes[0]:
+            raise OSError(code, os.strerror(code))
 
     def close(self) -> None:
         self.close_files()

@@ -143,7 +143,7 @@ class PrimaryNode:
         return {"checkpoint": number, "state": self.engine.state}
 
     async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:
-        self.engine.failures.clear()
+        await self.engine.clear_error()
         return {}
 
     # End

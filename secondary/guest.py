@@ -215,7 +215,7 @@ class GuestProcess:
         return {}
 
     async def _clear_error(self, _args: dict[str, Any]) -> dict[str, Any]:
-        self._leader().failures.clear()
+        await self._leader().clear_error()
         return {}
 
     # Commands

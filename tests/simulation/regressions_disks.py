@@ -12,7 +12,7 @@ from primary.resync import ResyncPlan
 from secondary.applier import NOWHERE
 from secondary.header import PairHeader
 from secondary.session import EndResync
-from tests.simulation.commands import flip, verified
+from tests.simulation.commands import flip, switchover, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
@@ -85,6 +85,63 @@ async def a_failover_comes_right_behind_a_failed_flush(sim: Simulation) -> None:
         expect(isinstance(answer, Exception), "a disk that lost writes took over")
         sim.world.loop.slowness = 0.002
         await protected_again(sim)
+    await sim.rest()
+
+
+async def a_flush_of_the_primary_fails(sim: Simulation) -> None:
+    await protected_again(sim)
+    await writes(sim, 5)
+    sim.leading.faults.flush = 1.0
+    sim.act("flush")
+    assert sim.primary is not None
+    knowledge = sim.primary.node.engine.knowledge
+    await sim.until(lambda: knowledge.lost_writes, 10, "a flush that fails")
+    sim.leading.faults.flush = 0.0
+    await writes(sim, 2)
+    await sim.pause(11.0)  # bits would be cleared
+    await protected_again(sim)
+
+
+@scenario()
+async def the_primary_disk_loses_writes(sim: Simulation) -> None:
+    """By reading: a flush failed, the next one had nothing to complain of, and the stop counted as one of a disk that
+    has everything; after a kill its contents won over those of the secondary, which alone has what was lost."""
+    await born(sim)
+    for manner in ("stop", "kill"):
+        await a_flush_of_the_primary_fails(sim)
+        marked = sim.primary.node.engine.mirror.guard.file.ranges()  # type: ignore[union-attr]
+        expect(marked, "the write-intent bitmap was cleared")
+        sim.watched = []
+        if manner == "stop":
+            operator_stops(sim.primary)
+            await sim.until(lambda: sim.primary is None, 30, "the end of the primary")
+        else:
+            sim.kill(sim.primary, 1000)
+        refused = sim.start("a")
+        await sim.until(lambda now=refused: not now.alive, 10, "a refusal")  # type: ignore[misc]
+        expect(isinstance(refused.error, NeedsForce), f"it ended with {refused.error!r}")
+        sim.watched = ["a", "b"]
+        sim.restart_at.clear()
+    await a_flush_of_the_primary_fails(sim)
+    answer: list[Any] = []
+    sim.command(sim.primary, "clear_error", answer.append)
+    await sim.until(lambda: answer, 10, "an answer to clear_error")
+    sim.kill(sim.primary, 0.1)
+    accepted = sim.counts["disks accepted"]
+    await protected_again(sim)
+    expect(sim.counts["disks accepted"] == accepted == 2, "an operator's word is forgotten")
+    await sim.rest()
+
+
+@scenario()
+async def the_roles_are_swapped_since_the_primary_disk_lost_writes(sim: Simulation) -> None:
+    """As README advises: the side that lost writes follows, and is compared as a whole."""
+    await born(sim)
+    await a_flush_of_the_primary_fails(sim)
+    expect(await switchover(sim), "the roles are not swapped")
+    flip(sim, 7)
+    await protected_again(sim)
+    expect(not (await verified(sim))["differing"], "what was lost stayed lost")
     await sim.rest()
 
 

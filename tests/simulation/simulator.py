@@ -197,7 +197,21 @@ class Simulation:
             due = self.restart_at.setdefault(side, now + self.chance.random())
             if now >= due:
                 del self.restart_at[side]
+                self._accept_what_lost_writes(host)
                 self.start(side)
+
+    def _accept_what_lost_writes(self, host: Host) -> None:
+        """The operator, once a side has refused to lead with such a disk: here it is right."""
+        own = remembered(host.settings)
+        if own is not None and own.lost_writes and own.role == "primary" and isinstance(self._end_of(host), NeedsForce):
+            self.world.trace(f"side {host.side} accepts its disk")
+            self.counts["disks accepted"] += 1
+            accept_disks(host.settings)
+
+    def _end_of(self, host: Host) -> BaseException | None:
+        """What the last process of ``host`` ended with, if it ended by itself."""
+        ends = [process for process in self.world.ends if process.host is host and process.role != "export"]
+        return ends[-1].error if ends and ends[-1].ended else None
 
     # Life
 
@@ -382,8 +396,7 @@ class Simulation:
         own = remembered(host.settings)
         if own is None or not mixed_disks(host.settings, own):
             return False
-        ends = [process for process in self.world.ends if process.host is host and process.role != "export"]
-        return ends[-1].ended and isinstance(ends[-1].error, NeedsForce)
+        return isinstance(self._end_of(host), NeedsForce)
 
     def decide_on_mixture(self, *, accept: bool) -> None:
         """The operator's word for the side that refused."""
