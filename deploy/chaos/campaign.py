@@ -45,7 +45,7 @@ from deploy.hosts import Side
 from deploy.launcher import read_state
 from deploy.layout import SIDES
 from deploy.pair import Pair, PairOptions
-from deploy.roles import judge
+from deploy.roles import judge, remembered
 
 HEARTBEAT_S: Final = 0.1
 PEER_TIMEOUT_S: Final = 0.8
@@ -383,6 +383,7 @@ class PairUnderChaos:
             try:
                 if any(self.pair.status()[role]["pid"] is None for role in SIDES):
                     self.tally.recoveries["restart"] += 1
+                    self._accept_disk()
                     self.pair.up()
                 self.pair.wait_for(
                     lambda now: now["state"] == "protected" or None in (now["primary"]["pid"], now["secondary"]["pid"]),
@@ -394,6 +395,14 @@ class PairUnderChaos:
                 if time.monotonic() > deadline:
                     raise Breach(f"The pair does not recover: {error}") from error
                 self.pause(0.02, 0.05)
+
+    def _accept_disk(self) -> None:
+        """The leader does not start with a disk of which a flush failed; this one lost nothing in that."""
+        leader = self.pair.leader()
+        metadata = remembered(self.pair.settings(leader))
+        if metadata is not None and metadata.lost_writes and self.pair.status()[leader]["pid"] is None:
+            self.pair.accept_disks()
+            self.tally.recoveries["disk accepted"] += 1
 
     def _may_take_over(self, now: dict[str, Any], leader: Role) -> bool:
         follower: Role = "secondary" if leader == "primary" else "primary"
