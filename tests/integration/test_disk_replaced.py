@@ -16,6 +16,8 @@ import pytest
 
 from common.config import make_settings
 from common.errors import DiskError, NeedsForce, PeerRefused
+from common.generation import extend
+from common.metadata import load, save
 from common.nbd_client import NbdClient
 from common.record import check_leading_disks, disks_changed, fingerprints, initial_metadata
 from deploy.layout import PairOptions
@@ -93,6 +95,40 @@ def test_a_primary_refuses_a_disk_that_it_did_not_leave(shm_dir: Path) -> None:
         pair.up()
         settled(pair)
         assert contents(primary_uri(pair)) == old.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["discard", "accept"])
+def test_a_side_whose_commit_ended_with_the_power_waits_for_a_word(shm_dir: Path, way: str) -> None:
+    """Its metadata is as that leaves it, and the memory is gone."""
+    with Pair.create(shm_dir / "p", PairOptions(size=4 * MIB, overrides=QUICK)) as pair:
+        pair.up()
+        with NbdClient(primary_uri(pair)) as client:
+            client.write(0, b"acknowledged")
+        pair.wait_protected()
+        pair.down()
+        path = f"{pair.settings('secondary').directory}/metadata"
+        known = load(path)
+        assert known is not None
+        history = extend(known.history, 77, "b")
+        save(path, replace(known, role="primary", history=history, failover="checkpoint", committing=True, clean=False))
+        with secondary_disk(pair).open("r+b") as disk:
+            disk.write(b"a mixture   ")
+        with pytest.raises(NeedsForce, match="mixture of two times"):
+            pair.up()
+        with pytest.raises(PeerRefused, match="discard b"):
+            pair.rejoin()
+        if way == "discard":
+            assert pair.rejoin(discard="b")["side"] == "b"
+            pair.up()
+        else:
+            assert pair.accept_disks().side == "b"
+            pair.up()
+            assert pair.rejoin()["side"] == "a"
+            pair.up()
+        settled(pair)
+        expected = b"acknowledged" if way == "discard" else b"a mixture   "
+        assert contents(primary_uri(pair) if way == "discard" else guest_uri(pair))[:12] == expected
 
 
 @pytest.mark.slow
