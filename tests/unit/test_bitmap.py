@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import timeit
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import bitmap as bitmap_module
 from common.bitmap import DirtyBitmap
 from common.errors import WireError
 
@@ -73,6 +75,112 @@ def test_behaves_like_a_set_of_blocks(size: int, block_size: int, actions: list[
         assert (offset in bitmap) == (offset // block_size in model.marked)
         assert bitmap.any_in(offset, size - offset) == any(b >= offset // block_size for b in model.marked)
     assert DirtyBitmap.from_bytes(bitmap.to_bytes()) == bitmap
+
+
+CHANGES = ("set", "clear", "many", "all", "none", "union", "grow", "copy", "stored")
+QUESTIONS = ("count", "bool", "run", "any")
+
+
+def change(verb: str, bitmap: DirtyBitmap, model: Model, a: int, b: int) -> DirtyBitmap:
+    """Do it to both; the bitmap to go on with."""
+    size = model.size
+    offset = a % size
+    length = b % (size - offset) + 1
+    if a % 2:  # whole strides of 64 blocks
+        stride = 64 * model.block_size
+        offset = offset // stride * stride
+        length = min(length // stride * stride + stride, size - offset)
+    match verb:
+        case "set":
+            bitmap.set_range(offset, length)
+            model.set_range(offset, length)
+        case "clear":
+            bitmap.clear_range(offset, length)
+            model.clear_range(offset, length)
+        case "many":
+            bitmap.set_ranges(np.array([offset, 0], dtype=np.uint64), np.array([length, 1], dtype=np.uint64))
+            model.set_range(offset, length)
+            model.set_range(0, 1)
+        case "all":
+            bitmap.set_all()
+            model.set_range(0, size)
+        case "none":
+            bitmap.clear_all()
+            model.marked.clear()
+        case "union":
+            other = DirtyBitmap(size, model.block_size)
+            other.set_range(offset, length)
+            bitmap.union(other)
+            model.set_range(offset, length)
+        case "grow":
+            model.size += b % 100 * model.block_size
+            bitmap.grow(model.size)
+        case "copy":
+            twin = bitmap.copy()
+            bitmap.set_all()
+            return twin
+        case "stored":
+            return DirtyBitmap.from_bytes(bitmap.to_bytes())
+    return bitmap
+
+
+def check(question: str, bitmap: DirtyBitmap, model: Model, a: int) -> None:
+    offset = a % model.size
+    later = [(begin, length) for begin, length in model.runs() if begin + length > offset]
+    match question:
+        case "count":
+            assert bitmap.count() == len(model.marked)
+        case "bool":
+            assert bool(bitmap) == bool(model.marked)
+        case "run":
+            block = offset // model.block_size * model.block_size
+            expected = None
+            if later:
+                begin, length = later[0]
+                expected = max(begin, block), begin + length - max(begin, block)
+            assert bitmap.next_run(offset) == expected
+        case "any":
+            assert bitmap.any_in(offset, model.size - offset) == bool(later)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.sampled_from([1, 8]),
+    st.lists(st.tuples(st.sampled_from(CHANGES + QUESTIONS), NUMBERS, NUMBERS), max_size=40),
+)
+def test_answers_between_changes_are_those_of_a_set(
+    blocks: int, block_size: int, actions: list[tuple[str, int, int]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # strides of 64 blocks, so that there are several
+        patch.setattr(bitmap_module, "_STRIDE_SHIFT", 3)
+        patch.setattr(bitmap_module, "_STRIDE", 8)
+        patch.setattr(bitmap_module, "_BLOCK_SHIFT", 6)
+        size = blocks * block_size
+        bitmap, model = DirtyBitmap(size, block_size), Model(size, block_size)
+        for verb, a, b in actions:
+            if verb in QUESTIONS:
+                check(verb, bitmap, model, a)
+            else:
+                bitmap = change(verb, bitmap, model, a, b)
+        for question in QUESTIONS:
+            check(question, bitmap, model, 0)
+        assert list(bitmap.runs()) == model.runs()
+
+
+def test_what_counting_costs_does_not_depend_on_the_size_of_the_disk() -> None:
+    def cost_s(size: int) -> float:
+        bitmap = DirtyBitmap(size, 4096)
+
+        def change_and_ask() -> None:
+            bitmap.set_range(size // 2, 4096)
+            assert bitmap.count() == 1
+            assert bitmap
+            assert bitmap.copy().count() == 1
+
+        return min(timeit.repeat(change_and_ask, number=1, repeat=5))
+
+    assert cost_s(4 << 40) < 200 * cost_s(4 << 30)  # as many times the size would be 1024
 
 
 def test_runs_are_cut_to_a_limit_and_cover_everything() -> None:
