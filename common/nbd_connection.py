@@ -13,7 +13,8 @@ would forbid to reuse a reply buffer, and adds three Python calls to each wake-u
 What bounds memory: nothing is read from a client while replies to it wait for room in its socket, or while too many
 bytes of its reads are with threads. So a connection holds at most one receive buffer, one reply buffer, the reads that
 are with threads, what remembers a bounded number of reads and flushes, and 16 bytes per write in flight. ``Block``
-lists every reason for not reading.
+lists every reason for not reading. Large buffers are few: who stalls inside a large request while others wait is cut
+off.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from common.nbd_transmission import (
     empty_reply,
     errno_reply,
 )
-from common.pieces import Pieces, is_long
-from common.pool import PooledBuffer
+from common.pieces import Pieces, is_long, read_through
+from common.pool import Patience, PooledBuffer
 
 TURNS: Final = 8
 """Times that one wake-up may receive before other connections get their turn."""
@@ -72,8 +73,8 @@ class Connection:
 
     __slots__ = (
         "_blocked", "_buffer", "_deferred", "_filled", "_gone", "_handshake", "_handshake_timer", "_held", "_host",
-        "_in_flight", "_loop", "_out", "_peer", "_recv_into", "_registered", "_scheduled", "_scratched", "_socket",
-        "_start", "_structured", "_transmission", "_view", "_volume", "_working", "_writing", "counters",
+        "_in_flight", "_loop", "_out", "_patience", "_peer", "_recv_into", "_registered", "_scheduled", "_scratched",
+        "_socket", "_start", "_structured", "_transmission", "_view", "_volume", "_working", "_writing", "counters",
     )  # fmt: skip
 
     def __init__(self, host: Host, connection: socket.socket, peer: str, buffer: PooledBuffer) -> None:
@@ -98,6 +99,7 @@ class Connection:
         self._registered = True
         self._working = self._writing = self._scheduled = self._gone = False
         self.counters = Counters()
+        self._patience = Patience(host.pool, self._arrived, partial(self._lose, breach=True))
         self._handshake_timer = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._too_slow)
         self._loop.add_reader(connection, self._readable)
 
@@ -247,15 +249,23 @@ class Connection:
             return
         fresh = self._host.pool.acquire(needed)
         if fresh is None:
-            self._host.pool.wait(self._buffer_came_back)
+            self._host.pool.wait(self._buffer_came_back, needed)
             self._block(Block.STARVED)
             return
         fresh.view[:rest] = buffer.view[start : self._filled]
         self._buffer, self._view, self._start, self._filled = fresh, fresh.view, 0, rest
         buffer.unpin()
+        if needed > self._host.pool.size:
+            self._patience.start()
+        else:
+            self._patience.stop()
 
     def _buffer_came_back(self) -> None:
         self._unblock(Block.STARVED)
+
+    def _arrived(self) -> int | None:
+        """Bytes of writes so far, while nothing but the client itself keeps them from coming."""
+        return self.counters.bytes_written + self._filled - self._start if not self._blocked & ~Block.SENDING else None
 
     # Requests
 
@@ -411,7 +421,7 @@ class Connection:
             self.counters.others += 1
             length = min(length, limits.MAX_PAYLOAD)
             reply = empty_reply(cookie, kind, self._structured)
-            self._in_thread(cookie, length, reply, partial(_warm, volume, offset, length))
+            self._in_thread(cookie, length, reply, partial(read_through, volume, offset, length))
         else:
             assert kind == nbd.NBD_CMD_BLOCK_STATUS
             self.counters.others += 1
@@ -555,6 +565,7 @@ class Connection:
         if reason:
             _log.log(logging.WARNING if breach else logging.INFO, "nbd client %s is cut off: %s", self._peer, reason)
         self._handshake_timer.cancel()
+        self._patience.stop()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
@@ -583,13 +594,3 @@ def _trim(out: list[bytes | memoryview], sent: int) -> None:
     del out[:whole]
     if sent:
         out[0] = memoryview(out[0])[sent:]
-
-
-def _warm(volume: Volume, offset: int, length: int) -> None:
-    """NBD_CMD_CACHE: read the range, so that it is in the page cache of this machine."""
-    scratch = memoryview(bytearray(min(length, limits.MIB)))
-    end = offset + length
-    while offset < end:
-        step = min(len(scratch), end - offset)
-        volume.read_blocking(offset, scratch[:step])
-        offset += step

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from common.batch import WRITE, Operation, Volume, WriteBatch
-from common.limits import ZERO_CHUNK
+from common.limits import MIB, ZERO_CHUNK
 
 Numbered = tuple[int, Operation]
 """An operation, or a piece of one, and its index in the batch."""
@@ -68,6 +68,16 @@ class Pieces:
     def _settle(self) -> None:
         if not self._unfinished and self._following is None:
             self._batch.finish(self._errors or None)
+
+
+def read_through(volume: Volume, offset: int, length: int) -> None:
+    """NBD_CMD_CACHE: read the range, so that it is in the page cache of this machine. From any thread."""
+    scratch = memoryview(bytearray(min(length, MIB)))
+    end = offset + length
+    while offset < end:
+        step = min(len(scratch), end - offset)
+        volume.read_blocking(offset, scratch[:step])
+        offset += step
 
 
 def _cut(operations: Sequence[Operation]) -> Iterator[list[Numbered]]:

@@ -8,12 +8,14 @@ three in a sketch.
 The pool is bounded: ``count`` buffers plus one for each connection that was ``admit``-ted. An idle connection keeps at
 most one buffer, so ``count`` buffers are always left for work in flight, and whoever finds none free can wait for a
 batch to finish: nobody can wait for a buffer that only an idle client could give back. Requests that no pooled buffer
-can hold get one of a few ``large`` ones. All of it belongs to one event loop; nothing here is safe to call from another
-thread.
+can hold get one of a few ``large`` ones. Those are held by clients in the middle of a request, too, so a client that
+stalls there is bounded by a ``Patience`` as soon as others wait. All of it belongs to one event loop; nothing here is
+safe to call from another thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -26,6 +28,10 @@ LARGE_SIZE: Final = limits.MAX_PAYLOAD + SLACK
 LARGE_COUNT: Final = 8
 LARGE_KEPT: Final = 2
 """Free large buffers that are kept; the others go back to the system."""
+PATIENCE_S: Final = 30.0
+"""How long a client may stall inside a large request while others wait; the time that Linux gives a request."""
+PATIENCE_BYTES: Final = limits.MIB
+"""Less than this in ``PATIENCE_S`` is a stall, so that a buffer is held for a quarter of an hour at most."""
 
 
 class PooledBuffer:
@@ -47,6 +53,9 @@ class PooledBuffer:
         self.pins -= 1
         if not self.pins:
             self._pool.release(self)
+        elif self.pins == 1 and len(self.view) > self._pool.size:
+            # a client that waits for another large one can go on in this
+            self._pool.wake(large=True)
         assert self.pins >= 0, "unpinned more often than pinned"
 
 
@@ -61,11 +70,17 @@ class BufferPool:
         self._free: list[PooledBuffer] = []
         self._free_large: list[PooledBuffer] = []
         self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting_large: deque[Callable[[], None]] = deque()
 
     @property
     def used(self) -> int:
         """Buffers of both kinds that somebody has pinned."""
         return self._used + self._large_used
+
+    @property
+    def large_wanted(self) -> bool:
+        """Somebody waits for a large buffer."""
+        return bool(self._waiting_large)
 
     def admit(self) -> None:
         """A connection opens: it may keep one buffer."""
@@ -94,9 +109,10 @@ class BufferPool:
         buffer.pins = 1
         return buffer
 
-    def wait(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once when a buffer came back. It runs inside somebody's ``unpin``: it only schedules."""
-        self._waiting.append(callback)
+    def wait(self, callback: Callable[[], None], needed: int = 0) -> None:
+        """Call ``callback`` once when it is worth while to ``acquire`` a buffer of ``needed`` bytes again. It runs
+        inside somebody's ``unpin``: it only schedules."""
+        (self._waiting if needed <= self.size else self._waiting_large).append(callback)
 
     def release(self, buffer: PooledBuffer) -> None:
         """What the last ``unpin`` does."""
@@ -108,7 +124,48 @@ class BufferPool:
             self._large_used -= 1
             if len(self._free_large) < LARGE_KEPT:
                 self._free_large.append(buffer)
-        if self._waiting:
-            waiting, self._waiting = self._waiting, deque()
-            for callback in waiting:
-                callback()
+        self.wake(large=len(buffer.view) > self.size)
+
+    def wake(self, *, large: bool) -> None:
+        """Call those that wait for a buffer of this kind."""
+        waiting = self._waiting_large if large else self._waiting
+        while waiting:
+            waiting.popleft()()
+
+
+class Patience:
+    """How long a client that is in the middle of a large request may let others wait for its buffer.
+
+    ``arrived`` tells the bytes that have come from it so far, or None while it is not the client that holds things up;
+    ``lose`` cuts it off.
+    """
+
+    __slots__ = ("_arrived", "_loop", "_lose", "_pool", "_seen", "_timer")
+
+    def __init__(self, pool: BufferPool, arrived: Callable[[], int | None], lose: Callable[[str], None]) -> None:
+        self._pool = pool
+        self._arrived = arrived
+        self._lose = lose
+        self._seen: int | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """The client has a large buffer now."""
+        if self._timer is None:
+            self._seen = self._arrived()
+            self._timer = self._loop.call_later(PATIENCE_S, self._look)
+
+    def stop(self) -> None:
+        """It has none any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        before = self._seen
+        self.start()
+        stalls = before is not None and self._seen is not None and self._seen - before < PATIENCE_BYTES
+        if stalls and self._pool.large_wanted:
+            self._lose(f"it stalled for {PATIENCE_S:g} s inside a large request while others wait for its buffer")
