@@ -264,7 +264,7 @@ def _bring_up(pair: Pair, options: PairOptions, *, detach: bool) -> None:
             console.print(f"The primary stays down: {children['primary']['reason']}", style="yellow", soft_wrap=True)
         elif "primary" in children:
             console.print("The old primary stays down: the secondary leads since a failover.", style="yellow")
-        console.print(where_to_connect(pair.status(), str(pair.directory.path)))
+        console.print(where_to_connect(pair.status(), str(pair.directory.path)), crop=False)
     except TandemDiskError:
         if set(told["started"]) == set(children):  # all ours: nobody uses it yet
             pair.down()
@@ -287,7 +287,7 @@ def status(directory: Path, as_json: bool, watch: bool, clear_error: bool) -> No
         if as_json:
             click.echo(json.dumps(now, indent=2))
         else:
-            console.print(status_view(now))
+            console.print(status_view(now), crop=False)
         return
     tick = threading.Event()
     try:
@@ -295,9 +295,9 @@ def status(directory: Path, as_json: bool, watch: bool, clear_error: bool) -> No
             while True:
                 click.echo(json.dumps(pair.status()))
                 tick.wait(1.0)
-        with Live(status_view(pair.status()), console=console, auto_refresh=False) as live:
+        with Live(status_view(pair.status(), live=True), console=console, auto_refresh=False) as live:
             while not tick.wait(1.0):
-                live.update(status_view(pair.status()), refresh=True)
+                live.update(status_view(pair.status(), live=True), refresh=True)
     except KeyboardInterrupt:
         return
 

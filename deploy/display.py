@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -28,8 +30,9 @@ BAD: Final = frozenset(
 )
 
 
-def status_view(status: dict[str, Any]) -> RenderableType:
-    """The whole status of a pair, for people."""
+def status_view(status: dict[str, Any], *, live: bool = False) -> RenderableType:
+    """The whole status of a pair, for people. To be printed with ``crop=False``; a ``live`` display cannot go beyond
+    the terminal's edge, and shows where it cuts."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("state", _state(status["state"]), "mode", str(status["mode"]))
     facts.add_row("checkpoint", _or_dash(status["checkpoint"]), "generation", _or_dash(status["generation"]))
@@ -42,7 +45,10 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     if packed := status.get("compression"):
         sizes = f"{format_size(packed['original_bytes'])} as {format_size(packed['wire_bytes'])}"
         facts.add_row("compression", f"{packed['ratio']:.2f} : 1, {sizes}")
-    parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), _volumes(status)]
+    where = _volumes(status)
+    if live:
+        where.overflow = "ellipsis"
+    parts: list[RenderableType] = [facts, Text(), _sides(status), Text(), where]
     for side in ("primary", "secondary"):
         error = status[side].get("error")
         if error:
@@ -70,22 +76,31 @@ def _sides(status: dict[str, Any]) -> Table:
     return table
 
 
-def _volumes(status: dict[str, Any]) -> Table:
+def _volumes(status: dict[str, Any]) -> Text:
     """By the roles that the sides have now, not those that they were started in."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("volume")
-    table.add_column("size", justify="right")
-    table.add_column("where to connect", overflow="fold")
+    bold = partial(Text, style="bold")
+    rows = [(bold("volume"), bold("size"), bold("where to connect"))]
     for volume in status["volumes"]:
-        size = format_size(volume["size"]) if volume["size"] else "-"
-        for number, side in enumerate(SIDES):
+        name, size = str(volume["name"]), format_size(volume["size"]) if volume["size"] else "-"
+        for side in SIDES:
             role = status[side].get("role") or side
-            uri = volume[f"{side}_uri"]
-            first = number == 0
-            table.add_row(
-                volume["name"] if first else "", size if first else "", f"{role:9}  {uri or '-'}"
-            )
-    return table
+            rows.append((Text(name), Text(size), Text(f"{role:9}  {volume[f'{side}_uri'] or '-'}")))
+            name = size = ""
+    return _aligned(rows, right=1)
+
+
+def _aligned(rows: Sequence[Sequence[Text]], right: int = -1) -> Text:
+    """Columns, of which the last is never folded, however narrow the terminal: a URI that was would be broken when it
+    is copied. To be printed with ``crop=False``. ``right`` is the column that is justified to the right."""
+    widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        for number, cell in enumerate(row[:-1]):
+            cell.align("right" if number == right else "left", widths[number])
+        lines.append(Text("  ").join(row))
+    told = Text("\n").join(lines)
+    told.no_wrap, told.overflow = True, "ignore"
+    return told
 
 
 def _state(state: object) -> Text:
@@ -142,23 +157,24 @@ def watch_resync(pair: Pair, console: Console) -> None:
 
 
 def where_to_connect(status: dict[str, Any], directory: str) -> RenderableType:
-    """What to do with a pair that has just come up, as far as its sides are here."""
-    table = Table.grid(padding=(0, 2))
+    """What to do with a pair that has just come up, as far as its sides are here. To be printed with ``crop=False``."""
     lead, follow = ("secondary", "primary") if status["secondary"].get("role") == "primary" else SIDES
     here = [side for side in SIDES if status[side].get("state") != "elsewhere"]
+    rows = []
     for volume in status["volumes"]:
-        name = volume["name"]
+        name = str(volume["name"])
         for side, what, style in ((lead, "write here", "bold green"), (follow, "guest's view", "cyan")):
             if side in here:
-                table.add_row(name, what, Text(str(volume[f"{side}_uri"]), style=style, overflow="fold"))
+                rows.append((Text(name), Text(what), Text(str(volume[f"{side}_uri"]), style=style)))
                 name = ""
-    commands = Table.grid(padding=(0, 2))
-    for command, what, side in (
-        ("checkpoint", "the secondary's guest sees what the primary has now", lead),
-        ("status", "what is going on", here[0]),
-        ("failover", "when the primary is dead: the secondary takes over", follow),
-        ("down", "stop everything", here[0]),
-    ):
-        if side in here:
-            commands.add_row(Text(f"tandemdisk {command} --dir {directory}", style="bold"), what)
-    return Group(table, Text(), commands)
+    commands = [
+        (Text(f"tandemdisk {command} --dir {directory}", style="bold"), Text(what))
+        for command, what, side in (
+            ("checkpoint", "the secondary's guest sees what the primary has now", lead),
+            ("status", "what is going on", here[0]),
+            ("failover", "when the primary is dead: the secondary takes over", follow),
+            ("down", "stop everything", here[0]),
+        )
+        if side in here
+    ]
+    return Group(_aligned(rows), Text(), _aligned(commands))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from common.settings import BufferSettings, ExportSettings, NodeSettings, ReplicationSettings, VolumeSettings
+from deploy import cli
 from deploy.display import status_view, where_to_connect
 from deploy.overview import merge
+from deploy.pair import Pair
 
 
 def side(role: str, state: str, uri: str, pid: int | None = 7) -> dict[str, Any]:
@@ -65,3 +69,27 @@ def test_what_a_verification_marked_is_said() -> None:
     assert not any("marked" in line for line in shown(status_view(pair(lead, follow))))
     lead["volumes"][0]["dirty_bytes"] = 8192
     assert "marked 8 KiB differ, for the next resync" in shown(status_view(pair(lead, follow)))
+
+
+def test_a_uri_and_a_command_are_in_one_line_however_narrow_the_terminal() -> None:
+    long = "nbd+unix:///disk0?socket=/" + "a-directory-of-some-length/" * 6 + "nbd.sock"
+    status = pair(side("primary", "protected", long), side("secondary", "RUNNING", "B" + long))
+    for view in (status_view(status), where_to_connect(status, "/" + "d" * 100)):
+        out = StringIO()
+        Console(file=out, width=40).print(view, crop=False)
+        lines = [line.split() for line in out.getvalue().splitlines()]
+        assert [line[-1] for line in lines if line and "socket=" in line[-1]] == [long, "B" + long]
+    assert "--dir /" + "d" * 100 + " " in out.getvalue()
+
+
+@pytest.mark.parametrize("command", ["status", "up"])
+def test_the_commands_print_uris_whole(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = "nbd+unix:///disk0?socket=/" + "a-directory-of-some-length/" * 6 + "nbd.sock"
+    status = pair(side("primary", "protected", long), side("secondary", "RUNNING", "B" + long))
+    monkeypatch.setattr(Pair, "status", lambda self: status)
+    monkeypatch.setattr(Pair, "create_or_resume", lambda self, options, detach: {"children": {}, "started": []})
+    out = StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=out, width=40))
+    result = CliRunner().invoke(cli.main, [command, "--dir", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert {long, "B" + long} <= set(out.getvalue().split())
