@@ -28,6 +28,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from typing import Any, Final
 from common.arguments import flag_of
 from common.child import Child, exit_reason
 from common.control import ControlClient, ControlServer
-from common.errors import AddressInUse, ConfigError, NeedsForce, OperationFailed, TandemDiskError
+from common.errors import AddressInUse, ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError
 from common.process import Lifecycle, fields, live
 from common.settings import NodeSettings, Role
 from deploy.layout import ROLES, PairDirectory
@@ -44,6 +45,8 @@ from deploy.roles import judge, process_role
 from secondary.buffer import DiskBuffer
 
 STOP_TIMEOUT_S: Final = 60.0
+STARTING_S: Final = 10.0
+"""How long a command waits for the socket of a supervisor that another one starts; it takes a third of a second."""
 """For a process to end by itself: the final checkpoint and flushing what is in flight included."""
 STATUS_TIMEOUT_S: Final = 5.0
 
@@ -386,6 +389,41 @@ def locked(directory: PairDirectory) -> Iterator[None]:
                 f"Another supervisor is at work in {directory.path}.", hint="`tandemdisk status` shows it."
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def starting(directory: PairDirectory) -> Iterator[None]:
+    """A supervisor is about to be there: who stops the pair waits for it."""
+    # a description of its own: the supervisor inherits the one that it logs to
+    with open(directory.supervisor_log, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def stop_supervisor(directory: PairDirectory, *, purge: bool) -> dict[str, Any]:
+    """Tell the supervisor to stop, also one that another command is just starting. NotRunning if there is none."""
+    client = ControlClient(directory.supervisor_control, 4 * STOP_TIMEOUT_S)
+    deadline = time.monotonic() + STARTING_S
+    while True:
+        to_come = _is_starting(directory)
+        try:
+            return client.call("stop", purge=purge)
+        except NotRunning:
+            if not to_come or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _is_starting(directory: PairDirectory) -> bool:
+    """Whether somebody is in the middle of starting a supervisor, which has no socket at first."""
+    try:
+        with open(directory.supervisor_log, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from common.failures import Failure
 from common.settings import NodeSettings, Role
 from deploy.diverged import check_room, save_diverged
 from deploy.hosts import Side
-from deploy.launcher import STOP_TIMEOUT_S, locked, read_state, release_buffer, remove_buffer
+from deploy.launcher import STOP_TIMEOUT_S, locked, read_state, release_buffer, remove_buffer, starting, stop_supervisor
 from deploy.layout import SIDES, PairDirectory, PairOptions
 from deploy.overview import merge
 from deploy.peer import (
@@ -118,15 +118,16 @@ class Pair:
         client = ControlClient(self.directory.supervisor_control, START_TIMEOUT_S)
         with contextlib.suppress(NotRunning):
             return client.call("start")
-        self._wait_for_orphans()
-        arguments = ["--dir", str(self.directory.path)]
-        with self.directory.supervisor_log.open("ab") as log:
-            child = Child.launch("deploy.launcher", arguments, stderr=log, outlives_us=detach)
-        try:
-            told = child.wait_ready(START_TIMEOUT_S)
-        except BaseException:
-            child.stop(2 * STOP_TIMEOUT_S)
-            raise
+        with starting(self.directory):
+            self._wait_for_orphans()
+            arguments = ["--dir", str(self.directory.path)]
+            with self.directory.supervisor_log.open("ab") as log:
+                child = Child.launch("deploy.launcher", arguments, stderr=log, outlives_us=detach)
+            try:
+                told = child.wait_ready(START_TIMEOUT_S)
+            except BaseException:
+                child.stop(2 * STOP_TIMEOUT_S)
+                raise
         if detach:
             child.release()
         else:
@@ -195,9 +196,8 @@ class Pair:
 
         ``purge`` gives the memory of the buffer back even if it holds a checkpoint that exists nowhere else.
         """
-        client = ControlClient(self.directory.supervisor_control, 4 * STOP_TIMEOUT_S)
         try:
-            report = client.call("stop", purge=purge)
+            report = stop_supervisor(self.directory, purge=purge)
         except NotRunning:
             if self._supervisor is not None:  # it lost its socket, or it is about to end by a signal
                 self._supervisor.stop(4 * STOP_TIMEOUT_S)

@@ -4,12 +4,14 @@ process.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from click.testing import CliRunner, Result
 from common import keys
 from common.child import python_command, python_environment
 from common.config import load_config
+from common.control import ControlClient, ControlServer
 from common.errors import AddressInUse, ConfigError
 from deploy.cli import main
-from deploy.launcher import locked
+from deploy.launcher import locked, starting
 from deploy.layout import PairDirectory, PairOptions
 from deploy.pair import Pair
 
@@ -224,6 +227,41 @@ def test_down_is_idempotent(short_dir: Path) -> None:
         result = run("down", "--dir", short_dir / "p")
         assert result.exit_code == 0
         assert "Nothing was running" in result.output
+
+
+def test_down_stops_a_supervisor_that_is_just_being_started(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = PairDirectory(short_dir / "p")
+    directory.create(PairOptions(size=1 << 20))
+    report = {"stopped": ["primary"], "killed": [], "buffers": [], "hosts": []}
+    asked = threading.Event()
+    call = ControlClient.call
+
+    def noted(client: ControlClient, command: str, **args: object) -> dict[str, Any]:
+        try:
+            return call(client, command, **args)
+        finally:
+            asked.set()
+
+    async def stop(_args: dict[str, Any]) -> dict[str, Any]:
+        asyncio.get_running_loop().call_soon(stopped.set)
+        return report
+
+    async def scene() -> dict[str, Any]:
+        with starting(directory):
+            down = asyncio.create_task(asyncio.to_thread(Pair(directory.path).down))
+            await asyncio.to_thread(asked.wait, 20)
+            server = ControlServer(directory.supervisor_control, {"stop": stop})
+            await server.start()
+        async with asyncio.timeout(20):
+            await stopped.wait()
+        await server.close()
+        return await down
+
+    stopped = asyncio.Event()
+    monkeypatch.setattr(ControlClient, "call", noted)
+    assert asyncio.run(scene()) == report
 
 
 def test_status_of_a_pair_that_was_never_started(short_dir: Path) -> None:
