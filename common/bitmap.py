@@ -228,6 +228,10 @@ class DirtyBitmap:
             position = (byte + len(chunk)) << 3
         return None
 
+    def flags(self) -> npt.NDArray[np.uint8]:
+        """A byte for each block, 1 if it is marked: for bitmaps of large blocks."""
+        return np.unpackbits(self._bits, count=self.blocks, bitorder="little")
+
     # Combining
 
     def union(self, other: DirtyBitmap) -> None:
@@ -239,8 +243,29 @@ class DirtyBitmap:
                 self._bits[begin:end] |= other._bits[begin:end]
                 self._touched[stride] = 1
             return
+        ratio, rest = divmod(self.block_size, other.block_size)
+        if not rest and 1 < ratio <= _STRIDE and not ratio & (ratio - 1):
+            self._union_finer(other, ratio)
+            return
         for offset, length in other.runs():
             self.set_range(offset, length)
+
+    def _union_finer(self, other: DirtyBitmap, ratio: int) -> None:
+        """``union`` with one that has ``ratio`` blocks, a power of two, in each of ours, without looking at runs."""
+        for stride in other._strides_in_use():
+            bits = other._bits[stride << _STRIDE_SHIFT : (stride + 1) << _STRIDE_SHIFT]
+            if len(bits) < _STRIDE:
+                bits = np.concatenate((bits, np.zeros(_STRIDE - len(bits), dtype=np.uint8)))
+            if ratio < 8:
+                marked = np.unpackbits(bits, bitorder="little").reshape(-1, ratio).any(axis=1)
+            elif ratio <= 64:
+                marked = bits.view(f"u{ratio // 8}") != 0
+            else:
+                marked = bits.view(np.uint64).reshape(-1, ratio // 64).any(axis=1)
+            first = (stride << _STRIDE_SHIFT) // ratio
+            mine = self._bits[first : first + _STRIDE // ratio]
+            mine |= np.packbits(marked, bitorder="little")[: len(mine)]
+            self._touched[first >> _STRIDE_SHIFT] = 1
 
     def copy(self) -> DirtyBitmap:
         """An independent copy."""

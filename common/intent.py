@@ -152,14 +152,15 @@ class IntentFile:
     def keep_only(self, bitmaps: Sequence[DirtyBitmap]) -> int:
         """Clear every region in which ``bitmaps`` (one a volume: all that the secondary may lack, writes in progress
         included) mark nothing. Not synced: a bit that a crash leaves set costs time only. Returns the regions left."""
-        wanted = bytearray(len(self._bits))
+        flags = np.zeros(8 * len(self._bits), dtype=np.uint8)
         for first, bitmap in zip(self._first, bitmaps, strict=True):
-            for offset, length in bitmap.runs():
-                for bit in range(first + offset // self.region, first + (offset + length - 1) // self.region + 1):
-                    wanted[bit >> 3] |= 1 << (bit & 7)
+            regions = DirtyBitmap(bitmap.size, self.region)
+            regions.union(bitmap)
+            flags[first : first + regions.blocks] = regions.flags()
+        wanted = np.packbits(flags, bitorder="little")
         with self._lock:
             pages: dict[int, bytearray] = {}
-            both = np.bitwise_and(np.frombuffer(self._bits, np.uint8), np.frombuffer(wanted, np.uint8))
+            both = np.bitwise_and(np.frombuffer(self._bits, np.uint8), wanted)
             kept = bytearray(both.tobytes())
             for number in range(self._pages):
                 span = slice(number * _BYTES, (number + 1) * _BYTES)

@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+import numpy as np
+
 from common.batch import Operation
 from common.bitmap import DirtyBitmap
 from common.errors import DiskError
@@ -103,15 +105,19 @@ class IntentGuard:
         every write. Returns the regions that are left. DiskError if a file cannot be written. ``wanted`` is given away:
         regions that are written to meanwhile are marked in it."""
         for marks, bitmap in zip(self.marks, wanted, strict=True):
-            for region in [index for index, mark in enumerate(marks) if mark]:
-                offset = region << REGION_SHIFT
-                if offset < bitmap.size and not bitmap.any_in(offset, min(REGION, bitmap.size - offset)):
-                    marks[region] = 0
+            regions = DirtyBitmap(bitmap.size, REGION)
+            regions.union(bitmap)
+            seen = np.frombuffer(marks, dtype=np.uint8)[: regions.blocks]
+            seen &= regions.flags()
+            del seen  # ``marks`` may grow
         await promise()
         # who waited again since then has its bit by now, or is in the queue of the thread, before what is queued here
         for volume, marks in enumerate(self.marks):
-            for region in [index for index, mark in enumerate(marks) if mark]:
-                self._want(wanted, volume, region << REGION_SHIFT, REGION)
+            size = self._sizes[volume]
+            seen = np.frombuffer(marks, dtype=np.uint8)[: -(-size // REGION)]
+            offsets = np.flatnonzero(seen).astype(np.uint64) << np.uint64(REGION_SHIFT)
+            wanted[volume].set_ranges(offsets, np.minimum(np.uint64(REGION), np.uint64(size) - offsets))
+            del seen
         for ranges in self._requiring:
             for volume, offset, length in ranges:
                 self._want(wanted, volume, offset, length)

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from common.bitmap import DirtyBitmap
 from common.errors import TandemDiskError
 from common.generation import RETURNING
-from common.intent import INTENT_FILE, IntentFile
+from common.intent import INTENT_FILE, REGION, IntentFile
 from common.record import Record, fingerprints
 from common.settings import NodeSettings
 from common.wire import Welcome, unpack_ranges
@@ -190,13 +191,14 @@ class Knowledge:
 
     async def _forget(self, guard: IntentGuard) -> None:
         """Clear the write-intent bitmap where the secondary has everything, and will remember it."""
-        wanted = [bitmap.copy() for bitmap in self.mirror.bitmaps]
+        # in regions from the start: the blocks of a large disk are neither copied nor walked
+        wanted = [DirtyBitmap(volume.size, REGION) for volume in self.mirror.volumes]
         self.ledger.add_to(wanted)
         for extents in self.session.pending_extents():
             mark(wanted, extents)
-        for bitmap, suspects, unfinished in zip(wanted, self.suspects, self._unfinished, strict=True):
-            bitmap.union(suspects)
-            bitmap.union(unfinished)
+        for bitmap, *known in zip(wanted, self.mirror.bitmaps, self.suspects, self._unfinished, strict=True):
+            for marked in known:
+                bitmap.union(marked)
         bases = ((self.session.stream, self.session.recorded),)
         base = self.session.standing.base
 

@@ -168,6 +168,41 @@ def test_answers_between_changes_are_those_of_a_set(
         assert list(bitmap.runs()) == model.runs()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40_000), st.integers(0, 16), st.lists(st.tuples(NUMBERS, st.integers(1, 70)), max_size=20))
+def test_a_coarser_bitmap_takes_over_every_block_that_a_finer_one_touches(
+    size: int, shift: int, marked: list[tuple[int, int]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # strides of 4096 blocks
+        patch.setattr(bitmap_module, "_STRIDE_SHIFT", 9)
+        patch.setattr(bitmap_module, "_STRIDE", 512)
+        patch.setattr(bitmap_module, "_BLOCK_SHIFT", 12)
+        fine, coarse = DirtyBitmap(size, 1), DirtyBitmap(size, 1 << shift)
+        coarse.set_range(size // 2, 1)
+        expected = {size // 2 >> shift}
+        for a, b in marked:
+            offset, length = a % size, min(b, size - a % size)
+            fine.set_range(offset, length)
+            expected |= {block >> shift for block in range(offset, offset + length)}
+        coarse.union(fine)
+        assert {offset >> shift for offset, _ in coarse.runs(1)} == expected
+        assert coarse.count() == len(expected)
+        assert set(np.flatnonzero(coarse.flags()).tolist()) == expected
+        assert len(coarse.flags()) == coarse.blocks
+
+
+def test_what_taking_over_costs_does_not_depend_on_the_number_of_runs() -> None:
+    def cost_s(runs: int) -> float:
+        fine, coarse = DirtyBitmap(4 << 30, 4096), DirtyBitmap(4 << 30, 64 * 1024)
+        for number in range(runs):
+            fine.set_range(number * 128 * 1024, 4096)
+        seconds = min(timeit.repeat(lambda: coarse.union(fine), number=1, repeat=3))
+        assert coarse.count() == runs
+        return seconds
+
+    assert cost_s(20_000) < 100 * cost_s(20)  # run by run it is 1000 times as much
+
+
 def test_what_counting_costs_does_not_depend_on_the_size_of_the_disk() -> None:
     def cost_s(size: int) -> float:
         bitmap = DirtyBitmap(size, 4096)

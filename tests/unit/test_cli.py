@@ -254,9 +254,11 @@ def test_down_stops_a_supervisor_that_is_just_being_started(
             await asyncio.to_thread(asked.wait, 20)
             server = ControlServer(directory.supervisor_control, {"stop": stop})
             await server.start()
-        async with asyncio.timeout(20):
-            await stopped.wait()
-        await server.close()
+        try:
+            async with asyncio.timeout(5):
+                await stopped.wait()
+        finally:
+            await server.close()
         return await down
 
     stopped = asyncio.Event()
