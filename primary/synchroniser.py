@@ -44,6 +44,8 @@ HOPELESS: Final = 0.9
 """Part of a sample that has to differ for the next stretch to go unasked."""
 STRETCH: Final = 64 * limits.MIB
 LONGEST_STRETCH: Final = 4096 * limits.MIB
+RUNS: Final = 256
+"""Marked ranges that one turn of the loop walks over: a few milliseconds."""
 KEEP_MEMORY: Final = 16
 """Read buffers that are kept for the next pieces."""
 
@@ -198,8 +200,10 @@ class Synchroniser:
     async def _compare(self) -> None:
         """Once over all suspects; returns when every question has its answer."""
         for volume, suspects, known in zip(self.mirror.volumes, self.suspects, self.mirror.bitmaps, strict=True):
-            for offset, length in known.runs():
+            for number, (offset, length) in enumerate(known.runs()):
                 suspects.clear_range(offset, length)
+                if number % RUNS == RUNS - 1:
+                    await asyncio.sleep(0)  # there may be a million of them
             position = 0
             while (found := suspects.next_run(position, LOOK)) is not None:
                 await self._pace.room()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from common import wire
 from common.bitmap import DirtyBitmap
 from primary.ledger import FOLD_BYTES, Ledger
+from primary.questions import QUESTION_BYTES
 from primary.resync import DecayingRate, Piece, ResyncLimits, ResyncPlan, thin_extents
+from primary.synchroniser import RUNS, Synchroniser
 
 BLOCK = 512
 FAST = ResyncLimits(piece=4 * BLOCK, in_flight=16 * BLOCK)
@@ -207,3 +211,28 @@ def test_the_ledger_never_forgets_what_is_not_recorded(seed: int) -> None:
     ledger.clear()
     ledger.add_to(account)
     assert not any(account)
+
+
+def test_what_differs_in_many_places_is_not_walked_over_in_one_turn_of_the_loop() -> None:
+    size = 4096 * 16 * 5000
+    known, suspects = DirtyBitmap(size, 4096), DirtyBitmap(size, QUESTION_BYTES)
+    for offset in range(0, size, QUESTION_BYTES):
+        known.set_range(offset, 4096)
+    suspects.set_range(0, 1)
+    known.set_range(0, QUESTION_BYTES)
+    resync = Synchroniser.__new__(Synchroniser)
+    resync.mirror = SimpleNamespace(volumes=[None], bitmaps=[known])  # type: ignore[assignment]
+    resync.suspects = [suspects]
+    resync._pace = SimpleNamespace(drained=lambda: asyncio.sleep(0))  # type: ignore[assignment]
+
+    async def turns() -> int:
+        comparing = asyncio.create_task(resync._compare())
+        count = 0
+        while not comparing.done():
+            await asyncio.sleep(0)
+            count += 1
+        await comparing
+        return count
+
+    assert asyncio.run(turns()) > 5000 // RUNS
+    assert not suspects
