@@ -41,7 +41,16 @@ from deploy.peer import (
     start_command,
     told_by_peer,
 )
-from deploy.presence import answers, at_rest, control_path, must_not_run, process_of, watched, written_alone
+from deploy.presence import (
+    answers,
+    at_rest,
+    control_path,
+    must_not_run,
+    process_of,
+    watched,
+    without_peer,
+    written_alone,
+)
 from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
@@ -403,7 +412,7 @@ class Pair:
                     "The primary lost its secondary, or did not stop in good order, before the roles were swapped.",
                     hint="They are as they were. Wait until `tandemdisk status` says protected, and try again.",
                 )
-            self.wait_for(lambda now: _without_peer(now[new]), "without its old primary", PEER_LOSS_TIMEOUT_S)
+            self.wait_for(lambda now: without_peer(now[new]), "without its old primary", PEER_LOSS_TIMEOUT_S)
             done = self.client(new).call("failover", to="latest", force=False)
         except TandemDiskError:
             self.up(detach=not self.is_supervising())
@@ -599,8 +608,3 @@ class Pair:
             if path.exists():
                 parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
         return "\n".join(parts)
-
-
-def _without_peer(side: dict[str, Any]) -> bool:
-    """It says so, or is dead itself: then the next command to it tells."""
-    return side["pid"] is None or ("peer" in side and not side["peer"]["connected"])

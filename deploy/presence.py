@@ -7,6 +7,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import psutil
 
@@ -62,6 +63,11 @@ def must_not_run(settings: NodeSettings, configured: Role) -> None:
     """OperationFailed if a process of the side runs: what it keeps about its disks is its own then."""
     if answers(control_path(settings, configured)):
         raise OperationFailed(f"Side {settings.side} runs: it has its disks.", hint="See `tandemdisk status`.")
+
+
+def without_peer(side: Mapping[str, Any]) -> bool:
+    """What ``status`` says of a side: it has no peer, or is dead itself."""
+    return side["pid"] is None or ("peer" in side and not side["peer"]["connected"])
 
 
 def written_alone(sides: Mapping[Role, NodeSettings]) -> dict[Role, int]:
