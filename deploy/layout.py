@@ -32,6 +32,8 @@ from deploy.placement import Placement, names_a_file
 SIDES: Final[dict[Role, Side]] = {"primary": "a", "secondary": "b"}
 ROLES: Final[tuple[Role, Role]] = ("secondary", "primary")
 """In the order in which they start."""
+LOG_TAIL: Final = 12
+"""Lines of a log that a failed start shows."""
 HOSTS_VARIABLE: Final = "TANDEMDISK_HOSTS"
 """Environment: the hosts of new pairs whose maker does not name any. How all tests run in another topology."""
 NETNS: Final = "netns"
@@ -221,6 +223,15 @@ class PairDirectory:
             )
             keyed[role] = replace(settings, replication=replication)
         return keyed
+
+    def log_tail(self) -> str:
+        """The last lines of both sides' logs, for a start that failed without a sentence of its own."""
+        parts: list[str] = []
+        for side in SIDES.values():
+            path = self.path / side / "log"
+            if path.exists():
+                parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
+        return "\n".join(parts)
 
     def _remove_made(self, ours: bool, *, keep_directory: bool) -> None:
         """What a ``create`` that failed has made: nothing but the directory itself, unless the sides are ``ours``."""

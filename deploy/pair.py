@@ -64,8 +64,6 @@ VERIFY_TIMEOUT_S: Final = 30 * 24 * 3600.0
 PEER_LOSS_TIMEOUT_S: Final = 30.0
 DYING_S: Final = 0.3
 """How long a process that was killed may take to end, before it counts as alive."""
-LOG_TAIL: Final = 12
-"""Lines of a log that a failed start shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,7 @@ class Pair:
     def _undo(self, error: BaseException, keep_directory: bool) -> None:
         """Leave nothing of a start that failed, except what the logs say about an error that has no good sentence."""
         if isinstance(error, OperationFailed):
-            error.hint = f"{error.hint}\n{self.log_tail()}".strip()
+            error.hint = f"{error.hint}\n{self.directory.log_tail()}".strip()
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.directory))
@@ -599,12 +597,3 @@ class Pair:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.1)
         return status
-
-    def log_tail(self) -> str:
-        """The last lines of both sides' logs, for a start that failed without a sentence of its own."""
-        parts: list[str] = []
-        for side in SIDES.values():
-            path = self.directory.path / side / "log"
-            if path.exists():
-                parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
-        return "\n".join(parts)
