@@ -64,7 +64,8 @@ def spilling(pair: Pair) -> Iterator[int]:
         assert pair.client("secondary").call("status")["resyncing"]
         yield pid
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # killed meanwhile, and seen off by its supervisor
+            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.slow
