@@ -205,8 +205,9 @@ class Simulation:
         own = remembered(host.settings)
         if own is not None and own.lost_writes and own.role == "primary" and isinstance(self._end_of(host), NeedsForce):
             self.world.trace(f"side {host.side} accepts its disk")
-            self.counts["disks accepted"] += 1
-            accept_disks(host.settings)
+            with contextlib.suppress(TandemDiskError):  # it cannot be noted now: the operator tries again
+                accept_disks(host.settings)
+                self.counts["disks accepted"] += 1
 
     def _end_of(self, host: Host) -> BaseException | None:
         """What the last process of ``host`` ended with, if it ended by itself."""
