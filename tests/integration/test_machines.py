@@ -103,9 +103,12 @@ class Machine:
                 [*self._prefix, *TANDEMDISK, *self.run_as(self.role)], env=environment, stdout=log, stderr=log
             )
         socket = self.root / "run/tandemdisk/lab/nbd.sock"
-        wait_until(lambda: socket.exists() or self.ended(), 20, "a start")
+
+        def open_to_the_group() -> bool:
+            return socket.exists() and socket.stat().st_mode & 0o777 == 0o660
+
+        wait_until(lambda: open_to_the_group() or self.ended(), 20, "a start")
         assert not self.ended(), (self.root / "log").read_text()[-2000:]
-        assert socket.stat().st_mode & 0o777 == 0o660
 
     def ended(self) -> bool:
         return self._process is None or self._process.poll() is not None

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.local_hosts,
     pytest.mark.slow,
+    pytest.mark.xdist_group("systemd"),  # one after the other, on the same two machines
     pytest.mark.skipif(not SYSTEMD.exists(), reason="systemd is not installed"),
     pytest.mark.skipif(not os.access(CGROUPS[0], os.W_OK), reason=f"{CGROUPS[0]} is not for us to write"),
 ]
@@ -133,13 +134,14 @@ def test_the_units_start_as_they_were_rendered(machines: tuple[Machine, Machine]
 @pytest.mark.parametrize("number", ["KILL", "STOP"])
 def test_a_side_that_dies_or_hangs_is_started_again(machines: tuple[Machine, Machine], number: str) -> None:
     """One that hangs by the watchdog."""
+    east, _ = machines
+    east.write(0, 1)
     before = [machine.main_pid() for machine in machines]
     for machine, pid in zip(machines, before, strict=True):
         machine.run("kill", f"-{number}", pid)
     for machine, pid in zip(machines, before, strict=True):
         wait_until(lambda here=machine, old=pid: here.main_pid() not in (0, old), 60, "a new process")  # type: ignore[misc]
         wait_until(machine.active, 30, "a start")
-    east, _ = machines
     wait_until(east.protected, 30, "a protected pair")
     assert east.holds(0, 1)
     east.write(65536, 2)
