@@ -428,43 +428,6 @@ async def the_welcome_gets_lost(sim: Simulation) -> None:
 
 
 @scenario()
-async def the_connection_breaks_while_the_primary_starts(sim: Simulation) -> None:
-    """Seed 102004118: whoever hung up behind the greeting was taken for a stranger with other keys, and the primary
-    ended."""
-    await born(sim)
-    network = sim.world.network
-    sim.watched = []
-    sim.kill(sim.primary, 1000)
-    await sim.pause(0.2)
-    primary = sim.start("a")
-    await at_the_moment(sim, lambda: any(c.queues[TO_LISTENER] for c in network.connections), 5, "a greeting")
-    sim.kill(sim.secondary, 1000)
-    await sim.until(lambda: primary.lifecycle.is_ready, 30, "a primary that serves clients alone")
-    sim.watched = ["a", "b"]
-    sim.restart_at.clear()
-    await protected_again(sim)
-    await sim.rest()
-
-
-@scenario(sync=False, blocks=(400,))
-async def writes_wait_for_their_bits_longer_than_a_stop_does(sim: Simulation) -> None:
-    """Seed 106000846: clients were cut off, and what they had sent was written behind the end of the stream, by a side
-    that called itself clean."""
-    await born(sim)
-    primary = sim.primary
-    sim.world.loop.slowness = 4.0
-    for _ in range(30):
-        sim.write()
-    operator_stops(primary)
-    assert primary is not None
-    await sim.until(lambda: not primary.alive, 120, "the end of the primary")
-    sim.world.loop.slowness = 0.002
-    await protected_again(sim)
-    await sim.until(sim.equal, 10, "equal disks")
-    await sim.rest()
-
-
-@scenario()
 async def a_refusal_comes_while_the_primary_starts(sim: Simulation) -> None:
     """Seed 11281: between the greeting and the first client the other side was promoted, and the primary served its
     clients alone, in a generation that both had."""

@@ -366,4 +366,22 @@ async def the_secondary_dies_between_the_stream_and_its_number(sim: Simulation) 
     await sim.rest()
 
 
+@scenario(sync=False, blocks=(400,))
+async def writes_wait_for_their_bits_longer_than_a_stop_does(sim: Simulation) -> None:
+    """Seed 106000846: clients were cut off, and what they had sent was written behind the end of the stream, by a side
+    that called itself clean."""
+    await born(sim)
+    primary = sim.primary
+    sim.world.loop.slowness = 4.0
+    for _ in range(30):
+        sim.write()
+    operator_stops(primary)
+    assert primary is not None
+    await sim.until(lambda: not primary.alive, 120, "the end of the primary")
+    sim.world.loop.slowness = 0.002
+    await protected_again(sim)
+    await sim.until(sim.equal, 10, "equal disks")
+    await sim.rest()
+
+
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]

@@ -15,6 +15,7 @@ from deploy.roles import choose_loser, judge, remembered
 from secondary.buffer import DiskBuffer
 from tests.simulation.commands import switchover
 from tests.simulation.host import Host
+from tests.simulation.network import TO_LISTENER
 from tests.simulation.regressions import (
     REGRESSIONS,
     at_the_moment,
@@ -434,6 +435,25 @@ async def a_secondary_process_is_started_on_a_mixture(sim: Simulation) -> None:
     expect(isinstance(process.error, NeedsForce), f"it ended with {process.error!r}")
     expect(not DiskBuffer.exists(sim.b.settings.buffer.directory), "it made a disk buffer")
     sim.watched = ["a", "b"]
+    await sim.rest()
+
+
+@scenario()
+async def the_connection_breaks_while_the_primary_starts(sim: Simulation) -> None:
+    """Seed 102004118: whoever hung up behind the greeting was taken for a stranger with other keys, and the primary
+    ended."""
+    await born(sim)
+    network = sim.world.network
+    sim.watched = []
+    sim.kill(sim.primary, 1000)
+    await sim.pause(0.2)
+    primary = sim.start("a")
+    await at_the_moment(sim, lambda: any(c.queues[TO_LISTENER] for c in network.connections), 5, "a greeting")
+    sim.kill(sim.secondary, 1000)
+    await sim.until(lambda: primary.lifecycle.is_ready, 30, "a primary that serves clients alone")
+    sim.watched = ["a", "b"]
+    sim.restart_at.clear()
+    await protected_again(sim)
     await sim.rest()
 
 
