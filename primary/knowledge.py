@@ -78,9 +78,12 @@ class Knowledge:
                 # a process that died right behind this would leave a file that knows of no write before it
                 self._record.update(base=0, bases=())
             file = IntentFile(path, sizes)
-            self.mirror.guard = IntentGuard(file, sizes)
             known = file.found
-            if known and not metadata.clean:
+            if not metadata.clean and not known and metadata.history:
+                # nothing is known to be equal: not to the next process either, if this one dies before it has compared
+                file.set_ranges([(index, 0, size) for index, size in enumerate(sizes)])
+            self.mirror.guard = IntentGuard(file, sizes)
+            if not metadata.clean:
                 file.add_to(self.suspects)
         else:
             Path(path).unlink(missing_ok=True)
