@@ -207,9 +207,3 @@ def test_any_call_of_a_phase_may_fail_once_and_from_then_on(phase: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_call_of_a_phase_fails_once_and_from_then_on(phase: str) -> None:
     assert nth_faults(phase, 1)
-
-
-@pytest.mark.parametrize("seed", [123001722, 123003755, 123006334])
-def test_a_comparison_that_was_interrupted_goes_on(seed: int) -> None:
-    """Lives in which a disk was accepted, and the primary killed while it was compared as a whole."""
-    assert "0 failed" in simulate("--seeds", "1", "--start", str(seed))

@@ -61,6 +61,8 @@ class Oracle:
         self.noted: dict[str, tuple[int, ...]] = {}
         """Bytes of the volumes by each side's metadata."""
         self.tracked: Tracked | None = None
+        self.rivals: list[Tracked] = []
+        """What the disk may be as well: a primary that lost all it wrote begins where the one before it began."""
         self.forgotten = False
         """The secondary disk lost writes in a flush that failed, and the secondary has yet to say so."""
         self.lost: dict[int, set[int]] = {}
@@ -294,34 +296,33 @@ class Oracle:
         disk = self.versions(platters)
         tracked = self.tracked
         if tracked is None:
-            tracked = self._find(disk)
-            if tracked is None:
+            if not self._follow(self._fitting(disk)):
                 raise Violation(
                     "I2",
                     f"the secondary calls its disk exact, and it is no prefix of the primary's writes: "
                     f"{_where(disk != self.model)} differ from the latest",
                 )
-            self.tracked = tracked
             return
-        if self._advance(tracked, disk, strictly=exactly):
+        if self._follow([one for one in (tracked, *self.rivals) if self._advance(one, disk, strictly=exactly)]):
             return
-        if tracked.lineage is not self.lineage:
-            found = self._find(disk)
-            if found is not None:
-                self.tracked = found
-                return
+        if tracked.lineage is not self.lineage and self._follow(self._fitting(disk)):
+            return
         raise Violation(
             "I2",
             f"the secondary disk is no prefix of the primary's writes after batch {tracked.count}: "
             f"{_where(disk != tracked.model)}",
         )
 
-    def _find(self, disk: Versions) -> Tracked | None:
-        for lineage in reversed(self.lineages):
-            tracked = Tracked(lineage, 0, lineage.base.copy(), self.fresh.copy())
-            if self._advance(tracked, disk, strictly=False):
-                return tracked
-        return None
+    def _fitting(self, disk: Versions) -> list[Tracked]:
+        """Of every lineage that ``disk`` is a prefix of, where it is in it; the latest lineage first."""
+        all_of_them = [Tracked(one, 0, one.base.copy(), self.fresh.copy()) for one in reversed(self.lineages)]
+        return [tracked for tracked in all_of_them if self._advance(tracked, disk, strictly=False)]
+
+    def _follow(self, fitting: list[Tracked]) -> bool:
+        """The disk is one of these, if there is any."""
+        if fitting:
+            self.tracked, *self.rivals = fitting
+        return bool(fitting)
 
     def _advance(self, tracked: Tracked, disk: Versions, *, strictly: bool) -> bool:
         """Move ``tracked`` on to where ``disk`` is."""
@@ -432,7 +433,7 @@ class Oracle:
         if self.forgotten:
             return
         if self.tracked is None and exact is None:  # it has not met the side that it follows, since a switchover
-            self.tracked = self._find(self.versions(secondary))
+            self._follow(self._fitting(self.versions(secondary)))
         if self.tracked is None:
             raise Violation("I4", "a failover to the latest state of a disk that is at no point of the stream")
         tracked = self.tracked
@@ -517,7 +518,8 @@ class Oracle:
         for lineage in self.lineages:
             lineage.base[span] = found
         if self.tracked is not None:
-            self.tracked.model[span] = found
+            for tracked in (self.tracked, *self.rivals):
+                tracked.model[span] = found
 
     def size_shown(self, side: str, index: int, size: int) -> None:
         """A client of ``side`` connects and is told the size of a volume."""

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import NeedsForce, OperationFailed
+from common.intent import INTENT_FILE
+from deploy.roles import accept_disks
 from primary.resync import ResyncPlan
 from secondary.applier import NOWHERE
 from secondary.header import PairHeader
@@ -382,6 +384,41 @@ async def writes_wait_for_their_bits_longer_than_a_stop_does(sim: Simulation) ->
     await protected_again(sim)
     await sim.until(sim.equal, 10, "equal disks")
     await sim.rest()
+
+
+@scenario(blocks=(400,))
+async def the_primary_is_killed_while_it_compares_the_whole_disk(sim: Simulation) -> None:
+    """Seeds 123001722, 123003755, 123006334: the process that came then went by the write-intent bitmap of the one that
+    was killed, in which was what had been written since, and not what had yet to be compared."""
+    await born(sim)
+    await sim.pause(25)  # the write-intent bitmap has forgotten what was written
+    for accepted in (True, False):
+        sim.kill(sim.primary, 1000)
+        if accepted:
+            accept_disks(sim.a.settings)
+        else:
+            os.unlink(f"{sim.a.directory}/{INTENT_FILE}")
+        flip(sim, 390)
+        sim.b.faults.cold = 1.0
+        sim.world.loop.slowness = 0.5
+        sim.start("a")
+        await at_the_moment(sim, lambda: _compares_in_the_new_stream(sim), 60, "a comparison", step_s=0.0001)
+        sim.kill(sim.primary, 1000)
+        sim.b.faults.cold = 0.0
+        sim.world.loop.slowness = 0.002
+        sim.start("a")
+        await sim.until(sim.protected, 30, "a protected pair")
+        expect(not (await verified(sim))["differing"], "the comparison that was interrupted is forgotten")
+    await sim.rest()
+
+
+def _compares_in_the_new_stream(sim: Simulation) -> bool:
+    """The secondary has gone over to the stream of the primary that compares, durably, and has yet to be compared."""
+    primary, noted = sim.primary, sim.world.oracle.metadata(sim.b.metadata)
+    if primary is None or primary.node is None or noted is None or not noted.syncing:
+        return False
+    engine = primary.node.engine
+    return bool(noted.stream == engine.session.stream and engine.state == "syncing" and all(engine.knowledge.suspects))
 
 
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
