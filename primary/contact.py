@@ -90,6 +90,8 @@ class Contact:
         self.syncing = False
         """True from ``begin_resync`` to ``finish_resync``."""
         self.stream = stream
+        self.beginning = False
+        """The caller notes a new generation: what this side is to a peer is open until that is durable."""
         self.peer: wire.Welcome | None = None
         self._window = Window(config.window_bytes, next_sequence, ledger, config.checkpoint_on_pressure)
         self._window.checkpoint = checkpoint

@@ -370,7 +370,7 @@ class Engine:
         if self._own_generation:
             self._let_go(unacknowledged)  # alone already: this generation is ours
             return
-        self._own_generation = True
+        self._own_generation = self.session.beginning = True
         self.mirror.hold()
         task = self._loop.create_task(
             self._new_generation(extend(history, random_number(64), self.settings.side), unacknowledged),
@@ -388,6 +388,7 @@ class Engine:
             self._lifecycle.fail(error)
             return
         self.session.standing = self.session.standing._replace(history=history)
+        self.session.beginning = False
         self._let_go(unacknowledged)
         self.mirror.release()
 

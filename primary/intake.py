@@ -167,6 +167,8 @@ class Intake(Contact):
     # ------------------------------------------------------------------------------------------------------- handshake
 
     def _on_welcome(self, welcome: wire.Welcome, now: float) -> list[Effect]:
+        if self.beginning:
+            return self._cut("a generation begins here", now)
         window = self._window
         # without a ledger the caller's bitmaps know what was handed back, and nothing of what was applied
         base = window.applied if window.ledger is None else window.recorded

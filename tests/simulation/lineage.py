@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,14 @@ class Lineage:
     """version -> (number of its batch, first sector, sector behind the last)"""
     zeroed: list[tuple[int, int, int]] = field(default_factory=list)
     """The same of each zero and discard."""
+
+    def sort(self, place: Callable[[ClientBatch], int]) -> None:
+        """Let the batches be in order of ``place``, and of their numbers where that is the same."""
+        batches, self.batches = sorted(self.batches, key=place), []
+        self.zeroed.clear()
+        for number, batch in enumerate(batches, 1):
+            batch.index = number
+            self.append(batch)
 
     def append(self, batch: ClientBatch) -> None:
         self.batches.append(batch)

@@ -12,6 +12,7 @@ of the disk buffer as it is stored.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,6 +145,10 @@ class Oracle:
         self.lineages = [self.lineage]
         self.model = now.copy()
         self.poisoned[:] = False
+
+    def handed_over(self) -> None:
+        """A promoted side's engine is given what its volumes have kept for it, one volume after the other."""
+        self.lineage.sort(lambda batch: 0 if batch.finished else bisect(self.starts, batch.extents[0][0]))
 
     def primary_started(self, platters: list[Platter], *, power_lost: bool) -> None:
         """A new process: what its disk holds is where it begins."""

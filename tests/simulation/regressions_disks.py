@@ -412,6 +412,24 @@ async def the_primary_is_killed_while_it_compares_the_whole_disk(sim: Simulation
     await sim.rest()
 
 
+@scenario()
+async def the_secondary_is_lost_again_before_the_first_time_is_noted(sim: Simulation) -> None:
+    """Seed 210002687: a generation had begun and was on its way to the metadata; the next session, which was all
+    resync, ended, and another one began beside it. The secondary was told of the first and the primary kept the second:
+    split brain, and nothing that differed."""
+    await born(sim)
+    for _ in range(10):
+        sim.world.loop.slowness = 0.5
+        sim.b.faults.read = 1.0  # of old contents that are to be copied
+        await writes(sim, 4)
+        await sim.pause(1.0)
+        sim.b.faults.read = 0.0
+        sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+        expect(generation(sim, "a") == generation(sim, "b"), "the generations differ")
+    await sim.rest()
+
+
 def _compares_in_the_new_stream(sim: Simulation) -> bool:
     """The secondary has gone over to the stream of the primary that compares, durably, and has yet to be compared."""
     primary, noted = sim.primary, sim.world.oracle.metadata(sim.b.metadata)

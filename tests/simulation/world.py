@@ -224,6 +224,7 @@ class World:
         """Look over the product's shoulder: nodes and buffers as they are made, the state word, the guest's writes."""
         world = self
         store, apply, init = PairHeader.store_state, GuestVolume.apply, DiskBuffer.__init__
+        hand_over = GuestVolume.hand_over
 
         def store_state(header: PairHeader, stage: Any, epoch: int, *, syncing: bool) -> None:
             old = (int(header.stage), header.epoch, header.syncing)
@@ -248,6 +249,10 @@ class World:
             world.guard(world.oracle.guest_wrote, side, first, operations, view, errors, stage)
             return errors
 
+        def handed_over(volume: GuestVolume, successor: Any) -> None:
+            world.oracle.handed_over()
+            hand_over(volume, successor)
+
         def buffer_init(buffer: DiskBuffer, *args: Any, **options: Any) -> None:
             process = PROCESS.get()
             if process is not None:
@@ -260,6 +265,7 @@ class World:
         self._note_files(undo, Spill)
         self._set(undo, PairHeader, "store_state", store_state)
         self._set(undo, GuestVolume, "apply", guest_apply)
+        self._set(undo, GuestVolume, "hand_over", handed_over)
         self._set(undo, DiskBuffer, "__init__", buffer_init)
         for cls in (primary.node.PrimaryNode, secondary.node.SecondaryNode, secondary.guest.GuestProcess):
             self._note_nodes(undo, cls)

@@ -29,3 +29,17 @@ def test_the_secondary_may_still_be_behind_a_primary_that_lost_all_it_wrote() ->
     secondary.put(8 * SECTOR, later.to_bytes(8, "little") * (SECTOR // 8))
     with pytest.raises(Violation, match="I2"):  # of both streams at once it is nothing
         oracle.check_secondary([secondary], exact=True)
+
+
+def test_what_volumes_kept_for_an_engine_is_in_order_of_the_volumes() -> None:
+    """Simulation seed 210006919: a client that has both requests under way is promised no order of them."""
+    size = 16 * SECTOR
+    oracle = Oracle([size, size], sync=True)
+    secondary = [Platter(name, size, random.Random(1), Faults()) for name in "ab"]
+    one, other = oracle.new_version(), oracle.new_version()
+    oracle.submitted([(20, 21, one)], False, None)
+    oracle.submitted([(3, 4, other)], False, None)
+    oracle.handed_over()
+    for platter, sector, version in ((secondary[0], 3, other), (secondary[1], 4, one)):
+        platter.put(sector * SECTOR, version.to_bytes(8, "little") * (SECTOR // 8))
+        oracle.check_secondary(secondary, exact=True)
