@@ -8,7 +8,7 @@
         [--shrink]            its failure shrunk
 --traces [--backwards]  with --seeds: the trace of each
 --set NAME=VALUE …      with any of these: other options than a seed draws; dense=True gives the most writes a second
---compress              the same as --set compress=True: the stream compressed wherever that makes it shorter
+--compress              the same as --set policies=compress: the stream compressed wherever that makes it shorter
 --scenario NAME         a story; without a name: all of them
 --nth-fault [PHASE]     every call of a phase fails once, and from then on; without a phase: of all of them
                         (--every K: every K-th; --number N [--from-then-on] [--log]: the N-th only)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     arguments = parser.parse_args(argv)
     calm()
-    arguments.set += ["compress=True"] * arguments.compress
+    arguments.set += ["policies=compress"] * arguments.compress
     try:
         return carry_out(arguments)
     except (UnknownOption, UnknownName) as error:

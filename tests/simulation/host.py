@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
 HEARTBEAT_S, PEER_TIMEOUT_S = 0.5, 2.5
+RESYNC_RATE = 128 << 10
+"""Bytes a second: of these disks a second or two."""
 
 
 class Host:
@@ -44,6 +47,8 @@ class Host:
             platter.device = f"{side} {Path(platter.name).stem}"
         self.metadata = MetadataFile(self.chance, self.faults, countdown=world.countdown, name=f"{side} metadata")
         self.rate = self.offset = 0.0
+        self._policies = policies = options.policies
+        self._whims = random.Random(str(self.chance.getstate()[1][:8]))
         self.settings = NodeSettings(
             pair_id="simulated",
             side=side,
@@ -56,7 +61,7 @@ class Host:
                 window_bytes=options.window_bytes,
                 heartbeat_s=HEARTBEAT_S,
                 peer_timeout_s=PEER_TIMEOUT_S,
-                compression="zstd" if options.compress else "off",
+                compression="zstd" if "compress" in policies else "off",
             ),
             buffer=BufferSettings(
                 f"{self.directory}/memory",
@@ -68,9 +73,20 @@ class Host:
             checkpoint_interval_s=options.interval_s,
             initial_sync="assume" if options.assume else "full",
             on_peer_loss=options.loss,  # type: ignore[arg-type]
+            on_congestion="pull-ahead" if "pull_ahead" in policies else "block",
+            max_lag_seconds=3.0 if "lag" in policies else 0.0,
+            resync_rate=RESYNC_RATE if "ceiling" in policies else 0,
+            resync_floor=RESYNC_RATE // 4 if "floor" in policies else 0,
+            resync_deadline_s=2.0 if "deadline" in policies else 0.0,
+            write_intent="no_intents" not in policies,
         )
         self.processes: dict[str, Running] = {}
         self.off = False
+
+    def edit(self) -> None:
+        """Somebody may have changed the configuration while nobody ran."""
+        if "changing_intents" in self._policies:
+            self.settings = replace(self.settings, write_intent=self._whims.random() < 0.6)
 
     def process(self, role: str) -> Running | None:
         """The process of that role, if it is alive."""

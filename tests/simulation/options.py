@@ -16,6 +16,10 @@ TROUBLES = (
 
 COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents")
 """What an operator, or a disk, may do in the middle of a life."""
+POLICIES = ("pull_ahead", "lag", "no_intents", "changing_intents", "ceiling", "floor", "deadline", "compress")
+"""What a configuration may say. ``changing_intents``: ``write_intent`` is another at each start, now and then."""
+ALONE = frozenset({"pull_ahead", "lag"})
+"""These go on alone: no configuration may say so with ``on_peer_loss = "block"``."""
 FLAPPING = "flapping"
 """Another trouble: the cable comes and goes, many times. It is not drawn among the others."""
 MOST_GROWTH = 12
@@ -48,14 +52,15 @@ class Options:
     guest: bool = True
     failover: str = ""
     """How it ends: a failover to this target somewhere in the second half; empty: none."""
-    compress: bool = False
-    """The stream is compressed wherever that makes it shorter, in turn by the loop and by a thread. Not drawn."""
     dense: bool = False
     """Clients keep a deep queue: batches of many small operations, one behind the other."""
     troubles: frozenset[str] = field(default_factory=frozenset)
     tempo_s: float = 0.05
     commands: frozenset[str] = field(default_factory=frozenset)
     """Of ``COMMANDS``: ``dirty_growth`` lets disks grow by what holds something already."""
+    policies: frozenset[str] = field(default_factory=frozenset)
+    """Of ``POLICIES``: ``compress`` compresses the stream wherever that makes it shorter, in turn by the loop and by a
+    thread."""
 
     @property
     def growth(self) -> int:
@@ -93,10 +98,12 @@ class Options:
         default = Options()
         said = [
             f"{item.name}={getattr(self, item.name)!r}" for item in fields(self)
-            if item.name not in ("troubles", "commands") and getattr(self, item.name) != getattr(default, item.name)
-        ]  # fmt: skip
-        if self.commands:
-            said.append("commands=" + ",".join(sorted(self.commands)))
+            if not isinstance(getattr(self, item.name), frozenset)
+            and getattr(self, item.name) != getattr(default, item.name)
+        ]
+        for name in ("commands", "policies"):
+            if chosen := getattr(self, name):
+                said.append(f"{name}=" + ",".join(sorted(chosen)))
         return " ".join([*said, "troubles=" + ",".join(sorted(self.troubles))])
 
 
@@ -110,7 +117,7 @@ def _read(like: Any, text: str) -> Any:
     """``_written`` of a value of the type of ``like``."""
     parts = [part for part in text.split(",") if part]
     if isinstance(like, frozenset):
-        if not set(parts) <= {*TROUBLES, *COMMANDS, FLAPPING}:
+        if not set(parts) <= {*TROUBLES, *COMMANDS, *POLICIES, FLAPPING}:
             raise ValueError
         return frozenset(parts)
     if isinstance(like, tuple):
@@ -119,8 +126,8 @@ def _read(like: Any, text: str) -> Any:
 
 
 def draw(chance: random.Random, seed: int) -> Options:
-    """The options of a seed; ``chance`` is its random numbers. Commands, a cable that flaps and deep
-    queues have numbers of their own: they came later, and seeds without them stayed what they were."""
+    """The options of a seed; ``chance`` is its random numbers. Commands, policies, a cable that flaps
+    and deep queues have numbers of their own: they came later, and seeds without them stayed what they were."""
     operator = random.Random(f"operator {seed}")
     share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
     drawn = _draw(chance)
@@ -128,7 +135,11 @@ def draw(chance: random.Random, seed: int) -> Options:
         drawn = replace(drawn, troubles=drawn.troubles | {FLAPPING})
     if random.Random(f"dense {seed}").random() < 0.15:
         drawn = replace(drawn, dense=True)
-    return replace(drawn, commands=frozenset(name for name in COMMANDS if operator.random() < share))
+    drawn = replace(drawn, commands=frozenset(name for name in COMMANDS if operator.random() < share))
+    rules = random.Random(f"policies {seed}")
+    share = rules.choice((0.0, 0.0, 0.0, 0.2, 0.5))
+    policies = frozenset(name for name in POLICIES if rules.random() < share)
+    return replace(drawn, policies=policies - ALONE if drawn.loss == "block" else policies)
 
 
 def options_of(seed: int, settings: Sequence[str]) -> Options:

@@ -146,8 +146,8 @@ def _run_to_its_end(world: World, life: Any) -> None:
 
 
 def shrink(result: Result, *, tries: int = 150, seconds: float = 60.0) -> Result:
-    """The same failure with fewer kinds of trouble and of commands, a smaller pair and a shorter life: until nothing
-    more can be left out, or ``tries`` runs or ``seconds`` are over."""
+    """The same failure with fewer kinds of trouble, commands and policies, a smaller pair and a shorter life: until
+    nothing more can be left out, or ``tries`` runs or ``seconds`` are over."""
     best = result
     end = time.perf_counter() + seconds
     again = True
@@ -172,14 +172,17 @@ def _smaller(options: Options, step: int) -> Iterator[Callable[[Options], Option
         yield lambda now, steps=steps: replace(now, steps=max(1, min(now.steps, steps)))  # type: ignore[misc]
     yield lambda now: replace(now, commands=frozenset())
     yield lambda now: replace(now, troubles=frozenset())
+    yield lambda now: replace(now, policies=frozenset())
     for name in sorted(options.commands):
         yield lambda now, name=name: replace(now, commands=now.commands - {name})  # type: ignore[misc]
     for name in sorted(options.troubles):
         yield lambda now, name=name: replace(now, troubles=now.troubles - {name})  # type: ignore[misc]
+    for name in sorted(options.policies):
+        yield lambda now, name=name: replace(now, policies=now.policies - {name})  # type: ignore[misc]
     yield lambda now: replace(now, blocks=now.blocks[:1])
     yield lambda now: replace(now, blocks=tuple(min(count, 6) for count in now.blocks))
     calm: dict[str, Any] = {"guest": False, "failover": "", "large": False, "small_pool": 0, "odd_end": False,
                             "assume": False, "interval_s": 0.0, "window_bytes": 1 << 20, "loss": "continue",
-                            "compress": False, "dense": False}  # fmt: skip
+                            "dense": False}  # fmt: skip
     for name, value in calm.items():
         yield lambda now, name=name, value=value: replace(now, **{name: value})  # type: ignore[misc]

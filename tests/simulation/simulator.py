@@ -105,7 +105,9 @@ class Simulation:
 
     def start(self, side: str) -> Running:
         """Start the process of that side's role."""
-        return self.world.spawn(self.world.hosts[side], self.role(side))
+        host = self.world.hosts[side]
+        host.edit()
+        return self.world.spawn(host, self.role(side))
 
     async def pause(self, seconds: float) -> None:
         """Let virtual time go by."""

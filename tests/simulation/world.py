@@ -186,7 +186,7 @@ class World:
         self._set(undo, secondary.replica, "threading", fake_threads)
         self._set(undo, limits, "MIN_POOL", self.min_pool)
         self._scale(undo)
-        if self.options.compress:
+        if "compress" in self.options.policies:
             self._set(undo, Thrift, "worthwhile", _worthwhile)
         self._set(undo, secondary.node, "RECORD_INTERVAL_S", 1.0)
         self._set(undo, SimDialer, "network", self.network)
@@ -494,6 +494,7 @@ class World:
         counts["turns in between"] = self.turns
         counts["intents lost with the power"] = self.intents.lost
         counts["lives without an end"] = self.unending
+        counts.update(self.options.policies)
         return counts
 
     # Checks
