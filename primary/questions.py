@@ -44,8 +44,21 @@ GUEST_SHARE: Final = 0.5
 BUSY_S: Final = 0.1
 """How long after a guest's write the disk counts as busy."""
 
+TICK_S: Final = 1e-6
+"""A shorter wait may be none: it is lost in the rounding of the clock."""
+
 Range = tuple[int, int, int]
 """(index of the volume, offset, length)"""
+
+
+async def woken(wake: asyncio.Event, seconds: float) -> None:
+    """Until ``wake`` is set from now on, or ``seconds`` are over."""
+    wake.clear()
+    try:
+        async with asyncio.timeout(max(seconds, TICK_S)):
+            await wake.wait()
+    except TimeoutError:
+        return
 
 
 class Pace:
@@ -86,21 +99,13 @@ class Pace:
                 if not self._full(now):
                     break
                 wait = 0.02
-            await self._wait(wait)
+            await woken(self._wake, wait)
         await asyncio.sleep(0)
 
     async def drained(self) -> None:
         """Wait until everything is answered."""
         while self.in_flight:
-            await self._wait(1.0)
-
-    async def _wait(self, seconds: float) -> None:
-        self._wake.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+            await woken(self._wake, 1.0)
 
     def _full(self, now: float) -> bool:
         mirror = self.mirror

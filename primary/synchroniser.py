@@ -34,7 +34,7 @@ from common.bitmap import DirtyBitmap
 from common.disk import HOLE
 from common.wire import EXTENT_STRUCT, RESYNC_DATA
 from primary.mirror import Mirror
-from primary.questions import LOOK, PIECE, QUESTION_BYTES, Inquiry, Pace, Reader
+from primary.questions import LOOK, PIECE, QUESTION_BYTES, Inquiry, Pace, Reader, woken
 from primary.resync import DecayingRate, Piece, ResyncLimits, ResyncPlan, thin_extents
 from primary.samples import sample_ranges
 
@@ -254,7 +254,7 @@ class Synchroniser:
             while not plan.all_sent:
                 piece = plan.next_piece(self._guest_share(), time.monotonic())
                 if piece is None:
-                    await self._wait(plan.pause_s(time.monotonic()) or 0.02)
+                    await woken(self._wake, plan.pause_s(time.monotonic()) or 0.02)
                     continue
                 self._reading = piece
                 await self._send(plan, piece)
@@ -274,7 +274,7 @@ class Synchroniser:
     async def confirm_all(self) -> None:
         """Wait until the secondary has every piece."""
         while self._carried:
-            await self._wait(1.0)
+            await woken(self._wake, 1.0)
 
     def confirmed(self, carried: _Carried) -> None:
         """The secondary has a piece, or it was given back and is marked again."""
@@ -287,14 +287,6 @@ class Synchroniser:
     def _guest_share(self) -> float:
         session = self.mirror.carrier.session
         return max(0.0, (session.lag_bytes() - self._carried) / session.config.window_bytes)
-
-    async def _wait(self, seconds: float) -> None:
-        self._wake.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-        except TimeoutError:
-            return
 
     async def _send(self, plan: ResyncPlan, piece: Piece) -> None:
         """Read a piece and give it to the session, unless a guest's write overtook it."""

@@ -67,8 +67,9 @@ HAPPENED = [
     # commands
     "checkpoint", "resize", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents",
     "operator checkpoints", "resizes", "verifications", "corruptions found", "switchovers", "rejoins",
-    # policies
+    # policies, and paths for much that are taken for little
     "pull_ahead", "lag", "no_intents", "changing_intents", "ceiling", "floor", "deadline", "compress",
+    "few_epochs", "vectors", "hopeless", "samples",
     # checks
     "checkpoints", "prefixes checked", "guest reads checked", "promotions", "generations", "lives without an end",
 ]  # fmt: skip

@@ -18,6 +18,10 @@ COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover
 """What an operator, or a disk, may do in the middle of a life."""
 POLICIES = ("pull_ahead", "lag", "no_intents", "changing_intents", "ceiling", "floor", "deadline", "compress")
 """What a configuration may say. ``changing_intents``: ``write_intent`` is another at each start, now and then."""
+PATHS = ("few_epochs", "vectors", "hopeless", "samples")
+"""What the product does otherwise when there is much: here when there is little. Epochs are used up after a few
+checkpoints; arrays instead of single numbers, threads instead of the loop; a resync does not ask where most answers
+were "differs"; a resync begins with samples."""
 ALONE = frozenset({"pull_ahead", "lag"})
 """These go on alone: no configuration may say so with ``on_peer_loss = "block"``."""
 FLAPPING = "flapping"
@@ -58,6 +62,8 @@ class Options:
     tempo_s: float = 0.05
     commands: frozenset[str] = field(default_factory=frozenset)
     """Of ``COMMANDS``: ``dirty_growth`` lets disks grow by what holds something already."""
+    paths: frozenset[str] = field(default_factory=frozenset)
+    """Of ``PATHS``."""
     policies: frozenset[str] = field(default_factory=frozenset)
     """Of ``POLICIES``: ``compress`` compresses the stream wherever that makes it shorter, in turn by the loop and by a
     thread."""
@@ -101,7 +107,7 @@ class Options:
             if not isinstance(getattr(self, item.name), frozenset)
             and getattr(self, item.name) != getattr(default, item.name)
         ]
-        for name in ("commands", "policies"):
+        for name in ("commands", "paths", "policies"):
             if chosen := getattr(self, name):
                 said.append(f"{name}=" + ",".join(sorted(chosen)))
         return " ".join([*said, "troubles=" + ",".join(sorted(self.troubles))])
@@ -117,7 +123,7 @@ def _read(like: Any, text: str) -> Any:
     """``_written`` of a value of the type of ``like``."""
     parts = [part for part in text.split(",") if part]
     if isinstance(like, frozenset):
-        if not set(parts) <= {*TROUBLES, *COMMANDS, *POLICIES, FLAPPING}:
+        if not set(parts) <= {*TROUBLES, *COMMANDS, *PATHS, *POLICIES, FLAPPING}:
             raise ValueError
         return frozenset(parts)
     if isinstance(like, tuple):
@@ -126,8 +132,8 @@ def _read(like: Any, text: str) -> Any:
 
 
 def draw(chance: random.Random, seed: int) -> Options:
-    """The options of a seed; ``chance`` is its random numbers. Commands, policies, a cable that flaps
-    and deep queues have numbers of their own: they came later, and seeds without them stayed what they were."""
+    """The options of a seed; ``chance`` is its random numbers. Commands, policies and paths, a cable that
+    flaps and deep queues have numbers of their own: they came later, and seeds without them stayed what they were."""
     operator = random.Random(f"operator {seed}")
     share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
     drawn = _draw(chance)
@@ -139,7 +145,8 @@ def draw(chance: random.Random, seed: int) -> Options:
     rules = random.Random(f"policies {seed}")
     share = rules.choice((0.0, 0.0, 0.0, 0.2, 0.5))
     policies = frozenset(name for name in POLICIES if rules.random() < share)
-    return replace(drawn, policies=policies - ALONE if drawn.loss == "block" else policies)
+    paths = frozenset(name for name in PATHS if rules.random() < 0.15)
+    return replace(drawn, paths=paths, policies=policies - ALONE if drawn.loss == "block" else policies)
 
 
 def options_of(seed: int, settings: Sequence[str]) -> Options:

@@ -172,13 +172,13 @@ def _smaller(options: Options, step: int) -> Iterator[Callable[[Options], Option
         yield lambda now, steps=steps: replace(now, steps=max(1, min(now.steps, steps)))  # type: ignore[misc]
     yield lambda now: replace(now, commands=frozenset())
     yield lambda now: replace(now, troubles=frozenset())
-    yield lambda now: replace(now, policies=frozenset())
+    yield lambda now: replace(now, policies=frozenset(), paths=frozenset())
     for name in sorted(options.commands):
         yield lambda now, name=name: replace(now, commands=now.commands - {name})  # type: ignore[misc]
     for name in sorted(options.troubles):
         yield lambda now, name=name: replace(now, troubles=now.troubles - {name})  # type: ignore[misc]
-    for name in sorted(options.policies):
-        yield lambda now, name=name: replace(now, policies=now.policies - {name})  # type: ignore[misc]
+    for name in sorted(options.policies | options.paths):
+        yield lambda now, name=name: replace(now, policies=now.policies - {name}, paths=now.paths - {name})  # type: ignore[misc]
     yield lambda now: replace(now, blocks=now.blocks[:1])
     yield lambda now: replace(now, blocks=tuple(min(count, 6) for count in now.blocks))
     calm: dict[str, Any] = {"guest": False, "failover": "", "large": False, "small_pool": 0, "odd_end": False,

@@ -39,7 +39,6 @@ import common.metadata
 import common.port
 import common.transport
 import primary.node
-import primary.questions
 import secondary.buffer
 import secondary.guest
 import secondary.header
@@ -51,7 +50,6 @@ import secondary.waits
 from common import limits
 from common.errors import DiskError, TandemDiskError
 from common.intent import IntentFile
-from primary.resync import ResyncLimits
 from primary.thrift import Thrift
 from secondary.buffer import DiskBuffer
 from secondary.header import PairHeader, Stage
@@ -67,6 +65,7 @@ from tests.simulation.network import Network, SimDialer, SimListener
 from tests.simulation.options import Options
 from tests.simulation.oracle import Oracle, Violation
 from tests.simulation.processes import Running, SimChild, SimControl, SimControlClient, SimLifecycle, SimServer
+from tests.simulation.scale import scaled
 
 MAINS = {"primary": primary.node, "secondary": secondary.node, "export": secondary.guest}
 REAL_TIME = {"common.disk"}
@@ -185,7 +184,8 @@ class World:
                     self._set(undo, module, attribute, fakes[id(value)])
         self._set(undo, secondary.replica, "threading", fake_threads)
         self._set(undo, limits, "MIN_POOL", self.min_pool)
-        self._scale(undo)
+        for owner, name, value in scaled(self.options, _rooms(len(sys.modules))):
+            self._set(undo, owner, name, value)
         if "compress" in self.options.policies:
             self._set(undo, Thrift, "worthwhile", _worthwhile)
         self._set(undo, secondary.node, "RECORD_INTERVAL_S", 1.0)
@@ -195,23 +195,6 @@ class World:
         self._set(undo, SimServer, "world", self)
         self._observe(undo)
         return undo
-
-    def _scale(self, undo: list[Callable[[], None]]) -> None:
-        """Disks are tiny here: so are the pieces in which a resync asks and sends, or it would be over in one."""
-        unit = max(self.options.block_size, 2048)
-        small = {"PIECE": unit, "LOOK": 8 * unit, "IN_FLIGHT": 4 * unit, "BUSY_IN_FLIGHT": 2 * unit,
-        "QUESTION_BYTES": unit,
-                 "HOLE_QUESTION": 4 * unit,
-                 "ResyncLimits": functools.partial(ResyncLimits, piece=unit, in_flight=4 * unit)}  # fmt: skip
-        region = 1 << max(12, self.options.block_size.bit_length() - 1)
-        small |= {"REGION": region, "REGION_SHIFT": region.bit_length() - 1, "AHEAD": 2, "FORGET_INTERVAL_S": 2.0}
-        small["SAMPLES"] = 0  # of disks like these they would be all, and put right what is to be found here
-        for module in _rooms(len(sys.modules)):
-            if module.__name__.startswith(("primary.", "common.intent")):
-                for name in small.keys() & vars(module).keys():
-                    self._set(undo, module, name, small[name])
-        self._set(undo, primary.questions.Inquiry.ask, "__defaults__", (unit,))
-        self._set(undo, common.intent.IntentFile.__init__, "__defaults__", (region,))
 
     @staticmethod
     def _set(undo: list[Callable[[], None]], owner: Any, name: str, value: Any) -> None:
@@ -250,7 +233,8 @@ class World:
             return errors
 
         def handed_over(volume: GuestVolume, successor: Any) -> None:
-            world.oracle.handed_over()
+            if not volume.buffer.index:  # the first of them all
+                world.oracle.handed_over()
             hand_over(volume, successor)
 
         def buffer_init(buffer: DiskBuffer, *args: Any, **options: Any) -> None:
@@ -494,7 +478,7 @@ class World:
         counts["turns in between"] = self.turns
         counts["intents lost with the power"] = self.intents.lost
         counts["lives without an end"] = self.unending
-        counts.update(self.options.policies)
+        counts.update((*self.options.policies, *self.options.paths))
         return counts
 
     # Checks
