@@ -83,6 +83,7 @@ class Alignment:
         self._counters = _ResyncCounters()
         self._unsampled = False
         """The next resync begins with samples; a cut may have come before all of them were answered."""
+        self._closing = False
 
     def stop(self) -> None:
         """Whatever goes over the disks in the background: it began under conditions that hold no more."""
@@ -91,6 +92,11 @@ class Alignment:
             self._repair.stop()
         if self._commanded is not None:
             self._commanded.cancel()
+
+    def close(self) -> None:
+        """``stop``, and begin nothing more."""
+        self._closing = True
+        self.stop()
 
     def status(self) -> dict[str, Any]:
         """``resync`` and ``verify`` of the status."""
@@ -124,6 +130,8 @@ class Alignment:
             self._start_synchroniser()
 
     def _start_synchroniser(self) -> None:
+        if self._closing:
+            return
         distrust = self._distrust if self._unsampled else None
         self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits, distrust)
         self._synchronising = self._loop.create_task(self._synchronise(self._synchroniser), name="resync")
@@ -191,7 +199,7 @@ class Alignment:
             raise OperationFailed(
                 f"There is nothing to compare with: this side is {engine.state}.", hint="See `tandemdisk status`."
             )
-        if not self._session.attached:
+        if self._closing or not self._session.attached:
             raise OperationFailed("There is nothing to compare with: this side is about to stop.")
         if self._commanded is not None:
             what = self._commanded.get_name()

@@ -84,6 +84,8 @@ class Contact:
         self.config = config
         self.standing = standing
         """Keep it up to date: the next HELLO carries it."""
+        self.bases = bases or {}
+        """Keep them up to date: streams of earlier processes -> from which sequence on the caller knows every write."""
         self.state = State.IDLE
         self.attached = config.on_peer_loss == "block"
         """True: writes go through ``write``. False: the caller marks them dirty instead."""
@@ -96,7 +98,6 @@ class Contact:
         self._window = Window(config.window_bytes, next_sequence, ledger, config.checkpoint_on_pressure)
         self._window.checkpoint = checkpoint
         self._sizes = tuple(size for _, size in config.volumes)
-        self._bases = bases or {}
         self._broken = broken
         self._instance = instance
         self._sessions = 0

@@ -438,7 +438,7 @@ class Engine:
         self.mirror.fenced = True  # what is held still would be written behind the end; its clients were cut off
         await self.growth.stop()
         await self.knowledge.stop()
-        self.alignment.stop()
+        self.alignment.close()
         await self._wait_idle()
         in_line = self.session.idle and self.session.attached and self.state == "protected"
         marked = any((*self.mirror.bitmaps, *self.knowledge.suspects)) or self.growth.unfinished
@@ -458,7 +458,7 @@ class Engine:
             if clean and self._lifecycle.failure is None:
                 await self.record.update_async(
                     clean=True, stream=self.session.stream, sequence=last, checkpoint=self.session.checkpoint_number,
-                    disks=fingerprints(self.settings, running=False), lost_writes=self.knowledge.lost_writes,
+                    bases=(), disks=fingerprints(self.settings, running=False), lost_writes=self.knowledge.lost_writes,
                 )  # fmt: skip
             elif as_found:  # nobody was served, nothing was sent
                 await self.record.update_async(clean=True, disks=fingerprints(self.settings, running=False))

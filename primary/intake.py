@@ -173,7 +173,7 @@ class Intake(Contact):
         # without a ledger the caller's bitmaps know what was handed back, and nothing of what was applied
         base = window.applied if window.ledger is None else window.recorded
         verdict = judge(Here(self.standing, self.stream, window.next_sequence, window.applied, base, self._broken,
-                             self._bases), welcome)
+                             self.bases), welcome)
         if isinstance(verdict, Refusal):
             bye = Send(wire.encode(wire.Bye(self._session, 0, verdict.sentence)))
             return [bye, *self._refuse(verdict.code, verdict.sentence, now)]

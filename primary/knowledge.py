@@ -143,9 +143,12 @@ class Knowledge:
             await self.mirror.guard.mark(ranges)
 
     def resync_complete(self) -> None:
-        """The secondary has taken a checkpoint behind a resync: what that took on is done."""
+        """The secondary has taken a checkpoint behind a resync: what that took on is done, and what is marked reaches
+        back no further. Whoever still stands in an earlier stream is an older copy of it."""
         for bitmap in self._unfinished:
             bitmap.clear_all()
+        self._bases.clear()
+        self.session.bases = self.bases
 
     async def grow(self, sizes: Sequence[int]) -> None:
         """The volumes have ``sizes`` bytes from now on. What is new may differ: marked durably, then in memory.

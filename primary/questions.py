@@ -191,15 +191,18 @@ class Inquiry:
         self._heard = heard
         self._memory = memoryview(bytearray(PIECE))
 
-    async def ask(self, volume: MirroredDisk, offset: int, length: int, unit: int = QUESTION_BYTES) -> int:
-        """Ask about the beginning of a range, in questions of ``unit`` bytes; returns how many bytes that was.
+    async def ask(
+        self, volume: MirroredDisk, offset: int, length: int, unit: int = QUESTION_BYTES, *, exactly: bool = False
+    ) -> int:
+        """Ask about the beginning of a range, in questions of ``unit`` bytes, and of a whole hole in one unless
+        ``exactly``; returns how many bytes that was.
 
         Await ``Pace.room`` before. OSError if the primary disk cannot be read.
         """
         size, flags = volume.disk.extents(offset, length)[0]
         if flags & HOLE and (size >= unit or size == length):
             size = min(size if size == length else size // unit * unit, HOLE_QUESTION)
-            step = size if unit >= QUESTION_BYTES else unit
+            step = unit if exactly else size
             ranges = [(volume.index, offset + at, min(step, size - at)) for at in range(0, size, step)]
             self._send(ranges, [hash_of_zeroes(length) for _, _, length in ranges], QUESTION_BYTES)
             return size

@@ -72,7 +72,7 @@ class Verifier:
                     position, end = found[0], found[0] + found[1]
                     while position < end:  # ``next_run`` would begin again at the start of the piece
                         await self._pace.room()
-                        position += await self._inquiry.ask(volume, position, end - position, unit)
+                        position += await self._inquiry.ask(volume, position, end - position, unit, exactly=self._fine)
             await self._pace.drained()
 
     def _heard(self, index: int, offset: int, length: int, differs: bool | None) -> None:

@@ -67,6 +67,7 @@ HAPPENED = [
     # commands
     "checkpoint", "resize", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents",
     "operator checkpoints", "resizes", "verifications", "corruptions found", "switchovers", "rejoins",
+    "older copies",
     # policies, and paths for much that are taken for little
     "pull_ahead", "lag", "no_intents", "changing_intents", "ceiling", "floor", "deadline", "compress",
     "few_epochs", "vectors", "hopeless", "samples",

@@ -98,6 +98,17 @@ async def a_flipped_bit_is_found_and_put_right(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(block_size=4096, blocks=(16,))
+async def a_bit_that_turns_over_in_a_hole_is_named_alone(sim: Simulation) -> None:
+    """Seed 230006826: with blocks of 64 KiB and more the whole hole was named, up to 4 MiB of it."""
+    sim.start("b")
+    sim.start("a")
+    await sim.until(sim.protected, 30, "a protected pair")
+    flip(sim, 42)
+    found = await verified(sim)
+    expect(found["extents"] == [["v0", 42 * SECTOR // 4096 * 4096, 4096]], f"found {found['extents']}")
+
+
 @scenario()
 async def differences_that_were_found_outlive_the_primary(sim: Simulation) -> None:
     """A verification without repair leaves them to the next resync: that may be the one after a crash, or a stop."""

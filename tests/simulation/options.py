@@ -14,8 +14,14 @@ TROUBLES = (
     "disk_primary", "disk_secondary", "slow", "metadata", "kill_inside", "slow_reader", "preempt", "clocks",
 )  # fmt: skip
 
-COMMANDS = ("resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents")
+COMMANDS = (
+    "resize", "dirty_growth", "verify", "corrupt", "resync", "switchover", "takeover", "rejoin", "intents",
+)  # fmt: skip
 """What an operator, or a disk, may do in the middle of a life."""
+RESTORE = "restore"
+"""Another: the host of the secondary goes back to an older copy of itself. It is not drawn among the others: with
+``LEADS`` such a copy might lead, or be too small."""
+LEADS = frozenset({"resize", "dirty_growth", "switchover", "takeover", "rejoin"})
 POLICIES = ("pull_ahead", "lag", "no_intents", "changing_intents", "ceiling", "floor", "deadline", "compress")
 """What a configuration may say. ``changing_intents``: ``write_intent`` is another at each start, now and then."""
 PATHS = ("few_epochs", "vectors", "hopeless", "samples")
@@ -123,7 +129,7 @@ def _read(like: Any, text: str) -> Any:
     """``_written`` of a value of the type of ``like``."""
     parts = [part for part in text.split(",") if part]
     if isinstance(like, frozenset):
-        if not set(parts) <= {*TROUBLES, *COMMANDS, *PATHS, *POLICIES, FLAPPING}:
+        if not set(parts) <= {*TROUBLES, *COMMANDS, *PATHS, *POLICIES, FLAPPING, RESTORE}:
             raise ValueError
         return frozenset(parts)
     if isinstance(like, tuple):
@@ -132,7 +138,7 @@ def _read(like: Any, text: str) -> Any:
 
 
 def draw(chance: random.Random, seed: int) -> Options:
-    """The options of a seed; ``chance`` is its random numbers. Commands, policies and paths, a cable that
+    """The options of a seed; ``chance`` is its random numbers. Commands, policies and paths, older copies, a cable that
     flaps and deep queues have numbers of their own: they came later, and seeds without them stayed what they were."""
     operator = random.Random(f"operator {seed}")
     share = operator.choice((0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.35, 0.5, 1.0))
@@ -142,6 +148,8 @@ def draw(chance: random.Random, seed: int) -> Options:
     if random.Random(f"dense {seed}").random() < 0.15:
         drawn = replace(drawn, dense=True)
     drawn = replace(drawn, commands=frozenset(name for name in COMMANDS if operator.random() < share))
+    if random.Random(f"restore {seed}").random() < 0.1:
+        drawn = replace(drawn, failover="", commands=drawn.commands - LEADS | {RESTORE})
     rules = random.Random(f"policies {seed}")
     share = rules.choice((0.0, 0.0, 0.0, 0.2, 0.5))
     policies = frozenset(name for name in POLICIES if rules.random() < share)

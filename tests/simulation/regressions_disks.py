@@ -18,6 +18,7 @@ from tests.simulation.commands import flip, switchover, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
 from tests.simulation.simulator import Simulation
+from tests.simulation.swarm import Copy
 
 _OLDER = set(SCENARIOS)
 
@@ -427,6 +428,51 @@ async def the_secondary_is_lost_again_before_the_first_time_is_noted(sim: Simula
         sim.world.loop.slowness = 0.002
         await protected_again(sim)
         expect(generation(sim, "a") == generation(sim, "b"), "the generations differ")
+    await sim.rest()
+
+
+@scenario()
+async def a_verification_is_asked_of_a_primary_that_stops(sim: Simulation) -> None:
+    """Seed 230007130: it began behind the point where all such things are ended, and had no session in the middle."""
+    await born(sim)
+    for _ in range(3):
+        await writes(sim, 5)
+        primary = sim.primary
+        assert primary is not None
+        sim.world.loop.slowness = 0.1
+        sim.a.faults.cold = 1.0
+        sim.act("flush")
+        operator_stops(primary)
+        while primary.alive:
+            sim.command(primary, "verify", repair=False)
+            await sim.pause(0.001)
+        sim.a.faults.cold = 0.0
+        sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+    await sim.rest()
+
+
+@scenario(blocks=(400,))
+async def the_secondary_goes_back_to_an_older_copy(sim: Simulation) -> None:
+    """Seed 52301: its host was put back to what it was in an earlier stream, all writes of which the primary had known
+    when it started. What it had sent since, and what it had cleared its bitmaps of, was never compared."""
+    await born(sim)
+    await sim.pause(2.0)
+    sim.watched = ["a"]
+    for clean in (False, True):
+        copy = Copy.of(sim.b)
+        sim.kill(sim.primary, 0.1)
+        await protected_again(sim)
+        await writes(sim, 10)
+        if clean:
+            operator_stops(sim.primary)
+            await protected_again(sim)
+        sim.power("b", 1000)
+        copy.put_back(sim.b)
+        sim.start("b")
+        await protected_again(sim)
+        await sim.until(sim.equal, 10, "equal disks")
+    sim.watched = ["a", "b"]
     await sim.rest()
 
 

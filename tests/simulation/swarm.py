@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from common.errors import TandemDiskError
 from deploy.roles import judge
 from tests.simulation.clock import Killed
 from tests.simulation.disk import SECTOR
+from tests.simulation.options import LEADS
 from tests.simulation.oracle import Violation
 
 if TYPE_CHECKING:
@@ -29,8 +30,26 @@ if TYPE_CHECKING:
 
 WEIGHTS = {
     "resize": 1.5, "verify": 1.5, "corrupt": 0.7, "resync": 0.5, "switchover": 1.0, "takeover": 0.8, "rejoin": 3.0,
-    "intents": 0.7,
+    "intents": 0.7, "restore": 1.0,
 }  # fmt: skip
+
+
+class Copy(NamedTuple):
+    """What was durable on a machine at one moment."""
+
+    disks: list[bytes]
+    metadata: bytes
+
+    @classmethod
+    def of(cls, host: Host) -> Copy:
+        assert host.metadata.stable is not None
+        return cls([bytes(platter.stable) for platter in host.platters], host.metadata.stable)
+
+    def put_back(self, host: Host) -> None:
+        """Nothing runs there."""
+        for platter, image in zip(host.platters, self.disks, strict=True):
+            platter.restore(image)
+        host.metadata.now = host.metadata.stable = self.metadata
 
 
 class Operator:
@@ -42,6 +61,7 @@ class Operator:
         self.busy = False
         self._planted: dict[int, float] = {}
         """Sector -> when its bit turned over."""
+        self._copy: list[Copy] = []
 
     # Commands that take their time
 
@@ -212,6 +232,32 @@ class Operator:
         self.world.trace(f"corrupt {platter.device} {at}")
         oracle.corrupt[sector] = True
         self._planted[sector] = self.world.loop.now
+
+    def restore(self) -> bool:
+        """A copy of the machine that follows is made, or what was made before is put in its place."""
+        sim, world = self.sim, self.world
+        if sim.options.failover or LEADS & sim.options.commands or world.oracle.promoted:
+            return False
+        host = sim.following
+        if not self._copy or sim.chance.random() < 0.4:
+            if host.metadata.stable is None:
+                return False
+            self._copy = [Copy.of(host)]
+            world.trace(f"copied {host.side}")
+            return True
+        copy = self._copy[0]
+        sim.power(host.side, 1 + sim.chance.random() * 4)
+
+        def put_back() -> None:
+            if any(process.alive for process in host.processes.values()):
+                return
+            world.trace(f"restored {host.side}")
+            copy.put_back(host)
+            world.oracle.promised.clear()
+            sim.counts["older copies"] += 1
+
+        sim.later(0.5, put_back)
+        return True
 
     def resync(self) -> None:
         """``tandemdisk resync``, with or without ``--full``."""
