@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -113,6 +114,10 @@ class Applier:
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
+        self._lost = self._lost_before = 0
+        """Flushes that failed; and how many of them had when the work in the thread was begun."""
+        self._news = threading.Lock()
+        """Of such a flush, in the header: nobody says in between that the disk is at a known point."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="applier")
         self._flusher = Flusher([self], self._flush_failed)
 
@@ -182,6 +187,7 @@ class Applier:
             self.backup.do_checkpoint_nowait(work.number, work.sequence)
             self._checkpointed(work, time.perf_counter() - started)
         else:
+            self._lost_before = self._lost
             if not isinstance(work, Grow):
                 self._check_disk()
             raise BlockingIOError(errno.EAGAIN, "this work always waits for a device")
@@ -228,9 +234,7 @@ class Applier:
                 elif not self._header.syncing:
                     self.backup.begin_sync()
                 self._header.forget_batch()
-                self._header.stream_id = NOWHERE  # not at the old number in the new stream, should it be killed here
-                self._header.applied_sequence = work.sequence
-                self._header.stream_id = work.stream
+                self._stand_at(work.stream, work.sequence)
                 return None
             case EndResync():
                 self.flush()
@@ -245,6 +249,17 @@ class Applier:
                 return answer
             case Grow():
                 return self._ledger.grow(work.sizes)
+
+    def _stand_at(self, stream: int, sequence: int) -> None:
+        """The numbering jumps. LostWrites if a flush has failed since this work was begun: the resync knows nothing of
+        what that lost."""
+        header = self._header
+        with self._news:
+            if self._lost != self._lost_before:
+                raise LostWrites(errno.EIO, "writes were lost in a flush that failed as a resync began")
+            header.stream_id = NOWHERE  # not at the old number in the new stream, should it be killed here
+            header.applied_sequence = sequence
+            header.stream_id = stream
 
     def _back(self, work: Work, done: asyncio.Future[Any]) -> None:
         self._busy = False
@@ -382,7 +397,9 @@ class Applier:
             for disk in self._disks:
                 disk.flush()
         except OSError:
-            self._header.stream_id = NOWHERE
+            with self._news:
+                self._lost += 1
+                self._header.stream_id = NOWHERE
             raise
 
     def _check_disk(self) -> None:

@@ -391,8 +391,8 @@ class SecondarySession:
 
     def resync_begun(self, sequence: int, *, consistent: bool) -> None:
         """BeginResync is done. ``consistent``: the last checkpoint is still there."""
-        self.applied(sequence)
-        self._syncing = self._exact = True
+        self._exact = self.applied(sequence) or self._exact  # a flush that failed meanwhile is news of the disk
+        self._syncing = True
         self.standing = self.standing._replace(consistent=consistent)
 
     def resync_ended(self, sequence: int, history: History) -> None:

@@ -13,7 +13,7 @@ from deploy.roles import accept_disks
 from primary.resync import ResyncPlan
 from secondary.applier import NOWHERE
 from secondary.header import PairHeader
-from secondary.session import EndResync
+from secondary.session import BeginResync, EndResync
 from tests.simulation.commands import flip, switchover, verified
 from tests.simulation.regressions import REGRESSIONS, at_the_moment, generation, operator_stops, protected_again
 from tests.simulation.scenarios import SCENARIOS, born, expect, scenario, told, writes
@@ -283,6 +283,40 @@ async def two_flushes_fail_at_the_end_of_a_resync(sim: Simulation) -> None:
         await protected_again(sim)
         sim.act("flush")
         await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_flush_fails_while_a_resync_begins(sim: Simulation) -> None:
+    """By reading: the beginning of the resync said that the disk is where the stream is, over the news of the flush, to
+    the session and in the header. What the flush had lost was never sent again."""
+    await born(sim)
+    for life in range(12):
+        running = sim.secondary
+        assert running is not None
+        node, queue = running.node, running.node.applier._queue
+
+        def begins(queue: Any = queue) -> bool:
+            return bool(queue) and isinstance(queue[0], BeginResync)
+
+        node._recorder.cancel()  # its turn comes when the story says so
+        await writes(sim, 10)
+        sim.world.network.set_cut(True, True)
+        await sim.pause(3.0)
+        await writes(sim, 2)
+        sim.world.loop.slowness = 0.5
+        sim.world.network.set_cut(False, False)
+        await at_the_moment(sim, begins, 20, "a resync")
+        sim.b.faults.flush = 1.0
+        recording = running.run(sim.world.loop.create_task, node._record_now())
+        await at_the_moment(sim, lambda done=recording.done: sim.world.oracle.forgotten or done(), 20, "a flush")
+        sim.b.faults.flush = 0.0
+        if life % 2:
+            await at_the_moment(sim, lambda begins=begins: not begins(), 20, "the end of its beginning")
+            sim.kill(running, 0.1)
+        sim.world.loop.slowness = 0.002
+        await protected_again(sim)
+        await sim.until(sim.equal, 10, "equal disks")
     await sim.rest()
 
 

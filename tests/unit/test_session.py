@@ -269,6 +269,16 @@ def test_work_behind_a_failed_flush_is_done_but_not_counted() -> None:
     assert session.statistics().received == 4
 
 
+def test_a_resync_that_began_beside_a_failed_flush_makes_no_disk_exact() -> None:
+    session = in_session()
+    session.receive(PEER, batch(1), 0.0)
+    session.applied(1)
+    session.receive(PEER, wire.encode(wire.Resync(1 << 32 | 1, 5, STREAM, False, True)), 0.0)
+    session.failed_flush(session.point(), 5, "no flush")
+    session.resync_begun(5, consistent=True)
+    assert not session.position.exact
+
+
 def test_secondary_heartbeats_and_time_out() -> None:
     session = in_session()
     assert session.next_deadline() == 1.0
