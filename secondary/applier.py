@@ -224,8 +224,7 @@ class Applier:
                 self._write(work, extents)
                 return None
             case Checkpoint():
-                self._check_disk()
-                self.backup.do_checkpoint(work.number, work.sequence)
+                self.backup.do_checkpoint(work.number, work.sequence, check=self._check_disk)
                 return time.perf_counter() - started
             case BeginResync():
                 self._ledger.resync_begun(work.stream, work.sequence, keep_checkpoint=work.keep_checkpoint)

@@ -26,7 +26,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
@@ -342,16 +342,21 @@ class PairBackup:
         self.jobs = [BackupJob(volume, disk) for volume, disk in zip(buffer.volumes, disks, strict=True)]
         self.finish_wrap()
 
-    def do_checkpoint(self, number: int, sequence: int, *, timeout_s: float | None = None) -> float:
+    def do_checkpoint(
+        self, number: int, sequence: int, *, timeout_s: float | None = None, check: Callable[[], None] | None = None
+    ) -> float:
         """The primary's state as of now becomes what the guest sees; the buffer is empty. Returns seconds spent
         waiting for readers.
 
-        Ends the synchronisation if one was going on. May block; raises TimedOut naming who holds a request.
+        Ends the synchronisation if one was going on. May block; raises TimedOut naming who holds a request. ``check``
+        is called behind the wait: what it raises ends this with nothing done.
         """
         started = time.perf_counter()
         try:
             with self.stopped(wait=True, hold=True, timeout_s=timeout_s):
                 waited = time.perf_counter() - started
+                if check is not None:
+                    check()
                 self._switch(number, sequence)
         except TandemDiskError as error:
             self.header.set_error(Failure.EMPTYING, error.sentence)

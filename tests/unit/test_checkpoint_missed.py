@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,14 +130,27 @@ class Watched(DiskLayer):
             self.late = True
 
 
-def with_applier(directory: Path, scene: Callable[[Joined, Applier, Rig], Any], *, timeout_s: float = 5.0) -> None:
+class Failing(Watched):
+    """Loses writes."""
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, "no flush")
+
+
+def with_applier(
+    directory: Path,
+    scene: Callable[[Joined, Applier, Rig], Any],
+    *,
+    timeout_s: float = 5.0,
+    disk_type: type[Watched] = Watched,
+) -> None:
     """Run ``scene`` on a loop, with a pair whose secondary does its work for real."""
 
     async def run() -> None:
         directory.mkdir()
         made = Rig(directory, (SIZE,), timeout_s=timeout_s)
         pair = Joined()
-        disk = Watched(made.disks[0])
+        disk = disk_type(made.disks[0])
         applier = Applier(pair.secondary, made.pair, [disk], NoLedger(), pair.down)
         try:
             await scene(pair, applier, made)
@@ -186,6 +200,24 @@ def test_a_reader_that_does_not_let_go_costs_a_checkpoint_and_nothing_else(tmp_p
         assert made.buffer.header.failures() == {Failure.EMPTYING: 1}
 
     with_applier(tmp_path / "rig", scene, timeout_s=0.2)
+
+
+def test_a_flush_that_fails_while_a_checkpoint_waits_for_a_reader_ends_it(tmp_path: Path) -> None:
+    async def scene(pair: Joined, applier: Applier, made: Rig) -> None:
+        epoch = made.buffer.header.epoch
+        with attach(made.settings.directory) as view:
+            with view.volumes["disk0"].cow_request_begin(0, 1, shared=True):
+                pair.ask("first")
+                drain(pair, applier)
+                assert applier.waits == 1
+                with pytest.raises(OSError, match="no flush"):  # in the thread of another one, say
+                    applier.flush()
+            await until(lambda: pair.of(up.Cut) or pair.of(up.CheckpointDone))
+        assert made.buffer.header.epoch == epoch, "a checkpoint of a disk that lost writes"
+        assert not pair.of(up.CheckpointDone)
+        assert not pair.secondary.position.exact
+
+    with_applier(tmp_path / "rig", scene, disk_type=Failing)
 
 
 @pytest.mark.parametrize(("length", "in_thread"), [(1 << 20, False), (16 << 20, True)])
