@@ -143,7 +143,7 @@ class SecondaryNode:
         self._keeping = self._lifecycle.critical(self.exporter.keep(self.promotion.export_restarted), "export")
         self._recorder = self._lifecycle.critical(self._keep_record(), "recorder")
         if self.promoted:
-            await self.promotion.finish()
+            await self.promotion.go_on()
 
     def _check_disks(self, metadata: Metadata) -> Metadata:
         """A disk that is not as this side left it may differ anywhere: say so, durably, and trust no buffer."""

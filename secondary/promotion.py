@@ -119,6 +119,8 @@ class Promotion:
             dead, force = flag_of(args, "primary_dead"), flag_of(args, "force")
             if dead:
                 await self._last_words()
+            if self._record.value.role == "primary" and self._buffer.header.stage is Stage.RUNNING:
+                await self.finish()  # a process before this one decided, and ended in the middle
             number = await self._failover(target, force=force, primary_dead=dead)
             return {
                 "to": target,
@@ -261,6 +263,11 @@ class Promotion:
         for task in (self.leading, self._withdrawing, self._telling):
             if task is not None:
                 task.cancel()
+
+    async def go_on(self) -> None:
+        """A process before this one has noted a promotion: do what is left of it, and hear no failover meanwhile."""
+        async with self._failing_over:
+            await self.finish()
 
     async def finish(self, *, force: bool = True) -> None:
         """What is left to do once the promotion is durable; also after a crash in the middle."""

@@ -13,6 +13,8 @@ from common.errors import DiskError, NeedsForce, PeerRefused, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
 from deploy.roles import choose_loser, judge, remembered
 from secondary.buffer import DiskBuffer
+from secondary.exporter import Exporter
+from secondary.header import PairHeader
 from tests.simulation.commands import switchover
 from tests.simulation.host import Host
 from tests.simulation.network import TO_LISTENER
@@ -454,6 +456,44 @@ async def the_connection_breaks_while_the_primary_starts(sim: Simulation) -> Non
     sim.watched = ["a", "b"]
     sim.restart_at.clear()
     await protected_again(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_failover_is_repeated_while_the_next_process_finishes_it(sim: Simulation) -> None:
+    """By reading: the process was killed behind the note of its promotion. The next one finished that, and an operator
+    who asked again, for another target, was heard beside it: refused in the middle, which left the side deaf to the
+    former primary, and nobody turned that away."""
+    await born(sim)
+    sim.checkpoint()
+    await writes(sim, 5)
+    sim.kill(sim.primary, 1000)
+    sim.watched = []
+    await sim.pause(0.5)
+    start = Exporter.start
+
+    async def slowly(exporter: Exporter) -> None:
+        await start(exporter)
+        await asyncio.sleep(0.16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairHeader, "store_state", lambda *_args, **_options: sim.b.faults.die())
+        sim.failover("checkpoint", force=True)
+        await sim.until(lambda: sim.b.process("secondary") is None, 10, "the end of a process")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exporter, "start", slowly)
+        sim.world.loop.slowness = 0.1
+        secondary = sim.start("b")
+        answers: list[Any] = []
+        await at_the_moment(sim, lambda: "failover" in secondary.handlers, 20, "a process that takes commands")
+        sim.command(secondary, "failover", answers.append, to="latest", force=True)
+        await sim.until(lambda: answers, 30, "an answer")
+        sim.world.loop.slowness = 0.002
+    await sim.until(lambda: sim.leading is sim.b, 30, "the lead of the other side")
+    sim.start("a")
+    await sim.pause(4.0)
+    expect(sim.a.process("primary") is None, "the former primary was not turned away")
+    await rejoined(sim)
     await sim.rest()
 
 
