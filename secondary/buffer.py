@@ -564,11 +564,13 @@ def _allocate(
 
 
 def _unlink(directory: str) -> None:
+    """The header first: without one there is no buffer, and with one each file has to be there."""
+    Path(directory, HEADER_FILE).unlink(missing_ok=True)
     for path in Path(directory).iterdir() if os.path.isdir(directory) else ():
         stem, _, number = path.name.partition(".")
         if stem == "spill" and number.isdigit() and path.is_symlink():
             spill.remove(path)
-        if path.name == HEADER_FILE or (stem in ("hidden", "active", "requests") and number.isdigit()):
+        if stem in ("hidden", "active", "requests") and number.isdigit():
             path.unlink(missing_ok=True)
 
 

@@ -177,6 +177,29 @@ def test_only_one_process_owns_a_buffer_and_a_new_one_replaces_an_orphan(tmp_pat
     assert list((tmp_path / "buffer").iterdir()) == [keep]
 
 
+@pytest.mark.parametrize("first", ["header", "hidden.0", "active.0", "requests.0"])
+def test_a_buffer_whose_removal_was_cut_short_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Killed behind the first file, whichever the file system lists first."""
+    DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p").close()
+    directory = str(tmp_path / "buffer")
+    files = sorted(Path(directory).iterdir(), key=lambda path: path.name != first)
+    unlink = Path.unlink
+
+    def killed(path: Path, **options: bool) -> None:
+        unlink(path, **options)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda _path: iter(files))
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(SystemExit):
+            DiskBuffer.remove(directory)
+    assert not DiskBuffer.exists(directory)
+    DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p").close()
+
+
 def test_a_buffer_of_another_boot_is_none(tmp_path: Path) -> None:
     """Its directory is on a disk: after a loss of power nobody knows what is there of it, and it would be believed."""
     buffer = DiskBuffer.create(settings(tmp_path), VOLUMES, pair_id="p")
