@@ -116,6 +116,8 @@ class Applier:
         self._loop = asyncio.get_running_loop()
         self._lost = self._lost_before = 0
         """Flushes that failed; and how many of them had when the work in the thread was begun."""
+        self._flushing = threading.Lock()
+        """Of two at once the kernel would tell one what it lost; the other one waits until that is known."""
         self._news = threading.Lock()
         """Of such a flush, in the header: nobody says in between that the disk is at a known point."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="applier")
@@ -392,14 +394,15 @@ class Applier:
         The kernel tells of what it lost only once. So the header says it before anything else is done: the process may
         die before the loop hears of it, and the next one would believe the disk.
         """
-        try:
-            for disk in self._disks:
-                disk.flush()
-        except OSError:
-            with self._news:
-                self._lost += 1
-                self._header.stream_id = NOWHERE
-            raise
+        with self._flushing:
+            try:
+                for disk in self._disks:
+                    disk.flush()
+            except OSError:
+                with self._news:
+                    self._lost += 1
+                    self._header.stream_id = NOWHERE
+                raise
 
     def _check_disk(self) -> None:
         """No checkpoint of a disk that lost writes, nor a resync by what it was before: the thread in which a flush
