@@ -175,6 +175,8 @@ class GuestProcess:
         engine = Engine(settings, record, list(zip(names, self.disks, strict=True)), context, self._lifecycle)
         engine.checkpoints.number = self.buffer.header.checkpoint.number
         engine.growth.on_grown = self._grown
+        if any(volume.lost_writes for volume in self.volumes):
+            engine.knowledge.disk_lost_writes()
         try:
             await engine.knowledge.remember_start()
         except BaseException:

@@ -213,6 +213,11 @@ class GuestVolume(VolumeView):
         threading.Thread(target=work, name=f"flush {self.name}", daemon=True).start()
 
     @property
+    def lost_writes(self) -> bool:
+        """A flush of the disk failed, and the kernel tells of what that lost only once."""
+        return self._flush_failed.errno is not None
+
+    @property
     def _promoted(self) -> bool:
         """Writes may go to the secondary disk."""
         return self._words[h.W_STATE] >> h.STAGE_SHIFT > Stage.RUNNING

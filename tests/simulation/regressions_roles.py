@@ -14,7 +14,8 @@ from common.intent import INTENT_FILE, IntentFile
 from deploy.roles import choose_loser, judge, remembered
 from secondary.buffer import DiskBuffer
 from secondary.exporter import Exporter
-from secondary.header import PairHeader
+from secondary.guest import GuestProcess
+from secondary.header import PairHeader, Stage
 from tests.simulation.commands import switchover
 from tests.simulation.host import Host
 from tests.simulation.network import TO_LISTENER
@@ -493,6 +494,39 @@ async def a_failover_is_repeated_while_the_next_process_finishes_it(sim: Simulat
     sim.start("a")
     await sim.pause(4.0)
     expect(sim.a.process("primary") is None, "the former primary was not turned away")
+    await rejoined(sim)
+    await sim.rest()
+
+
+@scenario()
+async def a_flush_fails_before_a_side_begins_to_lead(sim: Simulation) -> None:
+    """By reading: its clients were told, and the engine that came next was not: it cleared its bitmaps and believed its
+    disk after a stop."""
+    await born(sim)
+    sim.kill(sim.primary, 1000)
+    sim.watched = []
+    await sim.pause(0.5)
+    begin = GuestProcess._begin_to_lead
+
+    async def slowly(process: GuestProcess) -> None:
+        await asyncio.sleep(0.5)
+        await begin(process)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuestProcess, "_begin_to_lead", slowly)
+        sim.failover("latest", force=True)
+        export = sim.export
+        assert export is not None
+        await sim.until(lambda: export.node.buffer.header.stage is Stage.DONE, 10, "a promotion")
+        sim.b.faults.flush = 1.0
+        codes: list[int] = []
+        export.run(export.node.volumes[0].flush, codes.append)
+        await sim.until(lambda: codes, 10, "an answer")
+        sim.b.faults.flush = 0.0
+        await sim.until(lambda: sim.leading is sim.b, 30, "the lead of the other side")
+        await sim.until(lambda: export.node.engine is not None, 30, "an engine")
+    noted = sim.world.oracle.metadata(sim.b.metadata)
+    expect(codes[0] and noted is not None and noted.lost_writes, f"forgotten: {noted}")
     await rejoined(sim)
     await sim.rest()
 
