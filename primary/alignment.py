@@ -84,6 +84,9 @@ class Alignment:
         self._unsampled = False
         """The next resync begins with samples; a cut may have come before all of them were answered."""
         self._closing = False
+        self.ending = False
+        """All of a resync is in the stream, and the secondary has yet to take the checkpoint behind it: it is not in
+        line before that, however many connections it takes."""
 
     def stop(self) -> None:
         """Whatever goes over the disks in the background: it began under conditions that hold no more."""
@@ -119,6 +122,7 @@ class Alignment:
         known = peer.exact and peer.stream == self._session.stream
         # since a start that was not clean, of either side, nobody knows what happened to its disk before
         self._unsampled = not full and (self._unsampled or not known)
+        self.ending = False
         self._link.perform(self._session.begin_resync(full=full, keep_checkpoint=peer.exact, now=time.monotonic()))
         self._start_synchroniser()
 
@@ -152,6 +156,7 @@ class Alignment:
 
     def complete(self) -> None:
         """The secondary took the checkpoint that ends a resync."""
+        self.ending = False
         self._stop_synchroniser()
         self._knowledge.resync_complete()
 
@@ -166,6 +171,7 @@ class Alignment:
             return
         if self._synchroniser is synchroniser and session.syncing:
             self._all_sent()
+            self.ending = True
             self._link.send(session.finish_resync(None, time.monotonic()))
 
     def _stop_synchroniser(self) -> None:

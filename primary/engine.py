@@ -42,7 +42,7 @@ from common.record import Record, fingerprints, random_number
 from common.settings import NodeSettings
 from primary.alignment import Alignment
 from primary.checkpoints import Checkpoints
-from primary.contact import PrimaryConfig
+from primary.contact import PrimaryConfig, State
 from primary.effects import (
     Acknowledged,
     CheckpointDone,
@@ -221,10 +221,11 @@ class Engine:
         match effect:
             case Established(peer=peer):
                 self.mirror.use_blocks(peer.block_size)
-                self._set_state("syncing" if self.session.syncing else "protected", "")
+                syncing = self.session.syncing or self.alignment.ending
+                self._set_state("syncing" if syncing else "protected", "")
                 if self.session.syncing:
                     self.alignment.go_on()
-                else:
+                elif not syncing:
                     self._in_one_generation()
                     self.growth.compare()
             case ResyncNeeded():
@@ -242,7 +243,7 @@ class Engine:
                     pin.unpin()
             case CheckpointFailed(token=token, sentence=sentence):
                 self.checkpoints.failed(token, sentence)
-                if self.state == "syncing" and not self.session.syncing and self.session.attached:
+                if self.alignment.ending and self.session.state is State.ESTABLISHED:
                     # a resync is over when one was taken
                     self.link.send(self.session.checkpoint(None, time.monotonic()))
             case Starved():
@@ -268,10 +269,11 @@ class Engine:
 
     def _checkpoint_done(self, effect: CheckpointDone) -> None:
         self.record.update_soon(checkpoint=effect.number)
-        if self.state == "syncing" and not self.session.syncing:
+        if self.alignment.ending:
             self.alignment.complete()
-            self._set_state("protected", "")
-            self._in_one_generation()
+            if self.state == "syncing":  # else the WELCOME told of it, and what it leads to comes next
+                self._set_state("protected", "")
+                self._in_one_generation()
         self.checkpoints.done(effect)
 
     def _in_one_generation(self) -> None:

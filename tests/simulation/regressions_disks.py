@@ -510,6 +510,36 @@ async def the_secondary_goes_back_to_an_older_copy(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(blocks=(40,))
+async def the_connection_breaks_at_the_end_of_a_resync(sim: Simulation) -> None:
+    """By reading: all of a resync was in the stream, and not all of it had arrived. The next connection called the pair
+    protected, with a secondary that had no checkpoint; and where the answer to the last checkpoint was all that was
+    lost, the resync never ended, in ``status`` and in the write-intent bitmap."""
+    await born(sim)
+    sim.world.network.manners.delay_s = 0.02
+    for arrived in (False, True):
+        await writes(sim, 10)
+        sim.kill(sim.primary, 1000)
+        sim.start("a")
+        await at_the_moment(sim, lambda: "primary syncing" in sim.standing(), 30, "a resync")
+        assert sim.primary is not None
+        assert sim.secondary is not None
+        engine, session = sim.primary.node.engine, sim.secondary.node.session
+        await at_the_moment(sim, lambda there=session: there.position.syncing, 30, "its beginning")
+        watched = (lambda there=session: not there.position.syncing, lambda here=engine: not here.session.syncing)
+        await at_the_moment(sim, watched[not arrived], 30, "its end")
+        sim.world.network.break_all()
+        sim.world.loop.slowness = 0.5  # of the flush that ends it
+        await sim.pause(0.05)
+        await at_the_moment(sim, lambda here=engine: here.state == "protected", 30, "a protected pair")
+        expect(not session.position.syncing, "the pair is called protected, and its secondary is not in line")
+        expect(not engine.status()["resync"]["active"], "the resync has no end")
+        sim.world.loop.slowness = 0.002
+        await sim.pause(25)  # the write-intent bitmap forgets what was written
+        expect(not engine.mirror.guard.file.ranges(), "the write-intent bitmap is not cleared")
+    await sim.rest()
+
+
 def _compares_in_the_new_stream(sim: Simulation) -> bool:
     """The secondary has gone over to the stream of the primary that compares, durably, and has yet to be compared."""
     primary, noted = sim.primary, sim.world.oracle.metadata(sim.b.metadata)
