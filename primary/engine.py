@@ -422,8 +422,10 @@ class Engine:
 
     async def clear_error(self) -> None:
         """The last failure was looked after, and so was a disk that lost writes. DiskError if that cannot be noted."""
+        seen = self.failures.error
         await self.knowledge.trust_disk()
-        self.failures.clear()
+        if self.failures.error is seen:  # else it is a newer one
+            self.failures.clear()
 
     def status(self) -> dict[str, Any]:
         """What ``status`` shows of a primary, without its export."""

@@ -54,6 +54,8 @@ class Knowledge:
         self.lost_writes = record.value.lost_writes
         """A flush of the primary disk failed. What it lost the kernel tells once, and not where: until an operator has
         seen to it no bit is cleared, and no start believes the disk."""
+        self._losses = 0
+        """Times that this happened in this process."""
         self._unfinished = make_suspects(mirror)
         """All that the resyncs since the last complete one took on: what a secondary that forgets may lack again."""
         self._replacing = asyncio.Lock()
@@ -168,14 +170,20 @@ class Knowledge:
     def disk_lost_writes(self) -> None:
         """A flush failed; durable soon, if this side's directory is on a disk that works."""
         self.lost_writes = True
+        self._losses += 1
         if not self._record.value.lost_writes:
             self._record.update_soon(lost_writes=True)
 
     async def trust_disk(self) -> None:
-        """An operator has seen to it. DiskError if that cannot be noted."""
+        """An operator has seen to it. DiskError if that cannot be noted. What is lost while it is noted nobody has seen
+        to."""
+        losses = self._losses
         if self.lost_writes or self._record.value.lost_writes:
             await self._record.update_async(lost_writes=False)
-        self.lost_writes = False
+        if self._losses == losses:
+            self.lost_writes = False
+        else:
+            self._record.update_soon(lost_writes=True)
 
     async def forget_now_and_then(self, protected: Callable[[], bool]) -> None:
         """While the pair is ``protected``, clear the write-intent bitmap of what the secondary has."""

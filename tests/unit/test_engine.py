@@ -10,9 +10,11 @@ import pytest
 
 from common import config
 from common.disk import DelayDisk, FileDisk
+from common.metadata import Metadata, load, save
 from common.port import zmq_context
 from common.process import Lifecycle
 from common.record import Record, initial_metadata
+from common.settings import NodeSettings
 from primary.engine import Engine
 from tests.pairs import MIB
 
@@ -27,19 +29,25 @@ class Silent:
         pass
 
 
-def test_a_stop_comes_while_the_write_intent_bitmap_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk was being flushed for it. What was to follow found its thread gone, and the process, which had stopped
-    in good order, ended in a traceback."""
-    monkeypatch.setattr("primary.knowledge.FORGET_INTERVAL_S", 0.0)
+def settings_with_disk(tmp_path: Path) -> NodeSettings:
+    """Of a side whose secondary is nobody."""
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(MIB))
-    settings = config.make_settings(
+    return config.make_settings(
         {
             "pair_id": "p", "side": "a", "directory": str(tmp_path), "volumes": [{"name": "v", "disk": str(path)}],
             "replication": {"connect": f"ipc://{tmp_path}/nobody"},
         },
         base=tmp_path,
     )  # fmt: skip
+
+
+def test_a_stop_comes_while_the_write_intent_bitmap_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was being flushed for it. What was to follow found its thread gone, and the process, which had stopped
+    in good order, ended in a traceback."""
+    monkeypatch.setattr("primary.knowledge.FORGET_INTERVAL_S", 0.0)
+    settings = settings_with_disk(tmp_path)
+    path = settings.volumes[0].disk
     flushing, gate = threading.Event(), threading.Event()
 
     class Slow(DelayDisk):
@@ -68,3 +76,42 @@ def test_a_stop_comes_while_the_write_intent_bitmap_is_cleared(tmp_path: Path, m
         assert lifecycle.failure is None
 
     asyncio.run(stop())
+
+
+def test_a_flush_fails_while_it_is_noted_that_an_operator_saw_to_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss was forgotten with the other one: bits were cleared, and the next start believed the disk."""
+    settings = settings_with_disk(tmp_path)
+    saving, gate = threading.Event(), threading.Event()
+
+    def slowly(path: str, metadata: Metadata) -> None:
+        if not metadata.lost_writes:
+            saving.set()
+            assert gate.wait(10)
+        save(path, metadata)
+
+    async def live() -> None:
+        record = Record(f"{tmp_path}/metadata", initial_metadata(settings, "primary", [MIB]))
+        disk = FileDisk(settings.volumes[0].disk)
+        loop = asyncio.get_running_loop()
+        with zmq_context() as context:
+            engine = Engine(settings, record, [("v", disk)], context, Lifecycle("primary"))
+            engine.disk_failed("flush", OSError(5, "the first one"))
+            monkeypatch.setattr("common.record.save", slowly)
+            clearing = loop.create_task(engine.clear_error())
+            await loop.run_in_executor(None, saving.wait, 10)
+            engine.disk_failed("flush", OSError(5, "the second one"))
+            gate.set()
+            await clearing
+            assert engine.knowledge.lost_writes
+            assert engine.failures.error is not None
+            assert "second" in engine.failures.error["sentence"]
+            engine.discard()
+        disk.close()
+        record.close()
+
+    asyncio.run(live())
+    noted = load(f"{tmp_path}/metadata")
+    assert noted is not None
+    assert noted.lost_writes
