@@ -50,8 +50,15 @@ class Record:
             self.value = value
 
     async def update_async(self, **changes: Any) -> None:
-        """``update`` for an event loop."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, lambda: self.update(**changes))
+        """``update`` for an event loop. What ``update_soon`` has yet to write of the same fields is older: it is not
+        written behind this."""
+        older = {name: self._soon.pop(name) for name in changes if name in self._soon}
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, lambda: self.update(**changes))
+        except DiskError:
+            if older:
+                self.update_soon(**(older | self._soon))
+            raise
 
     def update_soon(self, **changes: Any) -> None:
         """Change fields some time soon; on the loop, never blocks. A failure surfaces at the next ``update``."""

@@ -218,3 +218,22 @@ def test_a_record_that_is_closed_begins_nothing_more(tmp_path: Path) -> None:
     found = load(path)
     assert found is not None
     assert found.checkpoint == 4
+
+
+def test_what_is_noted_soon_never_overtakes_what_is_newer(tmp_path: Path) -> None:
+    """It waited for its turn when the newer was asked for, and was written behind it."""
+    path = str(tmp_path / "metadata")
+
+    async def change() -> None:
+        record = Record(path, SAMPLE)
+        record.update_soon(checkpoint=4)
+        record.update_soon(checkpoint=5, lost_writes=True)
+        await record.update_async(lost_writes=False)
+        while record._writing:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        record.close()
+
+    asyncio.run(change())
+    found = load(path)
+    assert found is not None
+    assert (found.checkpoint, found.lost_writes) == (5, False)
