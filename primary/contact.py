@@ -8,6 +8,7 @@ is ``primary.intake``'s business; what the volume wants is the session's own.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -94,6 +95,8 @@ class Contact:
         self.stream = stream
         self.beginning = False
         """The caller notes a new generation: what this side is to a peer is open until that is durable."""
+        self.noted: Callable[[], bool] = lambda: True
+        """The caller has noted that all of its disk may differ, for a process that comes after this one."""
         self.peer: wire.Welcome | None = None
         self._window = Window(config.window_bytes, next_sequence, ledger, config.checkpoint_on_pressure)
         self._window.checkpoint = checkpoint

@@ -117,6 +117,11 @@ class Outgrown(NamedTuple):
     sizes: tuple[int, ...]
 
 
+class Unnoted(NamedTuple):
+    """The secondary has to be compared as a whole, and once it is in this stream nothing would say so any more. Note
+    that durably; the session greets again and again until ``noted`` is true."""
+
+
 class WindowOpen(NamedTuple):
     """Exports may read again."""
 
@@ -148,7 +153,7 @@ class Refused(NamedTuple):
 
 Effect = (
     Send | Reconnect | Acknowledged | FlushFailed | CheckpointDone | CheckpointFailed | Pressure | Starved | Established
-    | ResyncNeeded | Verified | Resized | Outgrown | WindowOpen | Cut | Lost | Refused
+    | ResyncNeeded | Verified | Resized | Outgrown | Unnoted | WindowOpen | Cut | Lost | Refused
 )
 
 

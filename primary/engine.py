@@ -58,6 +58,7 @@ from primary.effects import (
     Resized,
     ResyncNeeded,
     Starved,
+    Unnoted,
     Verified,
     WindowOpen,
 )
@@ -122,6 +123,8 @@ class Engine:
         )
         self.knowledge = Knowledge(settings, record, self.mirror)
         self.session = self.knowledge.session = self._make_session()
+        self.session.noted = self.knowledge.everything_remembered
+        self._noting: asyncio.Task[None] | None = None
         self.found = record.value.clean, self.session.last_sequence, record.value.history
         """Whether the last process stopped in good order, and where."""
         address = settings.replication.connect
@@ -255,6 +258,8 @@ class Engine:
             case Outgrown():
                 self.alignment.stop()
                 self.growth.outgrown(effect)
+            case Unnoted():
+                self._note_everything()
             case Pressure():
                 pass
 
@@ -290,6 +295,22 @@ class Engine:
         self.knowledge.mark_what_may_differ(effect.peer, full=effect.full)
         self._set_state("syncing", effect.reason)
         self.alignment.begin(effect)
+
+    def _note_everything(self) -> None:
+        """Before the RESYNC: with that the secondary goes over to this stream, and a process that came after this one
+        would go by what is marked."""
+        if self._noting is None or self._noting.done():
+            self._noting = self._loop.create_task(self._everything_noted(), name="everything")
+            self._tasks.add(self._noting)
+            self._noting.add_done_callback(self._tasks.discard)
+
+    async def _everything_noted(self) -> None:
+        try:
+            await self.knowledge.remember_everything()
+        except TandemDiskError as error:
+            log.error("the whole disk is not compared before that can be noted: %s", error)
+            return
+        self.link.redial()
 
     def _nearly_in_line(self) -> None:
         """All of a resync is in the stream: the secondary may be in this generation from here on, whether its answer

@@ -44,10 +44,12 @@ class Replay(NamedTuple):
 
 
 class Resync(NamedTuple):
-    """Resynchronise; ``full``: the bitmaps do not reach back to where the secondary stands."""
+    """Resynchronise; ``full``: the bitmaps do not reach back to where the secondary stands. ``lasting``: the next
+    handshake would come to that again, whatever becomes of this resync, until it is complete."""
 
     reason: str
     full: bool
+    lasting: bool = False
 
 
 def judge(here: Here, welcome: Welcome) -> Refusal | Replay | Resync:
@@ -62,7 +64,8 @@ def judge(here: Here, welcome: Welcome) -> Refusal | Replay | Resync:
     reason = _obstacle(here, welcome, decision)
     if not reason:
         return Replay()
-    return Resync(reason, not reaches(here, welcome) or (isinstance(decision, PrimaryAhead) and decision.full))
+    lasting = isinstance(decision, PrimaryAhead) and decision.full
+    return Resync(reason, lasting or not reaches(here, welcome), lasting)
 
 
 def reaches(here: Here, welcome: Welcome) -> bool:

@@ -20,6 +20,7 @@ from primary.effects import (
     Pressure,
     ResyncNeeded,
     Send,
+    Unnoted,
     Verified,
     WindowOpen,
     answers,
@@ -192,6 +193,8 @@ class Intake(Contact):
             if self.state is State.ESTABLISHED:
                 return effects
             verdict = Resync("the secondary stands in the middle of another resync", True)
+        if verdict.full and not verdict.lasting and not self.noted():
+            return [*effects, *self._cut("it has to be noted that all may differ", now), Unnoted()]
         self.state = State.WELCOMED
         return [*effects, ResyncNeeded(verdict.reason, verdict.full, welcome)]
 

@@ -136,6 +136,15 @@ class Knowledge:
         for suspects, unfinished in zip(self.suspects, self._unfinished, strict=True):
             suspects.set_all()
             unfinished.set_all()
+        await self.remember_everything()
+
+    def everything_remembered(self) -> bool:
+        """Whether the write-intent bitmap marks all; without one a process that comes after a kill compares all."""
+        guard = self.mirror.guard
+        return guard is None or all(guard.covers(volume.index, 0, volume.size) for volume in self.mirror.volumes)
+
+    async def remember_everything(self) -> None:
+        """Make it so. DiskError if it cannot be."""
         await self.remember_differences([(volume.index, 0, volume.size) for volume in self.mirror.volumes])
 
     async def remember_differences(self, ranges: Sequence[Range]) -> None:

@@ -540,6 +540,38 @@ async def the_connection_breaks_at_the_end_of_a_resync(sim: Simulation) -> None:
     await sim.rest()
 
 
+@scenario(blocks=(400,), loss="block")
+async def the_primary_is_killed_while_it_compares_an_older_copy(sim: Simulation) -> None:
+    """By reading, beside seed 52301: the older copy had gone over to the stream of the primary that compared it as a
+    whole, and stood at a place in it from which the next primary, by what it found marked, knew every write."""
+    await born(sim)
+    await sim.pause(2.0)
+    copy = Copy.of(sim.b)
+    sim.kill(sim.primary, 0.1)
+    await protected_again(sim)
+    await sim.pause(25)  # the write-intent bitmap has forgotten what was written
+    await writes(sim, 3)
+    sim.power("b", 1000)
+    sim.watched = ["a"]
+    copy.put_back(sim.b)
+    flip(sim, 390)
+    sim.world.loop.slowness = 0.5
+    secondary = sim.start("b")
+    await at_the_moment(sim, lambda: _compares_in_the_new_stream(sim), 60, "a comparison", step_s=0.0001)
+    session = secondary.node.session
+    await at_the_moment(sim, lambda: session.position.syncing, 60, "its beginning", step_s=0.0001)
+    sim.world.network.set_cut(True, True)
+    sim.world.network.break_all()
+    sim.world.loop.slowness = 0.002
+    await sim.until(lambda: session.position.recorded == session.position.applied, 10, "a note of the place")
+    sim.kill(sim.primary, 0.1)
+    sim.world.network.set_cut(False, False)
+    sim.watched = ["a", "b"]
+    await protected_again(sim)
+    expect(not (await verified(sim))["differing"], "the comparison that was interrupted is forgotten")
+    await sim.rest()
+
+
 def _compares_in_the_new_stream(sim: Simulation) -> bool:
     """The secondary has gone over to the stream of the primary that compares, durably, and has yet to be compared."""
     primary, noted = sim.primary, sim.world.oracle.metadata(sim.b.metadata)
