@@ -235,6 +235,8 @@ class Alignment:
         self._check_idle()
         full = flag_of(args, "full")
         if full:
+            await self._knowledge.remember_everything()  # a process that comes after a kill goes on with it
+            self._check_idle()
             for suspects in self._knowledge.suspects:
                 suspects.set_all()
         sender = self._synchroniser = Synchroniser(self._mirror, self._knowledge.suspects, self._limits)

@@ -223,6 +223,7 @@ class Engine:
     def _handle_rare(self, effect: Effect) -> None:
         match effect:
             case Established(peer=peer):
+                self._unfence()
                 self.mirror.use_blocks(peer.block_size)
                 syncing = self.session.syncing or self.alignment.ending
                 self._set_state("syncing" if syncing else "protected", "")
@@ -291,6 +292,7 @@ class Engine:
 
     def _resync(self, effect: ResyncNeeded) -> None:
         self.alignment.stop()
+        self._unfence()
         self.mirror.use_blocks(effect.peer.block_size)
         self.knowledge.mark_what_may_differ(effect.peer, full=effect.full)
         self._set_state("syncing", effect.reason)
@@ -356,6 +358,8 @@ class Engine:
             self.link.settle(self.session.pull_ahead(reason, time.monotonic()))
 
     def _refused(self, effect: Refused) -> None:
+        if self._closing:
+            return  # as in ``_lost``
         self.alignment.stop()
         if not self.serving:
             self._refusal = effect.sentence
@@ -383,6 +387,11 @@ class Engine:
                     batch.pin.fail(EIO)
                 batch.pin.unpin()
         self._set_state("fenced", effect.sentence)
+
+    def _unfence(self) -> None:
+        """The other side follows this one again: an operator decided against its promotion."""
+        if self.state == "fenced" and not self._lifecycle.stop.is_set():
+            self.mirror.fenced = False
 
     def _go_alone(self, state: str, reason: str, unacknowledged: list[Unacknowledged]) -> None:
         """Mark what the secondary may lack, start a generation durably, then let the clients go on."""

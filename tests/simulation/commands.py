@@ -131,6 +131,26 @@ async def differences_that_were_found_outlive_the_primary(sim: Simulation) -> No
     await sim.rest()
 
 
+@scenario(blocks=(400,))
+async def a_full_resync_that_was_asked_for_outlives_the_primary(sim: Simulation) -> None:
+    """Whoever gave the command was not answered; what it had yet to compare is compared all the same."""
+    await born(sim)
+    await sim.pause(25)  # the write-intent bitmap has forgotten what was written
+    flip(sim, 390)
+    primary = sim.primary
+    assert primary is not None
+    sim.b.faults.cold = 1.0
+    sim.command(primary, "resync", full=True)
+    engine = primary.node.engine
+    await sim.until(lambda: engine.status()["resync"]["active"], 30, "a resync")
+    sim.kill(primary, 1000)
+    sim.b.faults.cold = 0.0
+    sim.start("a")
+    await sim.until(sim.protected, 60, "a protected pair")
+    expect(not (await verified(sim))["differing"], "the bit that turned over is still there")
+    await sim.rest()
+
+
 @scenario()
 async def the_roles_are_swapped_and_swapped_back(sim: Simulation) -> None:
     """Nothing is lost, and nothing has to be sent: the side that stopped lacks nothing."""

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
+from common.batch import ZERO, Operation, WriteBatch
 from common.errors import DiskError, NeedsForce, PeerRefused, TandemDiskError
 from common.intent import INTENT_FILE, IntentFile
-from deploy.roles import choose_loser, judge, remembered
+from deploy.roles import choose_loser, give_up, judge, remembered
 from secondary.buffer import DiskBuffer
 from secondary.exporter import Exporter
 from secondary.guest import GuestProcess
 from secondary.header import PairHeader, Stage
+from tests.simulation.clients import SimBuffer
 from tests.simulation.commands import switchover
+from tests.simulation.disk import SECTOR
 from tests.simulation.host import Host
 from tests.simulation.network import TO_LISTENER
 from tests.simulation.regressions import (
@@ -529,6 +532,35 @@ async def a_flush_fails_before_a_side_begins_to_lead(sim: Simulation) -> None:
     expect(codes[0] and noted is not None and noted.lost_writes, f"forgotten: {noted}")
     await rejoined(sim)
     await sim.rest()
+
+
+@scenario(loss="block")
+async def an_operator_decides_against_a_promotion(sim: Simulation) -> None:
+    """By reading: a primary that was fenced over a takeover met the other side again as its secondary, called itself
+    protected, and answered EIO to everybody."""
+    await born(sim)
+    primary = sim.primary
+    assert primary is not None
+    primary.stopped = True
+    sim.watched = []
+    sim.failover("latest", force=True)
+    await sim.until(lambda: sim.leading is sim.b, 30, "the lead of the other side")
+    sim.world.loop.resume(primary)
+    engine = primary.node.engine
+    await sim.until(lambda: engine.state == "fenced", 30, "a fenced primary")
+    for process in list(sim.b.processes.values()):
+        sim.world.kill(process)
+    winner = remembered(sim.a.settings)
+    assert winner is not None
+    give_up(sim.b.settings, winner.history)
+    sim.start("b")
+    await sim.until(lambda: engine.state == "protected", 30, "a protected pair")
+    errors: list[Any] = []
+    operations: list[Operation] = [(ZERO, 0, SECTOR, 0, 0)]
+    batch = WriteBatch(operations, SimBuffer(SECTOR), 0, 0, False, errors.append)
+    primary.run(engine.mirror.volumes[0].submit, batch)
+    await sim.until(lambda: errors, 10, "an answer")
+    expect(not errors[0], f"a protected primary answers {errors[0]}")
 
 
 REGRESSIONS += [name for name in SCENARIOS if name not in _OLDER]
