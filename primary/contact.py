@@ -107,6 +107,8 @@ class Contact:
         self._session = 0
         self._peer_sequence = 0
         self._heard = 0.0
+        self._woke = 0.0
+        """When this process had last stood still."""
         self._ping_at = 0.0
         self._retry_at: float | None = None
         self._retries = 0
@@ -199,17 +201,20 @@ class Contact:
         if self._streaming:
             deadlines.append(self._ping_at)
             if self.config.max_lag_s and self._window.oldest is not None:
-                deadlines.append(self._window.oldest + self.config.max_lag_s)
+                deadlines.append(max(self._window.oldest, self._woke) + self.config.max_lag_s)
         return min(deadlines, default=None)
 
     def handle_timer(self, now: float) -> list[Effect]:
         """Do what is due by ``now``."""
         effects: list[Effect] = []
         due = self.next_deadline()
-        if due is not None and self._connected and now - due >= self.config.peer_timeout_s / 2:
-            # This process stood still, not the secondary: it is judged by what comes from now on. It may have been
-            # promoted meanwhile, and to go on alone before that is heard would be split brain.
+        late = now - due if due is not None and self._connected else 0.0
+        # This process stood still, not the secondary: it is judged by what comes from now on. It may have been promoted
+        # meanwhile, and to go on alone before that is heard would be split brain.
+        if late >= self.config.peer_timeout_s / 2:
             self._heard = now
+        if self.config.max_lag_s and late >= min(self.config.peer_timeout_s, self.config.max_lag_s) / 2:
+            self._woke = now
         if self._connected and now >= self._heard + self.config.peer_timeout_s:
             silence = f"the secondary has not been heard for {now - self._heard:.1f} s"
             greeted = self.state is State.GREETING
@@ -219,7 +224,7 @@ class Contact:
         if self._streaming and now >= self._ping_at:
             self._ping_at = now + self.config.heartbeat_s
             effects.append(Send(wire.encode(wire.Ping(self._session, self.last_sequence, float(now)))))
-        if self._streaming and self.config.max_lag_s and self.lag_s(now) >= self.config.max_lag_s:
+        if self._streaming and self.config.max_lag_s and self._behind_s(now) >= self.config.max_lag_s:
             effects += self.pull_ahead(f"the secondary is {self.lag_s(now):.1f} s behind", now)
         if self._lost_at is not None and now >= self._lost_at:
             effects += self.lost("the secondary did not come back, or got nothing done, in time", now)
@@ -228,6 +233,10 @@ class Contact:
             self._retry_at = None
             effects.append(Reconnect())
         return effects
+
+    def _behind_s(self, now: float) -> float:
+        """How much of the lag is the secondary's own: none of it is while this process stood still."""
+        return min(self.lag_s(now), now - self._woke)
 
     @property
     def _connected(self) -> bool:
