@@ -21,6 +21,8 @@ SECRET_SUFFIX: Final = ".key_secret"
 KEY_LENGTH: Final = 40
 """Characters of a Z85-encoded CURVE key (ZeroMQ RFC 32)."""
 
+_Z85: Final = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+
 _PUBLIC_NOTE: Final = (
     "The public key of one side of a TandemDisk pair: give it to the other side (replication.peer_key)."
 )
@@ -72,10 +74,16 @@ def _write(path: Path, mode: int, note: str, keys: dict[str, bytes], made: list[
 
 def load_keys(secret_path: str, peer_path: str) -> CurveKeys:
     """Our keys and our peer's public one. Raises ConfigError that names everything wrong with the two files."""
+    import zmq  # here, so that reading a configuration does not load ZeroMQ
+
     problems = [*secret_problems(secret_path), *peer_problems(peer_path)]
+    if not problems:
+        own = _read(secret_path)
+        if zmq.curve_public(own["secret-key"]) != own["public-key"]:  # a listener never shows it: a dialer is refused
+            problems.append(f"{secret_path} holds a public-key that does not belong to its secret-key")
     if problems:
         raise ConfigError("The keys cannot be used:", problems=tuple(problems), hint="`tandemdisk keygen` makes keys.")
-    own, peer = _read(secret_path), _read(peer_path)
+    peer = _read(peer_path)
     return CurveKeys(public=own["public-key"], secret=own["secret-key"], peer_public=peer["public-key"])
 
 
@@ -108,7 +116,16 @@ def _missing(path: str, names: tuple[str, ...]) -> list[str]:
         keys = _read(path)
     except (OSError, ValueError) as error:  # ValueError: no ASCII in the file, or a NUL character in its name
         return [f"{path} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})"]
-    return [f"{path} holds no valid {name}" for name in names if len(keys.get(name, b"")) != KEY_LENGTH]
+    return [f"{path} holds no valid {name}" for name in names if not _is_key(keys.get(name, b""))]
+
+
+def _is_key(value: bytes) -> bool:
+    """Z85 (ZeroMQ RFC 32): five characters stand for four bytes."""
+    digits = [_Z85.find(character) for character in value]
+    values = [
+        sum(digit * 85 ** (4 - place) for place, digit in enumerate(digits[at : at + 5])) for at in range(0, 40, 5)
+    ]
+    return len(value) == KEY_LENGTH and min(digits) >= 0 and max(values) < 1 << 32
 
 
 def _read(path: str) -> dict[str, bytes]:

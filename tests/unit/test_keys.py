@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 from pathlib import Path
 
 import pytest
+import zmq
 import zmq.auth
 
 from common.errors import ConfigError
-from common.keys import generate_keys, load_keys
+from common.keys import CurveKeys, generate_keys, load_keys
 
 
 def test_two_sides_get_each_others_public_key(tmp_path: Path) -> None:
@@ -63,3 +65,33 @@ def test_everything_wrong_is_named(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
     assert "other users" in caught.value.problems[0]
     assert "no valid public-key" in caught.value.problems[1]
+
+
+def test_every_byte_of_the_files(tmp_path: Path) -> None:
+    """Detected at the start. Or harmless: the keys are what they were. Of the peer's key that is for it to say, whom
+    another one keeps outside (``test_a_wrong_key_stays_outside``): then it is one that ZeroMQ takes."""
+    _, secret = generate_keys(tmp_path, "a")
+    peer, _ = generate_keys(tmp_path, "b")
+    good = load_keys(str(secret), str(peer))
+    chance = random.Random(8)
+    refused = 0
+    for path in (secret, peer):
+        data = path.read_bytes()
+        for index in range(len(data)):
+            path.write_bytes(data[:index] + bytes((data[index] ^ 1 << chance.randrange(8),)) + data[index + 1 :])
+            try:
+                found = load_keys(str(secret), str(peer))
+            except ConfigError:
+                refused += 1
+                continue
+            if path == secret:
+                bits = zip(zmq.utils.z85.decode(found.secret), zmq.utils.z85.decode(good.secret), strict=True)
+                clamped = [one ^ other for one, other in bits]  # Curve25519 does not look at five bits of a secret
+                assert (clamped[0] & ~7, clamped[1:31], clamped[31] & ~192) == (0, [0] * 30, 0), index
+                assert found == CurveKeys(good.public, found.secret, good.peer_public), index
+            else:
+                assert found == CurveKeys(good.public, good.secret, found.peer_public), index
+                zmq.utils.z85.decode(found.peer_public)
+        path.write_bytes(data)
+    assert refused > 150
+    assert load_keys(str(secret), str(peer)) == good
