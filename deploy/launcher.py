@@ -314,12 +314,27 @@ def remove_buffer(directory: str) -> None:
 
 
 def read_state(directory: PairDirectory) -> dict[str, Any]:
-    """What the last supervisor in ``directory`` knew; empty if there was none."""
+    """What the last supervisor in ``directory`` knew, as ``Supervisor.status`` tells it; empty if there was none. What
+    is damaged of the file is not in it."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         state = json.loads(directory.supervisor_state.read_text())
         if isinstance(state, dict):
-            return state
+            children = state.get("children")
+            known = {role: children.get(role) for role in ROLES} if isinstance(children, dict) else {}
+            described = {role: _described(child) for role, child in known.items() if isinstance(child, dict)}
+            return {"pid": _pid(state.get("pid")), "children": described}
     return {}
+
+
+def _described(child: dict[str, Any]) -> dict[str, Any]:
+    told = {key: child.get(key) for key in ("exit_code", "reason", "at")}
+    known = {key: value for key, value in told.items() if isinstance(value, int | str | None)}
+    return {"alive": child.get("alive") is True, "pid": _pid(child.get("pid")), **known}
+
+
+def _pid(value: object) -> int | None:
+    """``value`` if a process may have that number (proc(5), pid_max)."""
+    return value if type(value) is int and 0 < value <= 1 << 22 else None
 
 
 def _now() -> str:

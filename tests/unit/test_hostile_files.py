@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from common.config import load_config
 from common.errors import ConfigError, DiskError
 from common.intent import IntentFile
 from common.limits import MIB
@@ -130,6 +133,17 @@ def test_mutants_of_a_pair_file(tmp_path: Path, rounds: int) -> None:
         load_pair_file(Path("/dev/zero"))
 
 
+def knew(home: PairDirectory) -> dict[str, Any]:
+    """What the last supervisor knew, as all who look at it need it: a map of children whose pids may be ones."""
+    state = read_state(home)
+    for child in state.get("children", {}).values():
+        assert isinstance(child["alive"], bool)
+        assert child["pid"] is None or 0 < child["pid"] <= 1 << 22
+        assert isinstance(child.get("reason"), str | int | None)
+    assert state.keys() <= {"pid", "children"}
+    return state
+
+
 @EXAMPLES
 @given(
     VALUES.filter(lambda value: not isinstance(value, bytes)) | st.fixed_dictionaries({"tag": SCALARS, "rate": SCALARS})
@@ -142,13 +156,47 @@ def test_hosts_and_what_a_supervisor_knew(tmp_path: Path, value: Any) -> None:
         home.supervisor_state.write_text(data)
         with contextlib.suppress(ConfigError):
             assert isinstance(home.hosts(), NetnsHosts)
-        assert isinstance(read_state(home), dict)
+        knew(home)
     for data in ('{"tag": "lab", "rate": null}', '{"tag": "lab", "rate": "1gbit"}'):
         home.hosts_file.write_text(data)
         assert isinstance(home.hosts(), NetnsHosts)
 
 
 # Every byte turned over
+
+
+def flipped(data: bytes, seed: int) -> Iterator[tuple[int, bytes]]:
+    """Each byte with a bit turned over, one at a time."""
+    chance = random.Random(seed)
+    for index in range(len(data)):
+        yield index, data[:index] + bytes((data[index] ^ 1 << chance.randrange(8),)) + data[index + 1 :]
+
+
+def test_every_byte_of_what_a_supervisor_knew(tmp_path: Path) -> None:
+    """Nothing depends on it but what is said of the dead, and whom a start waits for."""
+    home = PairDirectory(tmp_path)
+    death = {"alive": False, "pid": 71, "exit_code": -9, "reason": "killed by SIGKILL", "at": "2024-05-01T00:00:00"}
+    state = {"pid": 70, "children": {"secondary": death, "primary": {"alive": True, "pid": 72}}}
+    home.supervisor_state.write_text(json.dumps(state))
+    assert json.loads(json.dumps(knew(home)["children"]["secondary"])) == death
+    for _, data in flipped(json.dumps(state).encode(), 3):
+        home.supervisor_state.write_bytes(data)
+        knew(home)
+
+
+@pytest.mark.parametrize("step", [pytest.param(9, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def test_every_byte_of_a_configuration_and_of_a_pair_file(tmp_path: Path, step: int) -> None:
+    """Refused in a sentence, or another configuration: what such a file says is all that anybody knows of it."""
+    path, refused = tmp_path / "c.toml", 0
+    for _, data in islice(flipped(test_config.GOOD.encode(), 1), 0, None, step):
+        path.write_bytes(data)
+        try:
+            load_config(path, "primary")
+        except ConfigError:
+            refused += 1
+    assert refused > len(test_config.GOOD) / step / 3
+    for _, data in islice(flipped(PAIR_FILE, 2), 0, None, step):
+        pair_or_refuse(path, data)
 
 
 def test_every_byte_of_a_write_intent_file(tmp_path: Path) -> None:
