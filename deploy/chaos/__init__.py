@@ -1,5 +1,6 @@
 """Chaos: a pair of real processes under verified load, broken at random, healed, and compared byte by byte.
 
+    variety        what a pair is like
     expectation    what each block may hold, in a file outside of the pair
     writer         the load: writes over one connection, and what was acknowledged
     beside         the load on a second volume

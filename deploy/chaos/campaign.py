@@ -39,16 +39,15 @@ from deploy.chaos.judgement import judge_failover
 from deploy.chaos.kinds import LASTING, possible
 from deploy.chaos.takeover import Takeover
 from deploy.chaos.tally import Tally
+from deploy.chaos.variety import PEER_TIMEOUT_S, draw
 from deploy.chaos.writer import REST_S, Writer
 from deploy.faults import Fault, HostGone, Killed, Paused
 from deploy.hosts import Side
 from deploy.launcher import read_state
 from deploy.layout import SIDES
-from deploy.pair import Pair, PairOptions
+from deploy.pair import Pair
 from deploy.roles import judge, remembered
 
-HEARTBEAT_S: Final = 0.1
-PEER_TIMEOUT_S: Final = 0.8
 CONVERGE_S: Final = 40.0
 COMMAND_S: Final = 0.3
 """For a checkpoint under faults: nothing is healed while it is waited for."""
@@ -56,6 +55,8 @@ ANSWER_S: Final = 0.3
 """For a question under faults: who is paused does not answer."""
 PATIENCE_S: Final = 3.0
 """For the last answers to the load, before it is looked whether a death was noticed only now."""
+OVERLOAD_S: Final = 10.0
+"""For a follower to keep up with the load, where the leader may leave behind one that does not: then the load rests."""
 CYCLES_A_PAIR: Final = 20
 READ: Final = 1 << 20
 
@@ -69,28 +70,16 @@ class PairUnderChaos:
     ) -> None:  # fmt: skip
         """``kinds``: only these faults are drawn; all if there are none."""
         self.chance, self.tally, self.mode, self.kinds = chance, tally, mode, kinds
-        blocks = chance.choice((256, 512, 1024))
-        self.on_peer_loss: str = chance.choice(("continue", "continue", "block"))
+        self.variety = draw(chance, random.Random(f"policies {seed}"), mode, hosts)
+        tally.varieties.append(self.variety.words)
+        blocks, options = self.variety.blocks, self.variety.options
+        self.on_peer_loss = self.variety.on_peer_loss
         self.peer_timeout_s = PEER_TIMEOUT_S
-        interval_s = chance.choice((0.0, 0.0, 0.05))
-        volumes = chance.choice((1, 1, 2))
-        options = PairOptions(
-            size=blocks * BLOCK,
-            volumes=volumes,
-            mode=mode,
-            hosts=hosts,
-            block_size=chance.choice((512, 4096, 4096, 65536)),
-            checkpoint_interval_s=interval_s,
-            compression=chance.choice(("off", "off", "zstd")),
-            overrides={
-                "on_peer_loss": self.on_peer_loss,
-                "replication": {"heartbeat_s": HEARTBEAT_S, "peer_timeout_s": PEER_TIMEOUT_S},
-            },
-        )
+        self.converge_s = CONVERGE_S + self.variety.pause_s
         self.pair = Pair.create(directory, options)
-        if hosts == "local" and chance.random() < 0.3:
+        if hosts == "local" and self.variety.encrypted:
             encrypt(self.pair)
-        self.guest = Guest(blocks, seed) if not interval_s and chance.random() < 0.6 else None
+        self.guest = Guest(blocks, seed) if self.variety.guest else None
         """Writes on the follower, where checkpoints are rare enough for it."""
         self._loads = 0
         self._former: list[Writer] = []
@@ -99,7 +88,7 @@ class PairUnderChaos:
         self.writer = Writer(self.expectation, seed, self.generation_of)
         self.beside: list[Beside] = []
         """The load on the second volume, if there is one."""
-        if volumes == 2:
+        if options.volumes == 2:
             self.beside = [Beside("disk1", self.expectation_path(), blocks, ~seed, self.generation_of)]
         self.cable: dict[str, Fault] = {}
         self.disks: dict[tuple[str, Side], Choice] = {}
@@ -144,7 +133,7 @@ class PairUnderChaos:
             try:
                 with self.pair:
                     self.pair.up()
-                    self.pair.wait_protected(CONVERGE_S)
+                    self.pair.wait_protected(self.converge_s)
                     for _ in range(CYCLES_A_PAIR):
                         if not proceed():
                             break
@@ -374,7 +363,8 @@ class PairUnderChaos:
 
     def _recover(self) -> None:
         """All is healed; whatever is dead is started again, or taken over from."""
-        deadline = time.monotonic() + CONVERGE_S
+        deadline = time.monotonic() + self.converge_s
+        patient = time.monotonic() + OVERLOAD_S if self.variety.pause_s else deadline
         now = self.pair.status()
         leader = self.pair.leader()
         if now[leader]["pid"] is None and self.chance.random() < 0.75 and self._may_take_over(now, leader):
@@ -385,9 +375,12 @@ class PairUnderChaos:
                     self.tally.recoveries["restart"] += 1
                     self._accept_disk()
                     self.pair.up()
+                if time.monotonic() > patient:
+                    patient = deadline
+                    self.rest(PATIENCE_S)
                 self.pair.wait_for(
                     lambda now: now["state"] == "protected" or None in (now["primary"]["pid"], now["secondary"]["pid"]),
-                    "protected", max(0.1, deadline - time.monotonic()),
+                    "protected", max(0.1, patient - time.monotonic()),
                 )  # fmt: skip
                 if self.pair.status()["state"] == "protected":
                     return
@@ -466,7 +459,7 @@ class PairUnderChaos:
     def _compare(self) -> None:
         self._aim()
         self.pause(0.0, 0.01)
-        deadline = time.monotonic() + CONVERGE_S
+        deadline = time.monotonic() + self.converge_s
         while True:
             try:
                 self.rest(PATIENCE_S)
@@ -544,7 +537,7 @@ class PairUnderChaos:
 
     def client(self, side: str, volume: str = "disk0") -> NbdClient:
         """A connection to the export of ``side``, whose process may be about to be started again."""
-        deadline = time.monotonic() + CONVERGE_S
+        deadline = time.monotonic() + self.converge_s
         while True:
             try:
                 return NbdClient(self.uri(side, volume))
@@ -580,9 +573,9 @@ def campaign(
             subject.live(proceed)
         except Breach as breach:
             tally.lost += breach.lost
-            tally.failure = f"pair {number}: {breach}"
+            tally.failure = f"pair {number} ({subject.variety}): {breach}"
         except TandemDiskError as error:
-            tally.failure = f"pair {number}: {error}"
+            tally.failure = f"pair {number} ({subject.variety}): {error}"
         else:
             subject.pair.directory.remove()
             for path in directory.glob(f"{number}.expected*"):

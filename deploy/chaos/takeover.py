@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 WAYS: Final = ("paused", "paused", "cut", "cut", "cut", "well")
 """What the old leader is when it is taken over from, and how often."""
 KNOWS_S: Final = 40.0
-"""Until a leader that was left behind says so: it dials again after at most five seconds."""
+"""Until a leader that was left behind says so: it dials again after at most five seconds, or after a pause of its
+variety's."""
 
 
 class Takeover:
@@ -131,7 +132,7 @@ class Takeover:
 
     def _wait_until_it_knows(self) -> bool:
         """Whether it has gone on in a generation of its own."""
-        deadline = time.monotonic() + KNOWS_S
+        deadline = time.monotonic() + KNOWS_S + self.subject.variety.pause_s
         state = ""
         while state not in ("fenced", "refused"):
             if time.monotonic() > deadline:

@@ -46,6 +46,8 @@ class Tally:
         """Blocks that guests of followers wrote, and those that a failover to a checkpoint had to keep, and did."""
         self.views = 0
         """Comparisons of the guest's view, at rest and under load."""
+        self.varieties: list[tuple[str, ...]] = []
+        """By pair: the options and policies that the seed drew for it."""
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
         self.takeovers: Counter[str] = Counter()
@@ -124,6 +126,7 @@ class Tally:
             "hosts": self.hosts,
             "seconds": round(time.monotonic() - self.begun, 1),
             "pairs": self.pairs,
+            "pairs_each": [list(words) for words in self.varieties],
             "cycles": self.cycles,
             "kills": self.kill_cycles,
             "failovers": len(self.failovers),
@@ -159,6 +162,8 @@ class Tally:
             "operations_failed_by_disks",
         ):
             table.add_row(_SHOWN.get(name, name.replace("_", " ")), f"{told[name]:,}")
+        drawn = Counter(word for words in self.varieties for word in words)
+        table.add_row("of the pairs had", ", ".join(f"{word}: {count}" for word, count in sorted(drawn.items())))
         for group in ("faults", "recoveries", "takeovers"):
             table.add_row(group, ", ".join(f"{name} {count}" for name, count in told[group].items()))
         for name, value in told["writes"].items():

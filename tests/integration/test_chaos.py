@@ -6,17 +6,22 @@ import contextlib
 import errno
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common.config import make_settings
 from common.disk import FileDisk
 from deploy.chaos.beside import Beside
 from deploy.chaos.disks import DiskErrors, DiskFull, Keeper, missing
 from deploy.chaos.expectation import BLOCK, ZEROES, Breach, Expectation
 from deploy.chaos.guest import Guest
+from deploy.chaos.tally import Tally
+from deploy.chaos.variety import draw
 from deploy.chaos.writer import Writer
+from secondary.space import plan_slots
 from tests.conftest import wait_until
 from tests.pairs import tandemdisk
 from tests.serving import serving
@@ -41,6 +46,7 @@ def test_a_short_run_loses_nothing(short_dir: Path, mode: str, hosts: str, seed:
     told = json.loads(report.read_text())
     assert told["cycles"] >= 1
     assert told["comparisons"] == told["cycles"] <= told["guest_views"]
+    assert len(told["pairs_each"]) == told["pairs"]
     assert told["writes"]["acknowledged"] > 0
     assert sum(told["takeovers"].values()) >= (2 if more else 0)
     assert ("most_async_bytes_left_behind" in told["writes"]) == (mode == "async")
@@ -273,3 +279,26 @@ def test_a_disk_fails_on_command_and_is_whole_again(tmp_path: Path) -> None:
     finally:
         keeper.close()
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
+
+
+def test_the_seed_draws_every_policy_and_the_report_says_which() -> None:
+    drawn = [draw(random.Random(f"{seed}/0"), random.Random(seed), "sync", "local") for seed in range(400)]
+    words = {word for variety in drawn for word in variety.words}
+    assert words >= {
+        "on_peer_loss = \"block\"", "write_intent = false", "on_congestion = \"pull-ahead\"", "max_lag_seconds = 0.4",
+        "small pool", "spill_bytes = 0", "2 volumes", "checkpoint_interval_s = 0.05", "block_size = 512", "zstd",
+        "CURVE", "guest",
+    }  # fmt: skip
+    assert any(not variety.words for variety in drawn), "and one as it is shipped"
+    for variety in drawn:
+        sizes = [variety.blocks * BLOCK] * (variety.options.volumes or 1)
+        plan = {"pair_id": "p", "side": "a", "directory": "/a", "volumes": [{"name": "d", "disk": "/d"}],
+                "export": {"unix": "/a/s"}, "replication": {"listen": "ipc:///l", "connect": "ipc:///c"}}  # fmt: skip
+        make_settings({**plan, **variety.options.overrides, "replication": plan["replication"]}, base=Path("/"))
+        if variety.options.buffer_bytes is not None:
+            (hidden, _), *_ = plan_slots(variety.options.buffer_bytes, variety.options.block_size or 4096, sizes)
+            assert hidden * (variety.options.block_size or 4096) < sizes[0], "the pool does not hold the disk"
+    tally = Tally(1, "sync", "local")
+    tally.varieties = [variety.words for variety in drawn]
+    assert tally.report()["pairs_each"] == [list(variety.words) for variety in drawn]
+    assert tally.table().row_count
