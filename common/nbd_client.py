@@ -62,6 +62,8 @@ class _Request:
     offset: int
     length: int
     data: bytearray | None = None
+    covered: int = 0
+    """Bytes of a read that the server has told of."""
     extents: list[tuple[int, int]] | None = None
     error: NbdClientError | None = None
 
@@ -348,6 +350,7 @@ class NbdClient(NbdStream):
                 raise NbdError("The server sent a simple reply to a read although structured replies were agreed.")
             request.data = bytearray(request.length)
             self._take(memoryview(request.data))
+            request.covered = request.length
         self._finish(cookie, request)
 
     def _chunk(self) -> None:
@@ -376,9 +379,16 @@ class NbdClient(NbdStream):
         self._start += 8
         if offset < 0 or offset + length > request.length:
             raise NbdError("The server sent data outside of what was asked for.")
+        return memoryview(self._cover(request, length))[offset : offset + length]
+
+    def _cover(self, request: _Request, length: int) -> bytearray:
+        """What a read has brought so far, of which the server tells ``length`` bytes more."""
+        request.covered += length
+        if request.covered > request.length:
+            raise NbdError("The server sent more data than was asked for.")
         if request.data is None:
             request.data = bytearray(request.length)
-        return memoryview(request.data)[offset : offset + length]
+        return request.data
 
     def _small_chunk(self, request: _Request, kind: int, body: bytes) -> None:
         if kind & nbd.NBD_REPLY_TYPE_FLAG_ERROR and len(body) >= nbd.ERROR_CHUNK.size:
@@ -386,20 +396,25 @@ class NbdClient(NbdStream):
             message = body[nbd.ERROR_CHUNK.size :][:length].decode(errors="replace")
             request.error = NbdClientError(_describe(request), error or nbd.NBD_EINVAL, message)
         elif kind == nbd.NBD_REPLY_TYPE_OFFSET_HOLE and request.command == nbd.NBD_CMD_READ and len(body) == 12:
-            start = int.from_bytes(body[:8], "big") - request.offset
-            if start < 0 or start + int.from_bytes(body[8:], "big") > request.length:
+            start, length = int.from_bytes(body[:8], "big") - request.offset, int.from_bytes(body[8:], "big")
+            if start < 0 or start + length > request.length:
                 raise NbdError("The server told of a hole outside of what was asked for.")
-            if request.data is None:
-                request.data = bytearray(request.length)
+            self._cover(request, length)
         elif kind == nbd.NBD_REPLY_TYPE_BLOCK_STATUS and len(body) >= 12 and len(body) % 8 == 4:
             request.extents = list(nbd.DESCRIPTOR.iter_unpack(body[4:]))
+            if not all(length for length, _ in request.extents):
+                raise NbdError("The server told of an extent without a length.")
         elif kind != nbd.NBD_REPLY_TYPE_NONE or body:
             raise NbdError(f"The server sent a chunk of type {kind:#x} with {len(body)} bytes that has no place here.")
 
     def _finish(self, cookie: bytes, request: _Request) -> None:
         del self._requests[cookie]
-        if request.command == nbd.NBD_CMD_READ and request.data is None and request.error is None:
-            request.data = bytearray(request.length)
+        if request.command == nbd.NBD_CMD_READ and request.error is None:
+            # no byte twice, and all of them: else what is missing would look like zeroes
+            if request.covered != request.length:
+                raise NbdError(f"The server told {request.covered} bytes of {_describe(request)}.")
+            if request.data is None:
+                request.data = bytearray()
         self._done.append(
             Completion(
                 _COOKIE.unpack(cookie)[0], request.offset, request.length, request.error, request.data, request.extents
@@ -434,7 +449,7 @@ class NbdClient(NbdStream):
             elif kind == nbd.NBD_REP_INFO and info == nbd.NBD_INFO_BLOCK_SIZE and len(body) == nbd.INFO_BLOCK_SIZE.size:
                 _, self.minimum_block, self.preferred_block, self.maximum_payload = nbd.INFO_BLOCK_SIZE.unpack(body)
             elif kind == nbd.NBD_REP_INFO and info == nbd.NBD_INFO_NAME:
-                self.name = body[2:].decode()
+                self.name = body[2:].decode(errors="replace")
         if not self.flags & nbd.NBD_FLAG_HAS_FLAGS:
             raise NbdError("The server accepted the export without a word on its size and flags.")
 

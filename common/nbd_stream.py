@@ -15,6 +15,9 @@ _RECEIVE: Final = 256 * limits.KIB
 _SOCKET_BUFFER: Final = 4 * limits.MIB
 """Asked of the kernel, which gives what net.core.wmem_max allows: the more fits, the more a server drains at once."""
 
+_ANSWERS: Final = 4 * limits.MIB
+"""Bytes of all replies to one option, together."""
+
 
 class NbdStream:
     """A connection that has seen the server's greeting. What arrived stands in ``_view[_start:_end]``."""
@@ -67,6 +70,7 @@ class NbdStream:
         """Send an option; its replies as (type, data), the final one last."""
         self._send_all(nbd.OPTION.pack(nbd.IHAVEOPT, option, len(data)) + data)
         replies = []
+        room = _ANSWERS
         while True:
             self._fill(nbd.OPTION_REPLY.size)
             magic, answered, kind, length = nbd.OPTION_REPLY.unpack_from(self._view, self._start)
@@ -74,6 +78,9 @@ class NbdStream:
                 raise NbdError("The NBD server sent an option reply that cannot be one.")
             self._start += nbd.OPTION_REPLY.size
             self._fill(length)
+            room -= nbd.OPTION_REPLY.size + length
+            if room < 0:
+                raise NbdError("The NBD server answers an option without end.")
             replies.append((kind, bytes(self._view[self._start : self._start + length])))
             self._start += length
             if kind == nbd.NBD_REP_ACK or kind & nbd.NBD_REP_FLAG_ERROR:
@@ -151,4 +158,4 @@ def list_exports(uri: str | NbdUri, *, timeout_s: float = 30.0) -> list[str]:
     if replies[-1][0] != nbd.NBD_REP_ACK:
         raise NbdError(f"The NBD server does not tell its exports: {replies[-1][1].decode(errors='replace')}.")
     offered = [body for kind, body in replies if kind == nbd.NBD_REP_SERVER]
-    return [body[4 : 4 + int.from_bytes(body[:4], "big")].decode() for body in offered]
+    return [body[4 : 4 + int.from_bytes(body[:4], "big")].decode(errors="replace") for body in offered]
