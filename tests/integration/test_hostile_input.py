@@ -22,6 +22,8 @@ import zmq
 
 from common import nbd, wire
 from common.generation import Generation, Standing
+from common.settings import NodeSettings
+from deploy.layout import ROLES
 from deploy.pair import Pair, PairOptions
 from tests.pairs import MIB, QUICK, Load, compare_disks, contents, primary_uri, running
 from tests.recording import recording
@@ -97,6 +99,8 @@ def stream_messages(chance: random.Random, pair_id: str) -> list[list[bytes]]:
         wire.Verify(session, 7, chance.randbytes(48)),
         wire.Bye(session, 0, "x" * 1000),
         wire.Ack(session, 1, 2**63, 2**63, 7, 100),
+        wire.Ask(session, 0, standing.history),
+        wire.Ask(session, 0, ()),
     ]
     return [[bytes(frame) for frame in wire.encode(message)] for message in messages]
 
@@ -116,7 +120,12 @@ def control_lines(chance: random.Random) -> bytes:
 
 
 def at_the_stream(path: Path, pair: Pair, chance: random.Random, rounds: int) -> None:
-    settings = pair.settings("secondary")
+    """Of both sides: who leads listens, too, for a stale primary and for whoever asks."""
+    for role in ROLES:
+        at_the_listener(path, pair.settings(role), chance, rounds // 2)
+
+
+def at_the_listener(path: Path, settings: NodeSettings, chance: random.Random, rounds: int) -> None:
     target = str(settings.replication.listen).removeprefix("ipc://")
     with zmq.Context() as context:
         (path / "rec").unlink(missing_ok=True)
@@ -125,7 +134,7 @@ def at_the_stream(path: Path, pair: Pair, chance: random.Random, rounds: int) ->
             dealer.connect(f"ipc://{path}/rec")
             for frames in stream_messages(chance, settings.pair_id):
                 dealer.send_multipart(frames)
-            dealer.poll(2000)
+            assert dealer.poll(2000)
         recorded = bytes(heard)
         assert recorded
         with context.socket(zmq.DEALER) as dealer:

@@ -10,7 +10,7 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from tests.recording import damaged
 from tests.serving import serving
 from tests.unit import test_config
 from tests.unit.test_hostile_recorded import grown, life
-from tests.unit.test_hostile_stream import LIMIT, fed, second_reader
+from tests.unit.test_hostile_stream import LIMIT, fed, nothing_uncaught, second_reader
 from tests.unit.test_port import DEADLINE_S, Log
 from tests.unit.test_session import PRIMARY, SECONDARY
 from tests.volumes import PlainVolume
@@ -237,15 +237,6 @@ def test_recorded_streams_are_read_as_the_standard_says(rounds: int) -> None:
             assert ended == refused, seed
             assert (got, commands) == (expected, told) or (refused and got == expected[: len(got)]), seed
             assert memory <= (zmtp.SPARES + 1) * (LIMIT + zmtp.BUFFER), seed
-
-
-@contextlib.contextmanager
-def nothing_uncaught() -> Iterator[None]:
-    """In it no callback of the running loop may raise: the loop would only log that."""
-    loop, raised = asyncio.get_running_loop(), list[Any]()
-    loop.set_exception_handler(lambda _, context: raised.append(context.get("exception") or context["message"]))
-    yield
-    assert not raised
 
 
 @pytest.mark.parametrize("dials", DIALS)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import itertools
 import json
 import logging
 import random
 import socket
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,40 @@ def test_a_recorded_secondary(lives: int) -> None:
             now = max(now, deadline)
             session.handle_timer(now)
         assert session.connect(now), "it greets again"
+
+
+def kept(attack: Callable[[], object]) -> int:
+    """Bytes that Python holds more after an attack than after the one before, which was the first."""
+    attack()
+    gc.collect()
+    tracemalloc.start()
+    attack()
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return held
+
+
+def test_what_peers_say_is_not_kept() -> None:
+    """One session of each side hears damaged conversations on and on, the secondary from ever new peers as well."""
+    down, up = [message for _, message in life()[0]][:60], life()[1][:60]
+    chance, pair = random.Random(1), Pair(5)
+    pair.primary.connect(0.0)
+    moments = itertools.count()
+
+    def attack() -> None:
+        for _ in range(40):
+            now = next(moments) * 0.01
+            for message in damaged(chance, down):
+                peer = chance.choice((life()[0][0][0], chance.randbytes(8)))
+                pair.secondary.receive(peer, frames_of(chance, message), now)
+                pair.secondary.acknowledge(4)
+            for message in damaged(chance, up):
+                pair.primary.receive(tuple(frames_of(chance, message)), now)
+            pair.secondary.handle_timer(now)
+            pair.primary.connect(now)
+
+    assert kept(attack) < 64 * limits.KIB
 
 
 # Whoever gives commands

@@ -5,11 +5,12 @@ is announced and never sent. The oracle is a second reader of RFC 37, which has 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -181,16 +182,26 @@ class Peers:
         self.listener.close()
 
 
+@contextlib.contextmanager
+def nothing_uncaught() -> Iterator[None]:
+    """In it no callback of the running loop may raise: the loop would only log that."""
+    raised: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: raised.append(told))
+    yield
+    assert not raised
+
+
 def met(tmp_path: Path, attack: Callable[[Peers], Awaitable[None]]) -> None:
     """The attack, beside peers who talk before and after it."""
 
     async def test() -> None:
-        peers = Peers(tmp_path)
-        await peers.meet()
-        await peers.still_talk()
-        await attack(peers)
-        await peers.still_talk()
-        peers.close()
+        with nothing_uncaught():
+            peers = Peers(tmp_path)
+            await peers.meet()
+            await peers.still_talk()
+            await attack(peers)
+            await peers.still_talk()
+            peers.close()
 
     asyncio.run(test())
 
