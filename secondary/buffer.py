@@ -174,7 +174,7 @@ class Layer:
 
         Slots that a crash leaked are not among them.
         """
-        slots = np.arange(self.used(epoch), dtype=np.uint64)
+        slots = np.arange(min(self.used(epoch), len(self.owner_array)), dtype=np.uint64)  # it may be damaged
         blocks = self.owner_array[: len(slots)].copy()
         good = blocks < len(self.entries_array)
         blocks, slots = blocks[good], slots[good]

@@ -157,7 +157,7 @@ def breakable(pair: Pair, chance: random.Random, tally: Tally) -> Iterator[dict[
     try:
         with contextlib.ExitStack() as stack:
             for side, settings, small, failing in plan:
-                directory, image = Path(settings.directory), Path(settings.volumes[0].disk)
+                directory, image = Path(settings.directory), Path(settings.volumes[seed % len(settings.volumes)].disk)
                 size = image.stat().st_size
                 if small:
                     stack.enter_context(_in_memory(keeper, directory, len(settings.volumes) * size + SPARE))

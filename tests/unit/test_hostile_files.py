@@ -32,7 +32,9 @@ from deploy.layout import PairDirectory
 from deploy.pairfile import load_pair_file
 from secondary import header as h
 from secondary.buffer import BufferVolume, DiskBuffer
+from secondary.commit import held_extents
 from secondary.header import PAGE, Stage
+from tests.heart import pattern, rig
 from tests.unit import test_config, test_metadata
 
 PAIR_FILE = (Path(__file__).parents[2] / "deploy" / "examples" / "pair.toml").read_bytes()
@@ -275,3 +277,27 @@ def test_every_byte_of_the_header_of_a_disk_buffer(tmp_path: Path) -> None:
     unused = [index for index in missed if any(good[index // 8 * 8 : index // 8 * 8 + 8])]
     assert not unused, f"bytes {unused} were changed, and nobody noticed"
     DiskBuffer.attach(str(path.parent), pair_id="pair-1").close()
+
+
+def test_words_of_a_disk_buffer_whose_memory_is_damaged(tmp_path: Path) -> None:
+    """Nobody can tell what such a word held before, but who reads, or counts what a commit has to move, ends with an
+    error of its own at worst, and stays inside of the volume."""
+    blocks = 40
+    with rig(tmp_path / "rig", (blocks * 4096,)) as pair:
+        pair.stream(0, pattern(50_000, 1))
+        pair.checkpoint()
+        pair.stream(5000, pattern(60_000, 2))
+        pair.guest_write(8000, pattern(30_000, 3))
+        volume, chance = pair.buffer.volumes[0], random.Random(1)
+        bumps = pair.buffer.header.words[volume.base + h.V_HIDDEN_BUMP : volume.base + h.V_COMMIT_TOTAL]
+        hidden, active = volume.hidden, volume.active
+        for words in (hidden.entries, hidden.owner[:blocks], active.entries, active.owner[:blocks], bumps):
+            for index in range(len(words)):
+                good = words[index]
+                for bit in (*chance.sample(range(64), 4), 20):
+                    words[index] = good ^ 1 << bit
+                    with contextlib.suppress(OSError):
+                        assert len(pair.read(0, blocks * 4096)) == blocks * 4096
+                    assert all(0 <= at < at + length <= volume.size for at, length in held_extents(volume))
+                words[index] = good
+        pair.check()
