@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ import pytest
 
 from common import limits, nbd, plain, wire, zmtp
 from common.disk import FileDisk
-from common.errors import NbdError, PeerRefused, TandemDiskError
+from common.errors import NbdError, PeerRefused, TandemDiskError, WireError
 from common.inquiry import _Inquiry
 from common.nbd_client import NbdClient, list_exports
 from common.nbd_stream import _ANSWERS
@@ -233,7 +234,7 @@ def test_recorded_streams_are_read_as_the_standard_says(rounds: int) -> None:
             chance = random.Random(f"{number}/{seed}")
             data = b"".join(damaged(chance, recorded))
             expected, told, refused = second_reader(data)
-            got, commands, ended, memory = fed(data, lambda chance=chance: chance.choice((1, 63, 500, 70_000)))
+            got, commands, ended, memory = fed(data, partial(chance.choice, (1, 63, 500, 70_000)))
             assert ended == refused, seed
             assert (got, commands) == (expected, told) or (refused and got == expected[: len(got)]), seed
             assert memory <= (zmtp.SPARES + 1) * (LIMIT + zmtp.BUFFER), seed
@@ -253,7 +254,7 @@ def test_a_recorded_secondary_of_a_dialer(short_dir: Path, monkeypatch: pytest.M
 
         def received(frames: list[bytes]) -> None:
             nonlocal decoded
-            with contextlib.suppress(wire.WireError):
+            with contextlib.suppress(WireError):
                 wire.decode(frames)
                 decoded += 1
 
