@@ -38,7 +38,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from selectors import BaseSelector
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 from common.control import error_to_dict
 from common.errors import TandemDiskError
@@ -263,9 +263,17 @@ class _LineFormatter(logging.Formatter):
         return f"{self.formatTime(record)} {record.levelname} {who} {record.name}: {record.getMessage()}"
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """To stderr. A line that cannot be written (the disk of the log is full) is lost, and no more than that."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def set_up_logging(name: str, level: int = logging.INFO) -> None:
     """Log to stderr, one line an event; exceptions that end a thread are logged too."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Lines(sys.stderr)
     handler.setFormatter(_LineFormatter(name))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
