@@ -90,7 +90,8 @@ class IntentFile:
             self._file = os.open(path, mode | os.O_CLOEXEC, 0o600)
             fresh = not os.fstat(self._file).st_size
             try:
-                self.found = self._load()
+                with self._alone():  # half of a page that somebody writes would be taken for a damaged one: all set
+                    self.found = self._load()
             except (OSError, DiskError):
                 if not read_only and fresh:
                     os.unlink(path)  # else it would say that it was there all the time, and that nothing was written

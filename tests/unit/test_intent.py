@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from common.bitmap import DirtyBitmap
 from common.disk import FLOCK
 from common.errors import DiskError
 from common.intent import PAGE, IntentFile, marked_bytes
+from tests.conftest import wait_until
 
 SIZES = (1 << 20, 300_000)
 REGION = 1024
@@ -248,3 +250,39 @@ def test_who_only_looks_does_not_end_the_lock_of_who_marks(tmp_path: Path, monke
     other.close()
     file.close()
     assert marked_bytes(path, SIZES) == sum(SIZES)
+
+
+def test_a_page_that_another_process_is_writing_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export process opens the file for its guest's first write, as the commit marks in it. It would believe that
+    all is marked, and mark nothing more."""
+    path = str(tmp_path / "intent")
+    writer = IntentFile(path, SIZES, 16, shared=True)
+    opened: list[IntentFile] = []
+    waits = threading.Event()
+    opener = threading.Thread(target=lambda: opened.append(IntentFile(path, SIZES, 16, shared=True)))
+    pwrite, lock = os.pwrite, fcntl.fcntl
+
+    def lock_seen(fd: int, command: int, argument: bytes) -> bytes | int:
+        if threading.current_thread() is opener:
+            waits.set()
+        return lock(fd, command, argument)
+
+    def in_two_halves(fd: int, data: bytes, offset: int) -> int:
+        pwrite(fd, data[: PAGE // 2], offset)
+        opener.start()
+        wait_until(lambda: waits.is_set() or not opener.is_alive(), what="the other process to open the file")
+        return PAGE // 2 + pwrite(fd, data[PAGE // 2 :], offset + PAGE // 2)
+
+    monkeypatch.setattr(fcntl, "fcntl", lock_seen)
+    monkeypatch.setattr(os, "pwrite", in_two_halves)
+    writer.set_ranges([(0, 0, 1), (0, 400_000, 1)])  # in both halves of a page
+    monkeypatch.undo()
+    opener.join(10)
+    (other,) = opened
+    assert not other.damaged_pages
+    assert other.covers(0, 400_000, 1)
+    assert not other.covers(0, 100_000, 1), "what is written there would not be marked"
+    other.close()
+    writer.close()
