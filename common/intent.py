@@ -260,6 +260,8 @@ class IntentFile:
         if os.pread(self._file, PAGE, 0) == self._header():
             for number in range(self._pages):
                 self._read(number)
+            if not self._read_only:
+                os.fdatasync(self._file)  # the process before may have been killed before it did
             return True
         if found and self._resized():
             return True

@@ -286,3 +286,39 @@ def test_a_page_that_another_process_is_writing_is_not_taken_for_a_damaged_one(
     assert not other.covers(0, 100_000, 1), "what is written there would not be marked"
     other.close()
     writer.close()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_mark_that_a_killed_process_left_in_the_page_cache_survives_a_loss_of_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """The next process finds it and need not mark: what it writes there would be known to nobody."""
+    path = tmp_path / "intent"
+    first = IntentFile(str(path), SIZES, REGION, shared=shared)
+    durable = path.read_bytes()
+
+    def killed(fd: int) -> None:
+        raise Killed
+
+    def sync(fd: int) -> None:
+        nonlocal durable
+        durable = path.read_bytes()
+
+    monkeypatch.setattr(os, "fdatasync", killed)
+    with pytest.raises(Killed):
+        first.set_ranges([(0, 0, 1)])
+    first.close()
+    monkeypatch.setattr(os, "fdatasync", sync)
+    second = IntentFile(str(path), SIZES, REGION, shared=shared)
+    if not second.covers(0, 0, 1):
+        second.set_ranges([(0, 0, 1)])
+    second.close()
+    monkeypatch.undo()
+    path.write_bytes(durable)
+    third = IntentFile(str(path), SIZES, REGION)
+    assert third.covers(0, 0, 1)
+    third.close()
