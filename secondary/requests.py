@@ -26,7 +26,8 @@ and publishes a deadline in the shared word ``waiting``. While that lies in the 
 whether an intent overlaps it, and if so queues up behind it; the kernel's queue is first come, first served. The word
 is only a hint: a waiter that dies leaves a stale one, which expires by itself within 100 ms. A waiter gives its intent
 up for a while when it was not granted within ``PATIENCE_S``: then the obstacle is not a stream but one stuck holder (a
-stopped process, a hung device), and everybody outside that holder's range should go on.
+stopped process, a hung device), and everybody outside that holder's range should go on. A waiter that is stopped itself
+keeps its intent: who is behind it looks from then on whether its ranges are free, turn or no turn.
 
 A request of several ranges is taken all or nothing: first all intents in ascending order, then all ranges in ascending
 order, and nobody holds a range while waiting for an intent. So there is no cycle of waiters. A thread that begins a

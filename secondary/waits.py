@@ -26,6 +26,9 @@ PATIENCE_S: Final = 0.5
 """How long a waiter keeps newcomers from overtaking it, before it lets them by for as long."""
 ANNOUNCE_S: Final = 0.05
 """How often a waiter renews its hint; a hint is valid for twice as long."""
+LOOK_S: Final = 0.005
+"""How often a waiter looks for itself that waits for its turn for longer than ``PATIENCE_S``: who is in front may be
+stopped, and hold nothing but its place."""
 
 
 class Wait:
@@ -64,23 +67,28 @@ class Wait:
             if self._granted is not None:
                 self._table.release(self._granted)
             raise
-        if self._error is not None:
-            raise self._error
         if self._granted is None:
-            raise self._table.timed_out(self._ranges)
+            raise self._error or self._table.timed_out(self._ranges)
         return self._granted
 
     def _keep_time(self, limit_s: float) -> None:
         start = time.monotonic()
         queued_at = 0.0
         intents_held = True
-        while not self._done.wait(min(ANNOUNCE_S, max(0.0, start + limit_s - time.monotonic()))):
+        tick = ANNOUNCE_S
+        while not self._done.wait(min(tick, max(0.0, start + limit_s - time.monotonic()))):
             now = time.monotonic()
             if now - start >= limit_s:
                 self._abandon()
                 break
+            tick = ANNOUNCE_S
             if not self._queued:
                 queued_at = now
+                if now - start >= PATIENCE_S:
+                    if self._look():
+                        break
+                    tick = LOOK_S
+                    continue
             elif now - queued_at >= PATIENCE_S:
                 intents_held = self._toggle_intents(intents_held)
                 queued_at = now
@@ -108,6 +116,24 @@ class Wait:
             if kept:
                 self._granted = self._range
             self._done.set()
+
+    def _look(self) -> bool:
+        """Without a turn: True if the ranges are free, and ours now. The helper gives its place up when it gets one."""
+        description = self._table.take()
+        try:
+            for start, end in self._ranges:
+                fcntl.fcntl(description.fd, SETLK, FLOCK.pack(self._kind, 0, start, end - start, 0))
+            with self._lock:
+                if self._granted is None and not self._queued:
+                    self._abandoned = True
+                    self._granted = description
+                    return True
+        except (BlockingIOError, PermissionError):
+            pass
+        finally:
+            if self._granted is not description:
+                self._table.release(description)
+        return False
 
     def _abandon(self) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ from common.errors import TimedOut
 from secondary import requests, waits
 from secondary.holders import find_holders
 from secondary.locks import SETLK, UNLOCK_ALL
-from secondary.requests import PRESENCE, RequestTable
+from secondary.requests import PRESENCE, CowRequest, RequestTable
 from tests.conftest import wait_until
 
 BLOCK = 4096
@@ -330,6 +330,41 @@ def test_a_stopped_holder_holds_up_only_those_that_overlap_it(table: RequestTabl
             process.process.send_signal(signal.SIGCONT)
         assert process.ask("end") == "ok"
         wait_until(lambda: not blocked(table, 0, SIZE), what="the abandoned wait to let go")
+
+
+def test_one_that_is_stopped_while_it_waits_holds_nobody_up(
+    table: RequestTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its place in the queue, and no request: nobody could be named, and nothing would ever be granted."""
+    monkeypatch.setattr(waits, "PATIENCE_S", 0.05)
+    with other(table) as process:
+        with table.cow_request_begin(0, BLOCK):
+            process.send("begin", 0, SIZE)
+            wait_until(lambda: find_intents(table), what="the other process queues up")
+            process.process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: all_stopped(process.process.pid), what="all of its threads to stop")
+        assert find_intents(table)
+        assert not find_holders(table.path, table.whole())
+        granted: list[CowRequest] = []
+        for ranges in ((0, SIZE), (BLOCK, 2 * BLOCK)):
+            held = table.cow_request_begin(*ranges)
+            thread = threading.Thread(target=lambda span=ranges: granted.append(table.cow_request_begin(*span)))
+            thread.start()
+            wait_until(lambda: table._lent, what="the wait for its turn")
+            held.end()
+            thread.join(10)
+            granted.pop().end()
+        process.process.send_signal(signal.SIGCONT)
+        assert process.answer() == "ok"
+        assert blocked(table, 0, BLOCK)
+        assert process.ask("end") == "ok"
+        wait_until(lambda: not table._lent, what="the places that were given up")
+        assert not find_intents(table)
+
+
+def all_stopped(pid: int) -> bool:
+    stats = [Path(f"/proc/{pid}/task/{thread}/stat").read_text() for thread in os.listdir(f"/proc/{pid}/task")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def test_one_that_waits_for_a_stopped_holder_gives_way_to_the_others(table: RequestTable) -> None:
