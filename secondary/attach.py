@@ -241,7 +241,8 @@ class _Snapshot:
 
     def _stands(self, ground: _Ground) -> bool:
         now = self._look()
-        return now.syncs == ground.syncs and now.epoch >= ground.epoch
+        # the last epoch is never shown for long: its maps are being cleared, and say nothing of what was touched
+        return now.syncs == ground.syncs and ground.epoch <= now.epoch < h.LAST_EPOCH
 
     def _catch_up(self) -> None:
         """Read again what may have changed since it was read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ from common.errors import DiskError, NotRunning, OperationFailed, TimedOut
 from secondary import attach as attach_module
 from secondary import header as h
 from secondary.attach import BUFFER_LINK, attach
-from secondary.buffer import DiskBuffer
+from secondary.buffer import DiskBuffer, Layer
 from secondary.commit import failover_checkpoint
 from secondary.header import Stage
 from tests.conftest import wait_until
@@ -244,6 +245,38 @@ def test_a_snapshot_begins_anew_when_its_ground_is_gone(pair: Rig, tmp_path: Pat
         view.snapshot({"disk0": str(tmp_path / "0.raw")}, progress=progress)
     assert (tmp_path / "0.raw").read_bytes() == pair.oracle.disk
     assert calls > 6
+
+
+def test_a_snapshot_does_not_believe_maps_that_are_being_cleared(
+    pair: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last epoch the secondary clears them, and may be killed as it does."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(layer: Layer) -> None:
+        if layer is pair.buffer.volumes[-1].active:
+            raise Killed
+        clear(layer)
+
+    def progress(done: int, total: int) -> None:
+        if done == SIZES[0] and pair.buffer.header.epoch != h.LAST_EPOCH:
+            pair.stream(0, pattern(BLOCK, 3))
+            pair.buffer.header.store_state(Stage.RUNNING, h.LAST_EPOCH - 1, syncing=False)
+            with monkeypatch.context() as patch:
+                patch.setattr(Layer, "clear", killed)
+                with pytest.raises(Killed):
+                    pair.checkpoint()
+
+    clear = Layer.clear
+    with attach(pair.settings.directory) as view:
+        with contextlib.suppress(OperationFailed):
+            view.snapshot({"disk0": str(tmp_path / "0.raw")}, progress=progress)
+            assert (tmp_path / "0.raw").read_bytes() == Path(pair.paths[0]).read_bytes()
+        pair.pair.finish_wrap()
+        view.snapshot({"disk0": str(tmp_path / "1.raw")})
+        assert (tmp_path / "1.raw").read_bytes() == Path(pair.paths[0]).read_bytes()
 
 
 def test_a_buffer_that_is_removed_shows_nothing_any_more(pair: Rig, tmp_path: Path) -> None:
