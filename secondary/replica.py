@@ -72,6 +72,9 @@ class GuestVolume(VolumeView):
         self._size_word = h.size_word(self._size)
         self._successor: Volume | None = None
         self._arriving: list[WriteBatch] | None = None
+        self._arriving_flushes: list[Callable[[int], None]] = []
+        self._flushes_asked = 0
+        """Those that are not answered yet."""
 
     # Writing
 
@@ -104,10 +107,11 @@ class GuestVolume(VolumeView):
         threading.Thread(target=self._work, name=f"guest writes {self.name}", daemon=True).start()
 
     async def pause(self) -> None:
-        """Keep what arrives until ``hand_over``; on return no write to the disk is under way. Reads go on."""
+        """Keep what arrives until ``hand_over``; on return no write to the disk is under way, nor a flush, of whose
+        failure whoever comes next would not hear. Reads go on."""
         if self._arriving is None:
             self._arriving = []
-        while self._working:  # noqa: ASYNC110 - it is a thread that ends this
+        while self._working or self._flushes_asked:  # noqa: ASYNC110 - it is a thread that ends this
             await asyncio.sleep(0.001)
 
     def hand_over(self, successor: Volume | None) -> None:
@@ -115,8 +119,11 @@ class GuestVolume(VolumeView):
         with what has arrived. None: this one goes on by itself."""
         self._successor = successor
         arrived, self._arriving = self._arriving or [], None
+        flushes, self._arriving_flushes = self._arriving_flushes, []
         for batch in arrived:
             self.submit(batch)
+        for done in flushes:
+            self.flush(done)
 
     def _work(self) -> None:
         """The worker thread: batches in order, until there is none."""
@@ -201,12 +208,20 @@ class GuestVolume(VolumeView):
         if not self._promoted:
             done(0)
             return
+        if self._arriving is not None:
+            self._arriving_flushes.append(done)
+            return
         loop, asked = asyncio.get_running_loop(), (self._flushes, self._flush_failed)
+        self._flushes_asked += 1
+
+        def answer(code: int) -> None:
+            self._flushes_asked -= 1
+            done(code)
 
         def work() -> None:
             code = self._flush(asked)
             try:
-                loop.call_soon_threadsafe(done, code)
+                loop.call_soon_threadsafe(answer, code)
             except RuntimeError:
                 pass
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from common import limits
-from common.batch import DISCARD, FAST_ZERO, FUA, NO_HOLE, WRITE, ZERO, Operation, WriteBatch
+from common.batch import DISCARD, FAST_ZERO, FUA, NO_HOLE, WRITE, ZERO, Operation, Volume, WriteBatch
 from common.disk import HOLE, CountingDisk, DelayDisk, DiskLayer, Fault, FaultDisk
 from secondary.commit import failover_checkpoint, failover_latest
 from secondary.header import Failure, Stage
@@ -436,6 +436,45 @@ def test_a_flush_that_fails_fails_those_that_wait_for_it(tmp_path: Path) -> None
 
         def flushes() -> int:
             return sum(thread.name.startswith("flush") for thread in threading.enumerate())
+
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_flush_under_way_or_arriving_is_known_to_who_leads_next(tmp_path: Path) -> None:
+    """The kernel tells of what it lost only once: to a flush that nobody remembers, and the engine takes the disk for
+    good."""
+
+    class StuckDisk(DiskLayer):
+        def flush(self) -> None:
+            begun.set()
+            assert asked.wait(10)
+            raise OSError(errno.EIO, "lost")
+
+    class Successor:
+        def flush(self, done: Callable[[int], None]) -> None:
+            done(-1)
+
+    begun, asked = threading.Event(), threading.Event()
+    with rig(tmp_path / "rig") as made:
+        guest = GuestVolume(made.buffer.volumes[0], StuckDisk(made.guest.disk))
+        failover_latest(made.pair, force=True)
+        answers: list[int] = []
+
+        async def scenario() -> None:
+            guest.flush(answers.append)
+            await asyncio.to_thread(begun.wait, 10)
+            pausing = asyncio.create_task(guest.pause())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert not pausing.done()
+            asked.set()
+            await pausing
+            assert guest.lost_writes
+            assert answers == [errno.EIO]
+            guest.flush(answers.append)
+            assert answers == [errno.EIO], "it would be done behind the engine's back"
+            guest.hand_over(cast(Volume, Successor()))
+            assert answers == [errno.EIO, -1]
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
