@@ -410,13 +410,19 @@ class RequestTable:
         try:
             if self._present is None:
                 if wait:
-                    self.announce()
-                    self._present = self.wait_byte(PRESENCE, shared=True)
+                    self._present = self._look_again(
+                        self._announce_and_try, [(PRESENCE, PRESENCE + 1)], self.timeout_s, "an internal lock"
+                    )
                 else:
                     self._present = self.try_byte(PRESENCE, shared=True)
             return self._present is not None
         finally:
             self._presence_lock.release()
+
+    def _announce_and_try(self) -> Description | None:
+        """Each time: a backup job that is alone for longer than that is valid would be alone again before we look."""
+        self.announce()
+        return self.try_byte(PRESENCE, shared=True)
 
     def _drop(self) -> None:
         """Close every description.

@@ -516,6 +516,38 @@ def test_the_backup_job_is_alone_only_while_nobody_is_present(table: RequestTabl
     job.close()
 
 
+def test_a_slow_backup_job_is_not_alone_again_and_again_beside_a_reader_that_comes(
+    table: RequestTable, waiting: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches whose old contents are cold: it is alone for longer than an announcement is valid, and then not for a
+    moment."""
+    monkeypatch.setattr(requests, "ANNOUNCE_S", 0.02)
+    job = RequestTable(table.path, SIZE, BLOCK, waiting=waiting)
+    comes, entered = threading.Event(), threading.Event()
+
+    def read() -> None:
+        comes.set()
+        with table.cow_request_begin(0, BLOCK, shared=True):
+            entered.set()
+
+    reader = threading.Thread(target=read)
+    alone = job.try_alone()
+    reader.start()
+    assert comes.wait(10)
+    turns = 0
+    while alone is not None and turns < 12:
+        turns += 1
+        assert not entered.wait(0.06)  # old contents are read
+        job.release(alone)
+        alone = job.try_alone()
+    if alone is not None:
+        job.release(alone)
+    assert entered.wait(10)
+    reader.join(10)
+    assert turns <= 6
+    job.close()
+
+
 def test_internal_bytes_time_out_with_the_holder_too(table: RequestTable) -> None:
     held = table.wait_byte(PRESENCE, shared=True)
     with pytest.raises(TimedOut, match=str(os.getpid())):
