@@ -383,8 +383,8 @@ class PairBackup:
 
     @property
     def spilling(self) -> bool:
-        """Old contents may go to the spill files."""
-        return any(job.spilling for job in self.jobs)
+        """Old contents may go to the spill files, or are there still since the process before this one."""
+        return any(job.spilling or (job.spill is not None and job.spill.reserved) for job in self.jobs)
 
     def begin_spill(self) -> None:
         """See ``BackupJob.begin_spill``."""

@@ -61,6 +61,21 @@ def test_what_is_kept_is_read_and_committed_wherever_it_lies(spilling: Rig) -> N
     assert Path(spilling.paths[0]).read_bytes() == spilling.oracle.view
 
 
+def test_a_checkpoint_behind_a_restart_gives_the_space_back(spilling: Rig) -> None:
+    """The process before this one was killed between the end of the resync and its checkpoint."""
+    path = spilling.directory / "0.spill"
+    spilling.reopen()
+    assert view_of(spilling).read(0, SIZE) == spilling.oracle.view
+    assert path.stat().st_blocks * 512 >= 16 * BLOCK
+    try:
+        spilling.pair.do_checkpoint_nowait(1, 1)
+    except BlockingIOError:
+        spilling.pair.do_checkpoint(1, 1)
+    spilling.oracle.checkpoint()
+    spilling.check()
+    assert not path.stat().st_blocks
+
+
 def test_what_cannot_be_read_is_an_error_for_its_reader_alone(spilling: Rig) -> None:
     path = cut_short(spilling)
     view = view_of(spilling)
