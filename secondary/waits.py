@@ -105,6 +105,8 @@ class Wait:
             if self._queued:
                 for start, end in self._ranges:
                     _lock_waiting(self._range.fd, self._kind, start, end - start)
+                    if self._abandoned:
+                        break  # or it would hold this one until the next is granted, which nobody wants any more
                 granted = True
         except OSError as error:
             self._error = error
@@ -140,6 +142,7 @@ class Wait:
             self._abandoned = self._granted is None
             if self._abandoned and self._queued:
                 self._intent.unlock()
+                self._range.unlock()  # those before the one that the helper waits for
 
     def _toggle_intents(self, held: bool) -> bool:
         """Let newcomers by, or keep them back again; True if they are kept back now."""

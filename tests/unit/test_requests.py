@@ -332,6 +332,28 @@ def test_a_stopped_holder_holds_up_only_those_that_overlap_it(table: RequestTabl
         wait_until(lambda: not blocked(table, 0, SIZE), what="the abandoned wait to let go")
 
 
+def test_a_wait_for_several_ranges_that_is_given_up_keeps_none_of_them(table: RequestTable) -> None:
+    """A batch of the backup job, of which a stopped reader holds the second block, and then the third: nobody is to
+    wait for the others."""
+    ranges = [(block * BLOCK, (block + 1) * BLOCK) for block in (0, 4, 8)]
+    with other(table) as process:
+        assert process.ask("begin", *ranges[1], shared=True) == "ok"
+        last = table.cow_request_begin(*ranges[2], shared=True)
+        process.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(TimedOut) as raised:
+            table.wait_ranges([*ranges[:2], (16 * BLOCK, 17 * BLOCK)], shared=False, timeout_s=0.1)
+        assert f"process {os.getpid()} " not in str(raised.value)
+        with pytest.raises(TimedOut):
+            table.wait_ranges(ranges, shared=False, timeout_s=0.1)
+        table.cow_request_begin(*ranges[0], timeout_s=1).end()
+        process.process.send_signal(signal.SIGCONT)
+        assert process.ask("end") == "ok"
+        table.cow_request_begin(*ranges[1], timeout_s=5).end()
+        last.end()
+        wait_until(lambda: not table._lent, what="both waits to end")
+        assert not blocked(table, 0, SIZE)
+
+
 def test_one_that_is_stopped_while_it_waits_holds_nobody_up(
     table: RequestTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
