@@ -15,8 +15,9 @@ Ranges = Sequence[tuple[int, int]]
 """Disjoint [start, end) byte ranges in ascending order, rounded out to blocks."""
 
 
-def find_holders(path: str, ranges: Ranges) -> list[tuple[int, str]]:
+def find_holders(path: str, ranges: Ranges, *, shared: bool = False) -> list[tuple[int, str]]:
     """(pid, command) of the processes that hold an OFD lock overlapping ``ranges`` of the file, from /proc/PID/fdinfo.
+    ``shared``: only those that are in the way of a shared one.
 
     The kernel does not tell the pid of an OFD lock's holder (l_pid is -1), but shows the locks of each descriptor
     of the processes that we may look at (proc_pid_fdinfo(5)). This process itself may be among them.
@@ -27,7 +28,8 @@ def find_holders(path: str, ranges: Ranges) -> list[tuple[int, str]]:
         if not entry.isdigit():
             continue
         with contextlib.suppress(OSError):
-            if any(_overlaps(line, status.st_ino, ranges) for line in _lock_lines(f"/proc/{entry}", status)):
+            lines = _lock_lines(f"/proc/{entry}", status)
+            if any(_overlaps(line, status.st_ino, ranges, shared=shared) for line in lines):
                 with open(f"/proc/{entry}/comm") as file:
                     found[int(entry)] = file.read().strip()
     return sorted(found.items())
@@ -43,10 +45,12 @@ def _lock_lines(process: str, status: os.stat_result) -> Iterator[str]:
                 yield from (line for line in file if line.startswith("lock:"))
 
 
-def _overlaps(line: str, inode: int, ranges: Ranges) -> bool:
+def _overlaps(line: str, inode: int, ranges: Ranges, *, shared: bool) -> bool:
     """``lock:  1: OFDLCK ADVISORY WRITE -1 00:19:1234 0 4095``: the last two are first and last byte, or EOF."""
     fields = line.split()
     if len(fields) < 9 or fields[2] != "OFDLCK" or not fields[6].endswith(f":{inode}"):
+        return False
+    if shared and fields[4] == "READ":
         return False
     first = int(fields[7])
     last = 1 << 63 if fields[8] == "EOF" else int(fields[8])

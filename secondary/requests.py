@@ -52,6 +52,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from common.disk import FLOCK
@@ -250,7 +251,8 @@ class RequestTable:
             time.sleep(pause)
         limit = self.timeout_s if timeout_s is None else timeout_s
         if len(self._lent) >= MAX_LENT:
-            return self._look_again(lambda: self.try_absent(ranges, shared=shared), ranges, limit, "a CowRequest")
+            look = partial(self.try_absent, ranges, shared=shared)
+            return self._look_again(look, ranges, limit, "a CowRequest", shared=shared)
         return Wait(self, ranges, RDLCK if shared else WRLCK).result(limit)
 
     def release(self, description: Description) -> None:
@@ -302,9 +304,8 @@ class RequestTable:
     def wait_byte(self, byte: int, *, shared: bool = False, timeout_s: float | None = None) -> Description:
         """Like ``try_byte``, waiting. Raises TimedOut naming the holder."""
         limit = self.timeout_s if timeout_s is None else timeout_s
-        return self._look_again(
-            lambda: self.try_byte(byte, shared=shared), [(byte, byte + 1)], limit, "an internal lock"
-        )
+        look = partial(self.try_byte, byte, shared=shared)
+        return self._look_again(look, [(byte, byte + 1)], limit, "an internal lock", shared=shared)
 
     def whole(self) -> Ranges:
         """The range of all blocks, what a checkpoint locks."""
@@ -324,9 +325,9 @@ class RequestTable:
             self._all = [description for description in self._all if description not in self._lent]
         self._drop()
 
-    def timed_out(self, ranges: Ranges, what: str = "a CowRequest") -> TimedOut:
-        """The error for a wait that took too long; names who holds the range."""
-        holders = find_holders(self.path, ranges)
+    def timed_out(self, ranges: Ranges, what: str = "a CowRequest", *, shared: bool = False) -> TimedOut:
+        """The error for a wait that took too long; names who is in the way of it."""
+        holders = find_holders(self.path, ranges, shared=shared)
         named = ", ".join(f"process {pid} ({command})" for pid, command in holders) or "a process that cannot be seen"
         volume = f" of volume {self.name}" if self.name else ""
         return TimedOut(
@@ -337,14 +338,14 @@ class RequestTable:
     # Inside
 
     def _look_again(
-        self, look: Callable[[], Description | None], ranges: Ranges, limit_s: float, what: str
+        self, look: Callable[[], Description | None], ranges: Ranges, limit_s: float, what: str, *, shared: bool
     ) -> Description:
         """Until ``look`` finds that it may. Raises TimedOut."""
         deadline = time.monotonic() + limit_s
         pause = 0.00002
         while (description := look()) is None:
             if time.monotonic() > deadline:
-                raise self.timed_out(ranges, what)
+                raise self.timed_out(ranges, what, shared=shared)
             time.sleep(pause)
             pause = min(pause * 1.5, 0.005)
         return description
@@ -410,8 +411,9 @@ class RequestTable:
         try:
             if self._present is None:
                 if wait:
+                    byte = [(PRESENCE, PRESENCE + 1)]
                     self._present = self._look_again(
-                        self._announce_and_try, [(PRESENCE, PRESENCE + 1)], self.timeout_s, "an internal lock"
+                        self._announce_and_try, byte, self.timeout_s, "an internal lock", shared=True
                     )
                 else:
                     self._present = self.try_byte(PRESENCE, shared=True)

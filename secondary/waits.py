@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from common.disk import FLOCK
 from secondary.holders import Ranges
-from secondary.locks import SETLK, WRLCK, Description
+from secondary.locks import RDLCK, SETLK, WRLCK, Description
 
 if TYPE_CHECKING:
     from secondary.requests import CowRequest, RequestTable
@@ -68,7 +68,7 @@ class Wait:
                 self._table.release(self._granted)
             raise
         if self._granted is None:
-            raise self._error or self._table.timed_out(self._ranges)
+            raise self._error or self._table.timed_out(self._ranges, shared=self._kind == RDLCK)
         return self._granted
 
     def _keep_time(self, limit_s: float) -> None:

@@ -199,6 +199,22 @@ def test_a_wait_that_takes_too_long_names_the_holder(table: RequestTable) -> Non
     wait_until(lambda: not blocked(table, 0, SIZE), what="the abandoned wait to let go")
 
 
+def test_a_reader_that_waits_too_long_names_no_other_reader(table: RequestTable) -> None:
+    """Whoever reads the sentence ends that process."""
+    with other(table) as writer, other(table) as reader:
+        assert writer.ask("begin", 0, BLOCK) == "ok"
+        assert reader.ask("begin", 8 * BLOCK, SIZE, shared=True) == "ok"
+        for many in (False, True):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(TimedOut) as raised:
+                if many:
+                    patch.setattr(requests, "MAX_LENT", 0)
+                table.cow_request_begin(0, SIZE, shared=True, timeout_s=0.01)
+            assert f"process {writer.process.pid} (" in str(raised.value)
+            assert f"process {reader.process.pid} (" not in str(raised.value)
+        with pytest.raises(TimedOut, match=f"process {reader.process.pid} "):
+            table.cow_request_begin(0, SIZE, timeout_s=0.01)
+
+
 def test_many_threads_with_several_ranges_each_neither_collide_nor_deadlock(table: RequestTable) -> None:
     owner = [0] * 16
     problems: list[str] = []
