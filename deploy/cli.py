@@ -39,7 +39,7 @@ from deploy.launcher import remove_buffer
 from deploy.layout import PairOptions, placement_of
 from deploy.pair import Pair
 from deploy.peer import as_owner
-from deploy.presence import at_rest, must_not_run
+from deploy.presence import at_rest, must_not_run, roles_held
 from deploy.render import deployment
 from deploy.roles import accept_disks, process_role
 from deploy.snapshot import snapshot
@@ -495,7 +495,7 @@ def accept_disk(directory: Path | None, config: Path | None) -> None:
     if config is not None:
         settings = load_config(config)
         must_not_run(settings, "primary")
-        with as_owner(settings), at_rest(settings):
+        with roles_held({"primary": settings}), as_owner(settings), at_rest(settings):
             accept_disks(settings)
     elif directory is not None:
         settings = Pair(directory).accept_disks()

@@ -47,11 +47,13 @@ from deploy.presence import (
     control_path,
     must_not_run,
     process_of,
+    roles_held,
+    status_of,
     watched,
     without_peer,
     written_alone,
 )
-from deploy.roles import accept_disks, choose_loser, give_up, judge, lacks_nothing, remembered
+from deploy.roles import accept_disks, choose_loser, give_up, judge, judge_again, lacks_nothing, remembered
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -338,6 +340,10 @@ class Pair:
         the command that starts what was not started, because no supervisor of ours runs here.
         """
         sides = self.directory.settings()
+        with roles_held({} if dry_run else sides):
+            return self._rejoin(sides, discard, dry_run=dry_run)
+
+    def _rejoin(self, sides: dict[Role, NodeSettings], discard: Side | None, *, dry_run: bool) -> dict[str, Any]:
         judgement = judge(sides, told_by_peer(sides), written_alone(sides))
         loser = choose_loser(judgement, discard)
         winner = other(loser)
@@ -365,6 +371,12 @@ class Pair:
         if loser == judgement.mixed and winner in sides:
             self._stop_one(winner)  # it fenced itself when the loser took over
         with as_owner(sides[loser]), at_rest(sides[loser]):
+            try:  # it may have written alone before it stopped, and the other side may have stopped, too
+                judgement = judge_again(sides, told_by_peer(sides), loser, discard)
+            except TandemDiskError as error:
+                start = start_command(self.directory, loser)
+                error.hint = f"{error.hint} Side {standing.side} is stopped, and otherwise as it was: `{start}`."
+                raise
             if sides[loser].keep_diverged:
                 report["saved"] = save_diverged(sides[loser])
             give_up(sides[loser], judgement.standings[winner].history)
@@ -378,7 +390,7 @@ class Pair:
         leader = self.leader()
         settings = self.settings(leader)
         must_not_run(settings, leader)
-        with as_owner(settings), at_rest(settings):
+        with roles_held({leader: settings}), as_owner(settings), at_rest(settings):
             accept_disks(settings)
         return settings
 
@@ -512,7 +524,7 @@ class Pair:
         """Both sides, merged as the module says, whatever is dead. Raises ConfigError if there is no pair here."""
         sides = self.directory.settings()
         supervisor = self._supervisor_status()
-        answers = {role: self._ask(role, sides.get(role), supervisor) for role in SIDES}
+        answers = {role: status_of(role, sides.get(role), supervisor) for role in SIDES}
         return merge(answers["primary"], answers["secondary"], supervisor, next(iter(sides.values())))
 
     def _supervisor_status(self) -> dict[str, Any]:
@@ -525,34 +537,6 @@ class Pair:
                 if child.pop("alive", False):
                     child["reason"] = "its supervisor is gone"
             return {**state, "pid": None}
-
-    def _ask(self, role: Role, settings: NodeSettings | None, supervisor: dict[str, Any]) -> dict[str, Any]:
-        if settings is None:
-            return {"role": role, "pid": None, "state": "elsewhere", "nbd_uri": None, "error": None}
-        try:
-            return ControlClient(control_path(settings, role), 5.0).call("status")
-        except TandemDiskError as error:
-            known = supervisor.get("children", {}).get(role, {})
-            metadata = remembered(settings)
-            now = metadata.role if metadata is not None else role
-            if known.get("alive"):
-                return {
-                    "role": now,
-                    "pid": known["pid"],
-                    "state": "unresponsive",
-                    "nbd_uri": None,
-                    "reason": str(error),
-                }
-            reason = known.get("reason") or "not started"
-            return {
-                "role": now,
-                "pid": None,
-                "state": "stopped" if reason == "stopped" else "dead",
-                "nbd_uri": None,
-                "reason": reason,
-                "died_at": known.get("at"),
-                "exit_code": known.get("exit_code"),
-            }
 
     # Waiting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -16,7 +17,7 @@ from common.disk import FileDisk
 from common.errors import NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
 from deploy.layout import SIDES
-from deploy.roles import process_role
+from deploy.roles import process_role, remembered
 
 
 def process_of(pid: int | None, module: str) -> psutil.Process | None:
@@ -92,6 +93,37 @@ def answers(path: str) -> bool:
     return True
 
 
+def status_of(role: Role, settings: NodeSettings | None, supervisor: Mapping[str, Any]) -> dict[str, Any]:
+    """What the process of a side says of itself; of one that does not answer, what its metadata and its ``supervisor``
+    know."""
+    if settings is None:
+        return {"role": role, "pid": None, "state": "elsewhere", "nbd_uri": None, "error": None}
+    try:
+        return ControlClient(control_path(settings, role), 5.0).call("status")
+    except TandemDiskError as error:
+        known = supervisor.get("children", {}).get(role, {})
+        metadata = remembered(settings)
+        now = metadata.role if metadata is not None else role
+        if known.get("alive"):
+            return {
+                "role": now,
+                "pid": known["pid"],
+                "state": "unresponsive",
+                "nbd_uri": None,
+                "reason": str(error),
+            }
+        reason = known.get("reason") or "not started"
+        return {
+            "role": now,
+            "pid": None,
+            "state": "stopped" if reason == "stopped" else "dead",
+            "nbd_uri": None,
+            "reason": reason,
+            "died_at": known.get("at"),
+            "exit_code": known.get("exit_code"),
+        }
+
+
 @contextlib.contextmanager
 def at_rest(settings: NodeSettings) -> Iterator[None]:
     """In it no process of the side runs, and none gets further in its start than to its disks, which comes before it
@@ -100,4 +132,25 @@ def at_rest(settings: NodeSettings) -> Iterator[None]:
         for volume in settings.volumes:
             if os.path.exists(volume.disk):
                 stack.callback(FileDisk(volume.disk, read_only=True).close)
+        yield
+
+
+@contextlib.contextmanager
+def roles_held(sides: Mapping[Role, NodeSettings]) -> Iterator[None]:
+    """In it no other command changes what these sides are. OperationFailed if one does. The lock vanishes with its
+    holder."""
+    with contextlib.ExitStack() as stack:
+        for settings in sides.values():
+            try:
+                directory = os.open(settings.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # it never ran
+            stack.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OperationFailed(
+                    f"Another command is changing what side {settings.side} is.",
+                    hint="Wait for it, look at `tandemdisk status`, and try again if there is something left to do.",
+                ) from None
         yield

@@ -4,8 +4,10 @@ A side is configured as primary or as secondary, which is where it starts. From 
 Two metadata files and the write-intent files beside them are all that is looked at here: whether processes run makes
 no difference to who may lead.
 
-``tandemdisk rejoin`` in steps: judge, name the loser, stop its process, save what it alone wrote if that was asked
-for, write its new metadata durably. A crash in between leaves the side what it was.
+``tandemdisk rejoin`` in steps: judge, name the loser, stop its process, judge again, save what it alone wrote if that
+was asked for, write its new metadata durably. A crash in between leaves the side what it was. Between the two
+judgements the loser may have begun to write alone, and the same command on the other host may have stopped the winner:
+of two commands that each give up their own side at least one finds that the other one does not run, or does not lead.
 """
 
 from __future__ import annotations
@@ -144,6 +146,19 @@ def choose_loser(judgement: Judgement, discard: Side | None) -> Role:
     if discard is not None and judgement.standings[judgement.loser].side != discard:
         raise PeerRefused(f"Side {discard} is not the one that has to rejoin: {judgement.sentence}.")
     return judgement.loser
+
+
+def judge_again(
+    sides: Mapping[Role, NodeSettings], told: Mapping[Role, Standing], loser: Role, discard: Side | None
+) -> Judgement:
+    """The judgement by which ``loser`` has to rejoin, now that it does not run. Raises what ``choose_loser`` does, and
+    OperationFailed, if that is no more so."""
+    judgement = judge(sides, told)
+    if choose_loser(judgement, discard) != loser:
+        raise OperationFailed(
+            f"While a side was being stopped it came otherwise: {judgement.sentence}.", hint="Give the command again."
+        )
+    return judgement
 
 
 def lacks_nothing(follower: NodeSettings, stopped: NodeSettings) -> bool:
