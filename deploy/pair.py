@@ -35,6 +35,7 @@ from deploy.overview import merge
 from deploy.peer import (
     as_owner,
     check_switchover,
+    follow,
     is_run_by_systemd,
     let_peer_lead,
     other,
@@ -400,6 +401,11 @@ class Pair:
         protected. A secondary on another machine is told to; "start" is then as of ``rejoin``."""
         started = time.perf_counter()
         sides = self.directory.settings()
+        with roles_held(sides):
+            done = self._switch(sides)
+        return done | {"seconds": time.perf_counter() - started}
+
+    def _switch(self, sides: dict[Role, NodeSettings]) -> dict[str, Any]:
         old, new = self.leader(), self.follower()
         now = self.client(old).call("status")
         state, across = now["state"], len(sides) == 1
@@ -414,9 +420,9 @@ class Pair:
                 hint="`tandemdisk failover` takes over from a primary that is dead.",
             )
         if across:
-            return self._switch_across(old, sides[old]) | {"seconds": time.perf_counter() - started}
-        self._stop_one(old)
+            return self._switch_across(old, sides[old])
         try:
+            self._stop_one(old)
             if not lacks_nothing(sides[new], sides[old]):
                 raise OperationFailed(
                     "The primary lost its secondary, or did not stop in good order, before the roles were swapped.",
@@ -424,14 +430,24 @@ class Pair:
                 )
             self.wait_for(lambda now: without_peer(now[new]), "without its old primary", PEER_LOSS_TIMEOUT_S)
             done = self.client(new).call("failover", to="latest", force=False)
-        except TandemDiskError:
-            self.up(detach=not self.is_supervising())
+        except BaseException as error:
+            self._put_back(old, sides[old], error)
             raise
-        seconds = time.perf_counter() - started
-        history = judge(sides).standings[new].history
-        give_up(sides[old], history, in_line=True)
-        start = None if self._start_all(new) else start_command(self.directory, old)
-        return {**done, "seconds": seconds, "start": start}
+        follow(sides[old], judge(sides).standings[new].history)
+        return {**done, "start": None if self._start_all(new) else start_command(self.directory, old)}
+
+    def _put_back(self, role: Role, settings: NodeSettings, error: BaseException) -> None:
+        """A swap that ``error`` ended has stopped a side: the supervisor starts it again. If there is none, or it
+        cannot, the error says so: whoever stopped the supervisor meanwhile wants nothing to be started."""
+        trouble = ""
+        try:
+            if self._start_all(role):
+                return
+        except TandemDiskError as another:
+            trouble = f" {another.sentence}"
+        if isinstance(error, TandemDiskError):
+            start = start_command(self.directory, role)
+            error.hint = f"{error.hint} Side {settings.side} is stopped: `{start}`.{trouble}".strip()
 
     def _switch_across(self, old: Role, settings: NodeSettings) -> dict[str, Any]:
         """``switchover`` where the secondary is on another machine."""
@@ -450,11 +466,10 @@ class Pair:
             )
             raise
         except TandemDiskError as error:
-            if not self._start_all(old):
-                error.hint = f"{error.hint} The roles are as they were, and this side is stopped: `{start}`.".strip()
+            error.hint = f"{error.hint} The roles are as they were.".strip()
+            self._put_back(old, settings, error)
             raise
-        with as_owner(settings):
-            give_up(settings, standing.history, in_line=True)
+        follow(settings, standing.history)
         run = self._start_all(other(old))
         generation = standing.history[-1].number
         return {"to": "latest", "generation": generation, "nbd_uri": None, "start": None if run else start}

@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from common.errors import OperationFailed, PeerRefused
-from common.generation import Standing
+from common.errors import OperationFailed, PeerRefused, TandemDiskError
+from common.generation import History, Standing
 from common.inquiry import ask
 from common.metadata import Metadata
 from common.settings import NodeSettings, Role
 from deploy.layout import PairDirectory
 from deploy.pairfile import ETC
+from deploy.presence import at_rest
+from deploy.roles import give_up
 
 TAKE_OVER_TIMEOUT_S: Final = 60.0
 
@@ -58,6 +60,17 @@ def let_peer_lead(settings: NodeSettings, ended: Metadata) -> Standing:
     if standing.role != "primary" or ended.history[-1] not in standing.history:
         raise PeerRefused(f"Side {standing.side} did not take over.")
     return standing
+
+
+def follow(settings: NodeSettings, winner: History) -> None:
+    """The second half of a switchover here: the side that ended in good order is secondary from now on. DiskError if
+    somebody has started it meanwhile."""
+    try:
+        with as_owner(settings), at_rest(settings):
+            give_up(settings, winner, in_line=True)
+    except TandemDiskError as error:
+        error.hint = f"The other side leads now. Stop side {settings.side}; `tandemdisk rejoin` lets it follow."
+        raise
 
 
 def start_command(directory: PairDirectory, role: Role) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,34 +23,56 @@ from deploy.pair import Pair
 from deploy.roles import give_up
 
 
-class Dying:
-    """The control channel of a side that was well when it was asked where it stands, and is gone since."""
+class Side:
+    """The control channel of a side that was well when it was asked where it stands. ``end``: how a failover ends."""
+
+    def __init__(self, end: BaseException | None = None) -> None:
+        self._end = end
 
     def call(self, command: str, **_args: object) -> dict[str, Any]:
         if command == "status":
             return {"role": "primary", "state": "protected"}
-        raise NotRunning(f"Nobody answers {command}.")
+        if self._end is not None:
+            raise self._end
+        return {"to": "latest"}
 
 
-def test_the_secondary_dies_in_the_middle_of_a_switchover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the end of the old primary and the failover: both sides are started again, in the roles that they had."""
-    done: list[str] = []
+class Supervisor:
+    """In the place of the commands to one; ``runs``: it is there."""
+
+    def __init__(self, pair: Pair, monkeypatch: pytest.MonkeyPatch, end: BaseException | None) -> None:
+        self.done: list[str] = []
+        self.runs = True
+        monkeypatch.setattr(pair, "client", lambda _role: Side(end))
+        monkeypatch.setattr(pair, "_stop_one", lambda role: self.done.append(f"stop {role}"))
+        monkeypatch.setattr(pair, "_start_all", self._start_all)
+        monkeypatch.setattr("deploy.pair.lacks_nothing", lambda _follower, _stopped: True)
+
+    def _start_all(self, leader: Role) -> bool:
+        self.done += [f"start, {leader} leads"] * self.runs
+        return self.runs
+
+
+@pytest.mark.parametrize("end", [NotRunning("Nobody answers failover."), KeyboardInterrupt()])
+def test_a_switchover_ends_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
+    """Between the end of the old primary and the failover the secondary dies, or the operator presses Ctrl-C: both
+    sides are started again, in the roles that they had."""
     pair = Pair.create(tmp_path / "p", PairOptions(size=1 << 20))
-    monkeypatch.setattr("deploy.pair.lacks_nothing", lambda _follower, _stopped: True)
-    monkeypatch.setattr(pair, "client", lambda _role: Dying())
-
-    def stop_one(role: Role) -> None:
-        done.append(f"stop {role}")
-
-    def up(*, detach: bool = False) -> dict[str, Any]:
-        done.append(f"up {detach=}")
-        return {}
-
-    monkeypatch.setattr(pair, "_stop_one", stop_one)
-    monkeypatch.setattr(pair, "up", up)
-    with pytest.raises(NotRunning, match="Nobody answers failover"):
+    supervisor = Supervisor(pair, monkeypatch, end)
+    with pytest.raises(type(end)):
         pair.switchover()
-    assert done == ["stop primary", "up detach=True"]
+    assert supervisor.done == ["stop primary", "start, primary leads"]
+
+
+def test_a_switchover_that_fails_starts_no_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`down` was given meanwhile, or the sides run by themselves: what was stopped is named, nothing else is done."""
+    pair = Pair.create(tmp_path / "p", PairOptions(size=1 << 20))
+    supervisor = Supervisor(pair, monkeypatch, NotRunning("Nobody answers failover."))
+    supervisor.runs = False
+    with pytest.raises(NotRunning, match="Nobody answers failover") as caught:
+        pair.switchover()
+    assert f"Side a is stopped: `tandemdisk primary --config {pair.directory.config('primary')}`" in caught.value.hint
+    assert not pair.directory.supervisor_log.exists()
 
 
 FIRST: History = (Generation(1, 1, "a"),)
@@ -154,3 +177,36 @@ def test_rejoins_on_both_hosts_do_not_make_both_sides_followers(
     metadata = load(f"{pair.settings('primary').directory}/metadata")
     assert metadata is not None
     assert (metadata.role, metadata.history) == ("primary", ALONE)
+
+
+def test_a_side_that_was_started_during_a_switchover_keeps_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`up` was given between the end of the old primary and the failover: its process writes over what is written."""
+    pair = left_behind(tmp_path / "p")
+    Supervisor(pair, monkeypatch, None)
+    monkeypatch.setattr(pair, "leader", lambda: "primary")
+    path = f"{pair.settings('primary').directory}/metadata"
+    before = load(path)
+    disk = FileDisk(pair.settings("primary").volumes[0].disk)
+    with pytest.raises(DiskError, match="in use by another process") as caught:
+        pair.switchover()
+    disk.close()
+    assert "tandemdisk rejoin" in caught.value.hint
+    assert load(path) == before
+    pair.switchover()
+    assert roles(pair) == ["secondary", "primary"]
+
+
+@pytest.mark.root
+def test_a_switchover_leaves_the_metadata_to_their_owner(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root's command in a pair of another user, whose processes have to read them at the next start."""
+    pair = left_behind(short_dir / "p")
+    for path in (short_dir / "p").rglob("*"):
+        os.chown(path, 65534, 65534)
+    short_dir.chmod(0o755)
+    (short_dir / "p").chmod(0o755)
+    Supervisor(pair, monkeypatch, None)
+    monkeypatch.setattr(pair, "leader", lambda: "primary")
+    pair.switchover()
+    assert os.stat(f"{pair.settings('primary').directory}/metadata").st_uid == 65534
