@@ -4,12 +4,14 @@ DIR/primary.toml, DIR/secondary.toml     one configuration a side; each may move
 DIR/a/, DIR/b/                           the sides' directories: images (with --size), metadata, sockets, keys, log
 DIR/hosts.json                           which hosts the sides run on, unless both run on this machine as it is
 DIR/supervisor.{json,control,lock,log}   the launcher's
+DIR/unfinished                           only while all this is made or taken away
 /dev/shm/tandemdisk-PAIR-b/              the disk buffer of the secondary
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -125,9 +127,14 @@ class PairDirectory:
         hosts = self.hosts()
         return hosts.hosts[SIDES[role]].prefix() if hosts is not None else ()
 
+    @property
+    def _unfinished(self) -> Path:
+        """There while a pair is being made or taken away, and after a kill in the middle of that."""
+        return self.path / "unfinished"
+
     def holds_a_pair(self) -> bool:
         """True if at least one side is configured here."""
-        return any(self.config(role).exists() for role in ROLES)
+        return not self._unfinished.exists() and any(self.config(role).exists() for role in ROLES)
 
     def settings(self) -> dict[Role, NodeSettings]:
         """The sides that are configured here, the secondary first. Raises ConfigError naming the problems of both."""
@@ -164,7 +171,7 @@ class PairDirectory:
 
     def create(self, options: PairOptions) -> dict[Role, NodeSettings]:
         """Make directories, images and configurations. On any error nothing stays behind, save what somebody else made
-        here meanwhile."""
+        here meanwhile; after a kill the next call begins anew."""
         placement = placement_of(options)
         if placement is not None:
             hosts = placement.hosts(parse_rate(options.rate) if options.rate else None)
@@ -173,38 +180,68 @@ class PairDirectory:
             hosts = _hosts(options)
             plan = self._plan(options, hosts)
         existed = self.path.exists()
-        if existed and any(self.path.iterdir()):
-            raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
-        ours = False
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for settings in plan.values():
-                (self.path / settings.side).mkdir(mode=0o700)
-                ours = True
-            if hosts is not None:
-                self.hosts_file.write_text(json.dumps({"tag": hosts.tag, "rate": hosts.rate}))
-            if placement is not None:
-                for path, key in placement.key_files(self.path).items():
-                    path.write_bytes(key)
-                    path.chmod(0o600)
-            elif hosts is not None and options.encrypt:
-                plan = self._with_keys(plan)
-            for role, settings in plan.items():
-                if options.size is not None:
-                    for volume in settings.volumes:
-                        _make_image(Path(volume.disk), options.size)
-                write_config(settings, self.config(role), role)
-        except BaseException as error:
-            if not ours and isinstance(error, FileExistsError):
-                raise ConfigError(
-                    f"Another command is making a pair in {self.path}.", hint="Wait, then give the command again."
-                ) from None
-            self._remove_made(ours, keep_directory=existed)
-            if not isinstance(error, OSError):
-                raise
+            with self._making(keep_directory=existed):
+                return self._make(plan, options, hosts, placement)
+        except OSError as error:
             raise DiskError(
                 f"Cannot make the pair in {self.path}: {error.strerror}.", hint="Choose another --dir."
             ) from error
+
+    @contextlib.contextmanager
+    def _making(self, *, keep_directory: bool) -> Iterator[None]:
+        """Nobody else makes a pair here meanwhile, and what is here is none before all of it is: one side alone would
+        be taken for a pair whose other side is elsewhere. What a process left that was killed in here is taken away. No
+        loss of power brings the mark back: the pair may be in use by then."""
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken = self.holds_a_pair()
+            except BlockingIOError:
+                taken = True
+            if taken:
+                raise ConfigError(
+                    f"Another command is making a pair in {self.path}.", hint="Wait, then give the command again."
+                )
+            if self._unfinished.exists():
+                self.remove(keep_directory=True)
+            elif any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} is neither empty nor a pair's directory.", hint="Choose another --dir.")
+            try:
+                self._unfinished.touch(mode=0o600)
+                yield
+                self._unfinished.unlink()
+            except BaseException:
+                self.remove(keep_directory=keep_directory)
+                raise
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _make(
+        self,
+        plan: dict[Role, NodeSettings],
+        options: PairOptions,
+        hosts: NetnsHosts | None,
+        placement: Placement | None,
+    ) -> dict[Role, NodeSettings]:
+        for settings in plan.values():
+            (self.path / settings.side).mkdir(mode=0o700)
+        if hosts is not None:
+            self.hosts_file.write_text(json.dumps({"tag": hosts.tag, "rate": hosts.rate}))
+        if placement is not None:
+            for path, key in placement.key_files(self.path).items():
+                path.write_bytes(key)
+                path.chmod(0o600)
+        elif hosts is not None and options.encrypt:
+            plan = self._with_keys(plan)
+        for role, settings in plan.items():
+            if options.size is not None:
+                for volume in settings.volumes:
+                    _make_image(Path(volume.disk), options.size)
+            write_config(settings, self.config(role), role)
         return plan
 
     def _with_keys(self, plan: dict[Role, NodeSettings]) -> dict[Role, NodeSettings]:
@@ -233,19 +270,13 @@ class PairDirectory:
                 parts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL:]]
         return "\n".join(parts)
 
-    def _remove_made(self, ours: bool, *, keep_directory: bool) -> None:
-        """What a ``create`` that failed has made: nothing but the directory itself, unless the sides are ``ours``."""
-        if ours:
-            self.remove(keep_directory=keep_directory)
-        elif not keep_directory:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-
     def remove(self, *, keep_directory: bool = False) -> None:
         """Delete everything that ``create`` and the processes made here (disks elsewhere are never touched)."""
+        with contextlib.suppress(OSError):
+            self._unfinished.touch(mode=0o600)
         for side in SIDES.values():
             shutil.rmtree(self.path / side, ignore_errors=True)
-        for path in (*self.path.glob("supervisor.*"), *map(self.config, ROLES), self.hosts_file):
+        for path in (*self.path.glob("supervisor.*"), *map(self.config, ROLES), self.hosts_file, self._unfinished):
             path.unlink(missing_ok=True)
         if not keep_directory:
             with contextlib.suppress(OSError):  # somebody else's files are in it

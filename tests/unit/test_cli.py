@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from common.control import ControlClient, ControlServer
 from common.errors import AddressInUse, ConfigError
 from deploy.cli import main
 from deploy.launcher import locked, starting
-from deploy.layout import PairDirectory, PairOptions
+from deploy.layout import PairDirectory, PairOptions, disk_size
 from deploy.pair import Pair
 
 
@@ -136,6 +137,75 @@ def test_two_commands_that_make_a_pair_in_one_directory(short_dir: Path, monkeyp
         PairDirectory(short_dir / "p").create(options)
     for settings in first[0].settings().values():
         assert Path(settings.volumes[0].disk).stat().st_size == 1 << 20
+
+
+class Killed(BaseException):
+    """Nothing of the program runs behind it."""
+
+
+def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> bool:
+    """Do ``work``; with SIGKILL at its ``number``-th change in the file system. False if it was over before."""
+    left = number
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: Any, **kwargs: Any) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:  # dead: whoever would clean up cannot any more
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patched:
+        for name in ("mkdir", "unlink", "rmdir", "touch", "write_text"):
+            patched.setattr(Path, name, counted(getattr(Path, name)))
+        patched.setattr(os, "ftruncate", counted(os.ftruncate))
+        patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+def test_a_pair_that_was_half_made_or_half_taken_away(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up` was killed at any change of the directory: it is a whole pair or none, and the same command makes one."""
+    options, directory = PairOptions(size=1 << 20), PairDirectory(short_dir / "p")
+    for work in (lambda: directory.create(options), directory.remove):
+        for number in range(100):
+            shutil.rmtree(directory.path, ignore_errors=True)
+            if work == directory.remove:
+                directory.create(options)
+            killed = killed_at(number, monkeypatch, work)
+            if directory.holds_a_pair():
+                assert set(directory.settings()) == {"primary", "secondary"}
+            else:
+                directory.create(options)
+            assert all(disk_size(Path(side.volumes[0].disk)) == 1 << 20 for side in directory.settings().values())
+            if not killed:
+                break
+        assert 5 < number < 99
+
+
+def test_a_pair_in_the_middle_of_being_made_is_none(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a second `up` one that has but one side looked like one whose other side is elsewhere."""
+    directory = PairDirectory(short_dir / "p")
+    write = Path.write_text
+    seen: list[bool] = []
+
+    def look(path: Path, *args: Any, **kwargs: Any) -> int:
+        written = write(path, *args, **kwargs)
+        seen.append(PairDirectory(short_dir / "p").holds_a_pair())
+        with pytest.raises(ConfigError, match="Another command is making a pair"):
+            PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", look)
+        directory.create(PairOptions(size=1 << 20))
+    assert seen == [False, False]
+    assert set(directory.settings()) == {"primary", "secondary"}
 
 
 def test_a_new_pair_that_another_command_started_first(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
