@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import psutil
-
 from common.child import Child
 from common.control import ControlClient, error_from_dict
 from common.errors import AddressInUse, ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError, TimedOut
@@ -47,9 +45,9 @@ from deploy.presence import (
     at_rest,
     control_path,
     must_not_run,
-    process_of,
     roles_held,
     status_of,
+    wait_for_orphans,
     watched,
     without_peer,
     written_alone,
@@ -129,7 +127,7 @@ class Pair:
         with contextlib.suppress(NotRunning):
             return client.call("start")
         with starting(self.directory):
-            self._wait_for_orphans()
+            wait_for_orphans(self.directory)
             arguments = ["--dir", str(self.directory.path)]
             with self.directory.supervisor_log.open("ab") as log:
                 child = Child.launch("deploy.launcher", arguments, stderr=log, outlives_us=detach)
@@ -220,7 +218,7 @@ class Pair:
 
     def _stop_unsupervised(self, purge: bool) -> dict[str, Any]:
         """Stop processes that run by themselves (``tandemdisk primary --config DIR/primary.toml``), if any."""
-        self._wait_for_orphans()
+        wait_for_orphans(self.directory)
         stopped: list[Role] = []
         told: dict[Role, dict[str, Any]] = {}
         for role in dict.fromkeys((self.leader(), *SIDES)):  # a former primary that is fenced follows nobody
@@ -246,16 +244,6 @@ class Pair:
             client.call("stop", **args)
             ended(STOP_TIMEOUT_S)
         return status
-
-    def _wait_for_orphans(self) -> None:
-        """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
-        state = read_state(self.directory)
-        if process_of(state.get("pid"), "deploy.launcher") is not None:
-            return  # it lives, though it does not answer: it will refuse the one that is about to start
-        for child in state.get("children", {}).values():
-            for process in SIDES if child.get("alive") else ():
-                if (orphan := process_of(child["pid"], process)) is not None:
-                    psutil.wait_procs([orphan], timeout=STOP_TIMEOUT_S)
 
     def _wait_gone(self) -> None:
         """Until nobody answers on any control socket: then the directory is free for a new start."""

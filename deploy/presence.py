@@ -16,17 +16,32 @@ from common.control import ControlClient
 from common.disk import FileDisk
 from common.errors import NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
-from deploy.layout import SIDES
+from deploy.launcher import STOP_TIMEOUT_S, read_state
+from deploy.layout import SIDES, PairDirectory
 from deploy.roles import process_role, remembered
 
 
-def process_of(pid: int | None, module: str) -> psutil.Process | None:
-    """The process ``pid`` if it runs and is still the one that runs ``module``."""
+def wait_for_orphans(directory: PairDirectory) -> None:
+    """A supervisor that was killed took its children along: wait until they have let go of disks and sockets."""
+    state = read_state(directory)
+    supervisor = state.get("pid")
+    if _runs(supervisor, "deploy.launcher", "--dir", str(directory.path)):
+        return  # it lives, though it does not answer: it will refuse the one that is about to start
+    for child in state.get("children", {}).values():
+        # since a restart of the machine its number may be that of another pair's process
+        if child.get("alive") and _runs(child["pid"], "--parent", str(supervisor)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.wait_procs([psutil.Process(child["pid"])], timeout=STOP_TIMEOUT_S)
+
+
+def _runs(pid: int | None, *words: str) -> bool:
+    """Whether the process ``pid`` is there, and was started with these words in its command line, one behind the
+    other."""
     try:
-        process = psutil.Process(pid) if pid else None
-        return process if process is not None and module in process.cmdline() else None
+        line = psutil.Process(pid).cmdline() if pid else []
     except psutil.Error:
-        return None
+        return False
+    return any(tuple(line[at : at + len(words)]) == words for at in range(len(line)))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from common.settings import Role
 from deploy.cli import main
 from deploy.layout import PairOptions
 from deploy.pair import Pair
+from deploy.presence import wait_for_orphans
 from deploy.roles import give_up
 
 
@@ -210,3 +214,24 @@ def test_a_switchover_leaves_the_metadata_to_their_owner(short_dir: Path, monkey
     monkeypatch.setattr(pair, "leader", lambda: "primary")
     pair.switchover()
     assert os.stat(f"{pair.settings('primary').directory}/metadata").st_uid == 65534
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_our_own_orphans_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    """After a restart of the machine the number of a child is that of another pair's primary, or of its supervisor:
+    `up` and `down` waited a minute for the end of that."""
+    pair = Pair.create(tmp_path / "p", PairOptions(size=1 << 20))
+    gone = 1 << 22  # no process has that number
+    parent = gone if ours else os.getpid()
+    waits = ["-c", "import sys; sys.stdin.read()"]
+    waited: list[int] = []
+    monkeypatch.setattr("psutil.wait_procs", lambda procs, timeout: waited.extend(p.pid for p in procs if timeout))
+    with (
+        subprocess.Popen([sys.executable, *waits, "primary", "--parent", str(parent)], stdin=subprocess.PIPE) as child,
+        subprocess.Popen([sys.executable, *waits, "deploy.launcher", "--dir", "/q"], stdin=subprocess.PIPE) as launcher,
+    ):
+        for supervisor in (gone, launcher.pid):
+            children = {"primary": {"alive": True, "pid": child.pid}, "secondary": {"alive": True, "pid": gone}}
+            pair.directory.supervisor_state.write_text(json.dumps({"pid": supervisor, "children": children}))
+            wait_for_orphans(pair.directory)
+    assert waited == [child.pid] * ours
