@@ -7,8 +7,11 @@ side accepts exactly one peer: the one whose public key its configuration names.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -38,25 +41,31 @@ class CurveKeys:
     peer_public: bytes
 
 
-def generate_keys(directory: Path, name: str) -> tuple[Path, Path]:
+def generate_keys(directory: Path, name: str, *, keep: bool = False) -> tuple[Path, Path]:
     """Write a new pair of keys; the paths of the public and of the secret file. Raises ConfigError rather than
-    overwrite one.
+    overwrite one, unless it shall ``keep`` those that are there. To a secret key that a kill left alone its public key
+    is written.
     """
     import zmq  # here, so that reading a configuration does not load ZeroMQ
 
     public_path = directory / f"{name}{PUBLIC_SUFFIX}"
     secret_path = directory / f"{name}{SECRET_SUFFIX}"
-    taken = tuple(f"{path} exists" for path in (public_path, secret_path) if path.exists())
-    if taken:
-        raise ConfigError("Keys are never overwritten:", problems=taken, hint="Choose another --name or --dir.")
-    public, secret = zmq.curve_keypair()
     made: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(secret_path, 0o600, _SECRET_NOTE, {"public-key": public, "secret-key": secret}, made)
-        _write(public_path, 0o644, _PUBLIC_NOTE, {"public-key": public}, made)
+        with _alone(directory):
+            if secret_path.exists() and not public_path.exists() and not secret_problems(str(secret_path)):
+                public = zmq.curve_public(_read(str(secret_path))["secret-key"])
+            elif taken := tuple(f"{path} exists" for path in (public_path, secret_path) if path.exists()):
+                if keep:
+                    return public_path, secret_path
+                raise ConfigError("Keys are never overwritten:", problems=taken, hint="Choose another --name or --dir.")
+            else:
+                public, secret = zmq.curve_keypair()
+                _write(secret_path, 0o600, _SECRET_NOTE, {"public-key": public, "secret-key": secret}, made)
+            _write(public_path, 0o644, _PUBLIC_NOTE, {"public-key": public}, made)
     except OSError as error:
-        for path in made:  # half of a pair of keys, which would be in the way of the next one
+        for path in made:  # half of a pair of keys
             path.unlink(missing_ok=True)
         raise ConfigError(
             f"Cannot write keys into {directory}: {error.strerror}.", hint="Choose another --dir."
@@ -64,12 +73,27 @@ def generate_keys(directory: Path, name: str) -> tuple[Path, Path]:
     return public_path, secret_path
 
 
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else makes keys in the directory meanwhile."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _write(path: Path, mode: int, note: str, keys: dict[str, bytes], made: list[Path]) -> None:
+    """All of the file or nothing."""
     lines = [f"# {note}", "metadata", "curve", *(f'    {name} = "{value.decode()}"' for name, value in keys.items())]
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    made.append(path)
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    made += [temporary, path]
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(fd, "w", encoding="ascii") as file:
         file.write("\n".join(lines) + "\n")
+    temporary.replace(path)
 
 
 def load_keys(secret_path: str, peer_path: str) -> CurveKeys:

@@ -119,9 +119,9 @@ def make_keys(pair: PairFile, directory: Path) -> None:
     """Keys of both hosts in ``directory``. ConfigError if those that are there cannot be used."""
     for name in pair.hosts:
         secret, public = directory / f"{name}{SECRET_SUFFIX}", directory / f"{name}{PUBLIC_SUFFIX}"
-        if not secret.exists() and not public.exists():
+        if not public.exists():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            generate_keys(directory, name)
+            generate_keys(directory, name, keep=True)
         problems = [*secret_problems(str(secret)), *peer_problems(str(public))]
         if problems:
             raise ConfigError("The keys cannot be used:", problems=tuple(problems), hint="Choose another --keys.")

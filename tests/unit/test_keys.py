@@ -46,7 +46,7 @@ def test_half_of_a_pair_of_keys_does_not_stay(tmp_path: Path, monkeypatch: pytes
     opened = os.open
 
     def full(path: Path, *args: int) -> int:
-        if path.suffix == ".key":
+        if ".key" in path.suffixes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return opened(path, *args)
 
@@ -54,6 +54,31 @@ def test_half_of_a_pair_of_keys_does_not_stay(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match="No space left"):
         generate_keys(tmp_path, "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_in_the_middle_of_making_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a secret key counts as none, and a secret key that is alone gets its public one."""
+    directory = tmp_path / "keys"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_args: object, **_options: object) -> None:
+        raise Killed
+
+    for name in ("x", "y"):
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Path, "replace", killed)
+            generate_keys(directory, name)
+    first, _ = generate_keys(directory, "x")
+    public, secret = generate_keys(directory, "y")
+    before = load_keys(str(secret), str(first))
+    public.unlink()
+    assert generate_keys(directory, "y", keep=True) == (public, secret)
+    assert load_keys(str(secret), str(first)) == before
+    assert zmq.auth.load_certificate(public) == (before.public, None)
+    assert generate_keys(directory, "y", keep=True) == (public, secret)
+    assert load_keys(str(secret), str(first)) == before
 
 
 def test_everything_wrong_is_named(tmp_path: Path) -> None:
