@@ -38,6 +38,11 @@ def _diverged(settings: NodeSettings) -> list[tuple[VolumeSettings, int, str, li
     ]  # fmt: skip
 
 
+def _left(settings: NodeSettings) -> list[Path]:
+    """What a save that was killed has left: it goes before the next one."""
+    return list(Path(settings.directory).glob("diverged-*.new"))
+
+
 def check_room(settings: NodeSettings) -> None:
     """DiskError if there is no room to save what this side may have written alone; it may run."""
     needed = 0
@@ -50,28 +55,33 @@ def check_room(settings: NodeSettings) -> None:
         finally:
             disk.close()
     there = os.statvfs(settings.directory)
-    if needed > there.f_bavail * there.f_frsize:
+    free = there.f_bavail * there.f_frsize + sum(left.stat().st_blocks * 512 for left in _left(settings))
+    if needed > free:
         raise DiskError(
             f"There is no room to save what side {settings.side} alone wrote: {needed} bytes at most, and "
-            f"{settings.directory} has {there.f_bavail * there.f_frsize}.",
+            f"{settings.directory} has {free}.",
             hint=f"Nothing was changed. {KEEP_HINT}",
         )
 
 
 def save_diverged(settings: NodeSettings) -> list[str]:
     """Copy what this side, which does not run, may have written alone into sparse files beside its metadata; their
-    paths. DiskError if that fails; then nothing is left of it."""
+    paths. DiskError if that fails; then nothing is left of it, nor of one that was killed."""
     paths: list[str] = []
     try:
+        for left in _left(settings):
+            left.unlink()
         for volume, size, path, ranges in _diverged(settings):
             paths.append(path)
             _copy_sparse(volume.disk, f"{path}.new", size, ranges)
             _write_durably(f"{path}.ranges", "".join(f"{at} {length}\n" for at, length in ranges).encode())
             os.replace(f"{path}.new", path)
-    except (OSError, DiskError) as error:
+    except BaseException as error:
         for path in paths:
             for name in (path, f"{path}.new", f"{path}.ranges"):
                 Path(name).unlink(missing_ok=True)
+        if not isinstance(error, OSError | DiskError):
+            raise
         reason = error.strerror if isinstance(error, OSError) else error.sentence
         raise DiskError(
             f"What side {settings.side} alone wrote cannot be saved: {str(reason).rstrip('.')}.",

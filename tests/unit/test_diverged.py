@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import config
+from common.disk import FileDisk
 from common.errors import DiskError
 from common.intent import INTENT_FILE, IntentFile
 from common.metadata import save
@@ -65,6 +66,21 @@ def test_a_save_that_fails_leaves_nothing(side: NodeSettings) -> None:
     assert sorted(os.listdir(side.directory)) == before
 
 
+def test_a_save_that_is_interrupted_leaves_nothing(side: NodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C takes away what there is of a copy, which may be large; after a SIGKILL the next save does, of any
+    generation."""
+    before = sorted(os.listdir(side.directory))
+    (Path(side.directory) / "diverged-v-7.raw.new").write_bytes(bytes(MIB))
+
+    def interrupted(_disk: FileDisk, _offset: int, _view: memoryview) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FileDisk, "read_into", interrupted)
+        save_diverged(side)
+    assert sorted(os.listdir(side.directory)) == before
+
+
 def test_room_is_counted_in_what_is_allocated(side: NodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(side.directory)
 
@@ -78,3 +94,5 @@ def test_room_is_counted_in_what_is_allocated(side: NodeSettings, monkeypatch: p
     with pytest.raises(DiskError, match="no room to save what side a alone wrote: 1048576 bytes at most") as caught:
         check_room(side)
     assert "Nothing was changed" in caught.value.hint
+    (Path(side.directory) / "diverged-v-0.raw.new").write_bytes(bytes(MIB))  # of one that was killed
+    check_room(side)
