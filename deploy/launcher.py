@@ -87,9 +87,8 @@ class Supervisor:
                 if role == behind:
                     log.info("%s left alone reason='the other side leads'", role)
                     continue
-                self._processes[role] = processes[role]
                 try:
-                    await self._start_one(role)
+                    await self._start_as_it_is(role)
                 except NeedsForce as error:
                     if not any(map(self._running, self.settings)):
                         raise
@@ -105,6 +104,16 @@ class Supervisor:
         if len([1 for standing in judgement.standings.values() if standing.role == "primary"]) < 2:
             return None
         return judgement.loser or "primary"
+
+    async def _start_as_it_is(self, role: Role) -> None:
+        """A command may change what the side is while its process comes up as what it was."""
+        while True:
+            self._processes[role] = process = process_role(self.settings[role], role)
+            try:
+                return await self._start_one(role)
+            except TandemDiskError:
+                if process_role(self.settings[role], role) == process:
+                    raise
 
     async def _start_one(self, role: Role) -> None:
         settings = self.settings[role]

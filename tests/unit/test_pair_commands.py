@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -18,8 +19,10 @@ from common.errors import DiskError, NotRunning, OperationFailed, PeerRefused
 from common.generation import Generation, History, Standing
 from common.inquiry import remembered_standing
 from common.metadata import load, save
+from common.process import Lifecycle
 from common.record import initial_metadata
 from common.settings import Role
+from deploy import launcher
 from deploy.cli import main
 from deploy.layout import PairOptions
 from deploy.pair import Pair
@@ -235,3 +238,25 @@ def test_only_our_own_orphans_are_waited_for(tmp_path: Path, monkeypatch: pytest
             pair.directory.supervisor_state.write_text(json.dumps({"pid": supervisor, "children": children}))
             wait_for_orphans(pair.directory)
     assert waited == [child.pid] * ours
+
+
+def test_a_side_that_rejoins_while_its_process_comes_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up` beside `rejoin` or `switchover`: it was to be the primary, and is refused as one. The start goes on, and
+    with it the supervisor, which would take the other side along."""
+    pair = left_behind(tmp_path / "p")
+    monkeypatch.setattr(launcher.Supervisor, "_left_behind", lambda _self: None)  # it was not when that was looked at
+    started: list[tuple[Role, Role]] = []
+
+    async def start_one(self: launcher.Supervisor, role: Role) -> None:
+        started.append((role, self._processes[role]))
+        if started[-1] == ("primary", "primary"):
+            pair.rejoin()
+            raise OperationFailed("Side a is the secondary.")
+
+    monkeypatch.setattr(launcher.Supervisor, "_start_one", start_one)
+
+    async def start() -> dict[str, Any]:
+        return await launcher.Supervisor(pair.directory, Lifecycle("supervisor")).start()
+
+    assert asyncio.run(start())["started"] == ["secondary", "primary"]
+    assert started == [("secondary", "primary"), ("primary", "primary"), ("primary", "secondary")]
