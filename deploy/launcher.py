@@ -37,11 +37,11 @@ from typing import Any, Final
 from common.arguments import flag_of
 from common.child import Child, exit_reason
 from common.control import ControlClient, ControlServer
-from common.errors import AddressInUse, ConfigError, NeedsForce, NotRunning, OperationFailed, TandemDiskError
+from common.errors import AddressInUse, ConfigError, DiskError, NeedsForce, NotRunning, OperationFailed, TandemDiskError
 from common.process import Lifecycle, fields, live
 from common.settings import NodeSettings, Role
 from deploy.layout import ROLES, PairDirectory
-from deploy.roles import judge, process_role
+from deploy.roles import judge, process_role, readable
 from secondary.buffer import DiskBuffer
 
 STOP_TIMEOUT_S: Final = 60.0
@@ -100,7 +100,13 @@ class Supervisor:
 
     def _left_behind(self) -> Role | None:
         """The side that calls itself primary and may not be started as one."""
-        judgement = judge(self.settings)
+        try:
+            judgement = judge(self.settings)
+        except DiskError as error:
+            for role in readable(self.settings):
+                start = f"tandemdisk {role} --config {self.directory.config(role)}"
+                error.hint = f"{error.hint} To have the other side take over, start it by itself first: `{start}`."
+            raise
         if len([1 for standing in judgement.standings.values() if standing.role == "primary"]) < 2:
             return None
         return judgement.loser or "primary"

@@ -52,7 +52,7 @@ from deploy.presence import (
     without_peer,
     written_alone,
 )
-from deploy.roles import accept_disks, choose_loser, give_up, judge, judge_again, lacks_nothing, remembered
+from deploy.roles import accept_disks, choose_loser, give_up, judge, judge_again, lacks_nothing, readable, remembered
 from secondary.buffer import DiskBuffer
 
 __all__ = ["Checkpoint", "Pair", "PairOptions", "Resync"]
@@ -268,11 +268,11 @@ class Pair:
 
     def leader(self) -> Role:
         """The side that is primary now, by what both remember; named by what it is configured as."""
-        return judge(self.directory.settings()).leader or "primary"
+        return judge(readable(self.directory.settings())).leader or "primary"
 
     def follower(self) -> Role:
         """The other one. After a failover it is the promoted side until its old primary has rejoined."""
-        standings = judge(self.directory.settings()).standings
+        standings = judge(readable(self.directory.settings())).standings
         following: list[Role] = [role for role, standing in standings.items() if standing.role == "secondary"]
         return following[0] if len(following) == 1 else "secondary"
 

@@ -14,7 +14,7 @@ import psutil
 
 from common.control import ControlClient
 from common.disk import FileDisk
-from common.errors import NotRunning, OperationFailed, TandemDiskError, TimedOut
+from common.errors import DiskError, NotRunning, OperationFailed, TandemDiskError, TimedOut
 from common.settings import NodeSettings, Role
 from deploy.launcher import STOP_TIMEOUT_S, read_state
 from deploy.layout import SIDES, PairDirectory
@@ -72,7 +72,9 @@ def control_path(settings: NodeSettings, configured: Role) -> str:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.connect(path)
             return path
-    return settings.control_path(process_role(settings, configured))
+    with contextlib.suppress(DiskError):  # of metadata that cannot be read: nothing is started by them
+        return settings.control_path(process_role(settings, configured))
+    return settings.control_path(configured)
 
 
 def must_not_run(settings: NodeSettings, configured: Role) -> None:
@@ -117,7 +119,11 @@ def status_of(role: Role, settings: NodeSettings | None, supervisor: Mapping[str
         return ControlClient(control_path(settings, role), 5.0).call("status")
     except TandemDiskError as error:
         known = supervisor.get("children", {}).get(role, {})
-        metadata = remembered(settings)
+        trouble: str | None = None
+        try:
+            metadata = remembered(settings)
+        except DiskError as unreadable:
+            metadata, trouble = None, unreadable.sentence
         now = metadata.role if metadata is not None else role
         if known.get("alive"):
             return {
@@ -127,7 +133,7 @@ def status_of(role: Role, settings: NodeSettings | None, supervisor: Mapping[str
                 "nbd_uri": None,
                 "reason": str(error),
             }
-        reason = known.get("reason") or "not started"
+        reason = trouble or known.get("reason") or "not started"
         return {
             "role": now,
             "pid": None,

@@ -12,12 +12,13 @@ of two commands that each give up their own side at least one finds that the oth
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from common.errors import NotRunning, OperationFailed, PeerRefused
+from common.errors import DiskError, NotRunning, OperationFailed, PeerRefused
 from common.generation import RETURNING, History, Rejoin, SplitBrain, Standing, common_past, decide
 from common.inquiry import remembered_standing
 from common.intent import INTENT_FILE, IntentFile
@@ -54,6 +55,17 @@ class Judgement:
 def remembered(settings: NodeSettings) -> Metadata | None:
     """The metadata of a side; None if it never ran."""
     return load(f"{settings.directory}/metadata")
+
+
+def readable(sides: Mapping[Role, NodeSettings]) -> dict[Role, NodeSettings]:
+    """The sides whose memory can be read. Who leads is not judged by them alone, but whom a command is for: a side
+    whose disk died with its metadata must not keep the other one from being asked, or from taking over."""
+    found: dict[Role, NodeSettings] = {}
+    for role, settings in sides.items():
+        with contextlib.suppress(DiskError):
+            remembered_standing(settings)
+            found[role] = settings
+    return found
 
 
 def process_role(settings: NodeSettings, configured: Role) -> Role:

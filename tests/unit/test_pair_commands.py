@@ -260,3 +260,34 @@ def test_a_side_that_rejoins_while_its_process_comes_up(tmp_path: Path, monkeypa
 
     assert asyncio.run(start())["started"] == ["secondary", "primary"]
     assert started == [("secondary", "primary"), ("primary", "primary"), ("primary", "secondary")]
+
+
+@pytest.mark.parametrize("file", ["metadata", "intent"])
+def test_a_side_whose_memory_is_damaged_keeps_nobody_from_taking_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """The primary's disk died, and what it remembered with it: `status` says so, `failover` reaches the other side."""
+    pair = left_behind(tmp_path / "p")
+    led, follows = pair.settings("primary"), pair.settings("secondary")
+    save(f"{follows.directory}/metadata", initial_metadata(follows, "secondary", [1 << 20]))
+    damaged = Path(led.directory) / file
+    damaged.unlink(missing_ok=True)
+    damaged.mkdir()
+    told = pair.status()
+    assert told["state"] == "stopped"
+    assert told["secondary"]["reason"] == "not started"
+    if file == "metadata":
+        assert f"{damaged} cannot be read" in told["primary"]["reason"]
+        with pytest.raises(DiskError, match=f"tandemdisk secondary --config {pair.directory.config('secondary')}"):
+            launcher.Supervisor(pair.directory, Lifecycle("supervisor"))._left_behind()
+    asked: list[Role] = []
+
+    def client(role: Role) -> Side:
+        asked.append(role)
+        return Side()
+
+    monkeypatch.setattr(pair, "client", client)
+    assert pair.failover()["to"] == "latest"
+    assert asked == ["secondary"]
+    with pytest.raises(DiskError):
+        pair.rejoin()
