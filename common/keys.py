@@ -93,6 +93,8 @@ def _write(path: Path, mode: int, note: str, keys: dict[str, bytes], made: list[
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(fd, "w", encoding="ascii") as file:
         file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(fd)
     temporary.replace(path)
 
 

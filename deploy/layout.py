@@ -193,7 +193,7 @@ class PairDirectory:
     def _making(self, *, keep_directory: bool) -> Iterator[None]:
         """Nobody else makes a pair here meanwhile, and what is here is none before all of it is: one side alone would
         be taken for a pair whose other side is elsewhere. What a process left that was killed in here is taken away. No
-        loss of power brings the mark back: the pair may be in use by then."""
+        loss of power brings the mark back, or takes a configuration or a key: the pair may be in use by then."""
         directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -212,6 +212,8 @@ class PairDirectory:
             try:
                 self._unfinished.touch(mode=0o600)
                 yield
+                for path in self.path.rglob("*"):
+                    _sync(path)
                 self._unfinished.unlink()
             except BaseException:
                 self.remove(keep_directory=keep_directory)
@@ -476,6 +478,14 @@ def disk_size(path: Path) -> int:
     except OSError as error:
         raise DiskError(f"Disk {path}: {error.strerror}.") from error
     raise DiskError(f"Disk {path} is neither a file nor a block device.")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _make_image(path: Path, size: int) -> None:

@@ -172,6 +172,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[], o
 def test_a_pair_that_was_half_made_or_half_taken_away(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`up` was killed at any change of the directory: it is a whole pair or none, and the same command makes one."""
     options, directory = PairOptions(size=1 << 20), PairDirectory(short_dir / "p")
+    monkeypatch.setattr(os, "fsync", lambda _fd: None)  # the power stays
     for work in (lambda: directory.create(options), directory.remove):
         for number in range(100):
             shutil.rmtree(directory.path, ignore_errors=True)
@@ -186,6 +187,28 @@ def test_a_pair_that_was_half_made_or_half_taken_away(short_dir: Path, monkeypat
             if not killed:
                 break
         assert 5 < number < 99
+
+
+def test_a_new_pair_is_durable_before_it_is_one(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of power seconds later left configurations and keys of no length, and guests had flushed by then."""
+    fsync, unlink = os.fsync, Path.unlink
+    synced: set[Path] = set()
+    made: list[set[Path]] = []
+
+    def sync(fd: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def finish(path: Path, missing_ok: bool = False) -> None:
+        made.append(set((short_dir / "p").rglob("*")) - synced - {path})
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", sync)
+        patched.setattr(Path, "unlink", finish)
+        PairDirectory(short_dir / "p").create(PairOptions(size=1 << 20))
+    assert made == [set()]
+    assert {"primary.toml", "secondary.toml", "p"} <= {path.name for path in synced}
 
 
 def test_a_pair_in_the_middle_of_being_made_is_none(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
