@@ -225,7 +225,7 @@ class Connection:
                 self._start = self._filled = 0
                 return again
             self._make_room(0)
-            return again
+            return again and not self._blocked  # no other buffer, and this one may be full
         self._make_room(transmission.needed or HEADER)
         return not self._blocked
 

@@ -1,0 +1,85 @@
+"""Ends of an export's connections: buffers that are full to the last byte, clients that left with more to do, and
+buffers that outlive the clients who filled them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common import nbd, nbd_connection
+from common.disk import FileDisk
+from common.nbd_client import NbdClient
+from tests.conftest import wait_until
+from tests.serving import Served, serving
+from tests.volumes import HeldVolume
+
+MIB = 1 << 20
+REPLY = 16
+
+
+@pytest.fixture
+def disk(shm_dir: Path) -> Iterator[FileDisk]:
+    path = shm_dir / "disk.raw"
+    path.touch()
+    os.truncate(path, 16 * MIB)
+    disk = FileDisk(str(path))
+    yield disk
+    disk.close()
+
+
+def raw(served: Served) -> socket.socket:
+    client = NbdClient(served.uri())
+    connection = client._socket.dup()
+    connection.settimeout(20)
+    client._socket.close()
+    return connection
+
+
+def request(kind: int, offset: int, length: int) -> bytes:
+    return nbd.REQUEST.pack(nbd.REQUEST_HEAD | kind, struct.pack(">Q", offset), offset, length)
+
+
+def write(offset: int, size: int) -> bytes:
+    """A write that takes ``size`` bytes on the wire."""
+    length = size - nbd.REQUEST.size
+    return request(nbd.NBD_CMD_WRITE, offset, length) + bytes([offset % 251]) * length
+
+
+def receive(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = connection.recv(count - len(data))
+        assert piece, "the server hung up"
+        data += piece
+    return data
+
+
+def test_a_buffer_full_to_its_last_byte_is_no_goodbye_when_there_is_no_other(
+    short_dir: Path, disk: FileDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last receive brings two requests that end where the buffer does: there is nowhere to receive again."""
+    monkeypatch.setattr(nbd_connection, "SHORT_TAIL", 1000)
+    volume = HeldVolume(disk)
+    with serving(short_dir, volume) as served:
+        pool = served.server.pool
+        served.call(lambda: setattr(pool, "_limit", 1))  # and one for each connection
+        other = served.call(pool.acquire)
+        assert other is not None
+        connection = raw(served)
+        connection.sendall(write(0, pool.size - 2000))
+        wait_until(lambda: len(volume.held) == 1, what="a batch that pins the buffer")
+        connection.sendall(write(1, 1000) + write(2, 1000))
+        wait_until(lambda: len(volume.held) == 2, what="the batch that fills it")
+        connection.sendall(write(3, 1000))
+        served.call(other.unpin)
+        served.call(volume.let_go)
+        wait_until(lambda: volume.held, timeout_s=5, what="the write behind them")
+        served.call(volume.let_go)
+        replies = receive(connection, 4 * REPLY)
+        assert [reply[2] for reply in struct.iter_unpack(">IIQ", replies)] == [0, 1, 2, 3]
+        connection.close()
