@@ -200,7 +200,7 @@ class Connection:
                 if transmission.refusals:
                     self._out += transmission.refusals
                     self.counters.refused += len(transmission.refusals)
-                if transmission.command is not None:
+                if transmission.command is not None and not self._gone:
                     self._command(transmission.command)
                 if self._out:
                     self._send()
@@ -562,6 +562,7 @@ class Connection:
         if self._gone:
             return
         self._gone = True
+        self._blocked |= Block.CLOSING  # also of what is in the buffer already nothing more is done
         if reason:
             _log.log(logging.WARNING if breach else logging.INFO, "nbd client %s is cut off: %s", self._peer, reason)
         self._handshake_timer.cancel()

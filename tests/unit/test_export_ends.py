@@ -3,6 +3,7 @@ buffers that outlive the clients who filled them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -16,7 +17,7 @@ from common.disk import FileDisk
 from common.nbd_client import NbdClient
 from tests.conftest import wait_until
 from tests.serving import Served, serving
-from tests.volumes import HeldVolume
+from tests.volumes import HeldVolume, PlainVolume
 
 MIB = 1 << 20
 REPLY = 16
@@ -83,3 +84,35 @@ def test_a_buffer_full_to_its_last_byte_is_no_goodbye_when_there_is_no_other(
         replies = receive(connection, 4 * REPLY)
         assert [reply[2] for reply in struct.iter_unpack(">IIQ", replies)] == [0, 1, 2, 3]
         connection.close()
+
+
+FLUSH = request(nbd.NBD_CMD_FLUSH, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        write(0, 100) + FLUSH,
+        write(0, 100) + request(nbd.NBD_CMD_DISC, 0, 0),
+        write(0, 100) + request(nbd.NBD_CMD_CACHE, 0, 512),
+        FLUSH + write(0, 100),
+        request(nbd.NBD_CMD_READ, 0, 512) + FLUSH + request(nbd.NBD_CMD_READ, 0, 512),
+    ],
+    ids=["flush", "disconnect", "cache", "write", "read"],
+)
+def test_a_client_that_left_is_no_error_of_ours_whatever_it_had_asked_for(
+    short_dir: Path, disk: FileDisk, requests: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reply to the first request finds nobody; the others are in the buffer already."""
+    volume = PlainVolume(disk)
+    with serving(short_dir, volume) as served:
+        connection = raw(served)
+        served.call(served.server.pause_reading)
+        connection.sendall(requests)
+        connection.close()
+        served.call(served.server.resume_reading)
+        wait_until(lambda: volume.clients == 0, what="the client's leave")
+        statistics = served.call(served.server.statistics)
+        assert statistics.connections == 0
+        assert served.call(lambda: served.server.pool.used) == 0
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
