@@ -19,6 +19,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from common import limits
@@ -159,6 +160,11 @@ class NbdServer:
         return found
 
     def _accept(self, listener: socket.socket) -> None:
+        if self.pool.overdrawn:
+            # By those who wrote and left while the secondary takes nothing: the client waits in the backlog.
+            asyncio.get_running_loop().remove_reader(listener)
+            self.pool.wait(partial(self._accept_again, listener))
+            return
         try:
             connection, address = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):

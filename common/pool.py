@@ -7,10 +7,11 @@ three in a sketch.
 
 The pool is bounded: ``count`` buffers plus one for each connection that was ``admit``-ted. An idle connection keeps at
 most one buffer, so ``count`` buffers are always left for work in flight, and whoever finds none free can wait for a
-batch to finish: nobody can wait for a buffer that only an idle client could give back. Requests that no pooled buffer
-can hold get one of a few ``large`` ones. Those are held by clients in the middle of a request, too, so a client that
-stalls there is bounded by a ``Patience`` as soon as others wait. All of it belongs to one event loop; nothing here is
-safe to call from another thread.
+batch to finish: nobody can wait for a buffer that only an idle client could give back. A connection that is gone leaves
+its buffer behind while its writes are on their way to the secondary, so a new one may have to wait before it is
+accepted. Requests that no pooled buffer can hold get one of a few ``large`` ones. Those are held by clients in the
+middle of a request, too, so a client that stalls there is bounded by a ``Patience`` as soon as others wait. All of it
+belongs to one event loop; nothing here is safe to call from another thread.
 """
 
 from __future__ import annotations
@@ -82,8 +83,13 @@ class BufferPool:
         """Somebody waits for a large buffer."""
         return bool(self._waiting_large)
 
+    @property
+    def overdrawn(self) -> bool:
+        """No connection can be admitted: too many buffers outlive those who filled them."""
+        return self._used > self._limit
+
     def admit(self) -> None:
-        """A connection opens: it may keep one buffer."""
+        """A connection opens: it may keep one buffer. Not while the pool is ``overdrawn``."""
         self._limit += 1
 
     def dismiss(self) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from common import nbd, nbd_connection
+from common.batch import WriteBatch
 from common.disk import FileDisk
 from common.nbd_client import NbdClient
+from common.pool import PooledBuffer
 from tests.conftest import wait_until
 from tests.serving import Served, serving
 from tests.volumes import HeldVolume, PlainVolume
@@ -116,3 +118,50 @@ def test_a_client_that_left_is_no_error_of_ours_whatever_it_had_asked_for(
         assert statistics.connections == 0
         assert served.call(lambda: served.server.pool.used) == 0
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+class Mirrored(PlainVolume):
+    """Answers at once and keeps the payloads, as ``mode = async`` does until the secondary has them."""
+
+    def __init__(self, disk: FileDisk) -> None:
+        super().__init__(disk)
+        self.unacknowledged: list[PooledBuffer] = []
+
+    def submit(self, work: WriteBatch) -> None:
+        work.buffer.pin()
+        self.unacknowledged.append(work.buffer)  # type: ignore[arg-type]
+        super().submit(work)
+
+    def acknowledge(self) -> None:
+        done, self.unacknowledged = self.unacknowledged, []
+        for buffer in done:
+            buffer.unpin()
+
+
+def test_a_client_waits_for_the_buffers_of_those_who_left(
+    short_dir: Path, disk: FileDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = Mirrored(disk)
+    with serving(short_dir, volume) as served:
+        pool = served.server.pool
+        served.call(lambda: setattr(pool, "_limit", 2))
+        for left in range(3):
+            with NbdClient(served.uri()) as client:
+                client.write(0, b"x")
+            wait_until(lambda: volume.clients == 0, what=f"the leave of client {left}")
+        with socket.socket(socket.AF_UNIX) as early:
+            early.connect(str(short_dir / "nbd.sock"))
+            served.call(lambda: None)
+            early.setblocking(False)
+            with pytest.raises(BlockingIOError):  # neither greeted nor turned away
+                early.recv(1)
+            assert served.call(lambda: pool.used) == 3
+            served.call(volume.acknowledge)
+            early.settimeout(20)
+            assert early.recv(8) == nbd.NBDMAGIC
+            with NbdClient(served.uri()) as client:
+                client.write(0, b"y")
+        served.call(volume.acknowledge)
+        wait_until(lambda: served.call(lambda: pool.used) == 0, what="all buffers back")
+        wait_until(lambda: served.call(lambda: pool._limit) == 2, what="the clients' leave")
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
