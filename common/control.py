@@ -44,6 +44,7 @@ MAX_LINE: Final = 1024 * 1024
 MAX_SOCKET_PATH: Final = 107
 """Bytes of a Unix socket's path, ``sockaddr_un.sun_path`` less its terminating zero (unix(7))."""
 BACKLOG: Final = 64
+CONNECT_AGAIN_S: Final = 0.01
 MAX_RUNNING: Final = 64
 """Requests of one connection that are worked on at a time; the next ones wait in its socket."""
 
@@ -245,7 +246,10 @@ class ControlClient:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             try:
                 sock.settimeout(self.timeout_s)
-                sock.connect(self.path)
+                while not _connects(sock, self.path):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    time.sleep(CONNECT_AGAIN_S)
                 sock.sendall(_request(command, args))
                 line = _receive_line(sock, deadline)
             except TimeoutError as error:
@@ -258,7 +262,15 @@ class ControlClient:
         """``call`` for an event loop."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                reader, writer = await asyncio.open_unix_connection(self.path, limit=MAX_LINE)
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    sock.setblocking(False)
+                    while not _connects(sock, self.path):  # noqa: ASYNC110 - nothing tells of room in a backlog
+                        await asyncio.sleep(CONNECT_AGAIN_S)
+                    reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE)
+                except BaseException:
+                    sock.close()
+                    raise
                 try:
                     writer.write(_request(command, args))
                     line = await reader.readline()
@@ -271,6 +283,16 @@ class ControlClient:
         except ValueError as error:
             raise ProtocolError(f"The answer to {command} is longer than {MAX_LINE} bytes.") from error
         return _result(line, self.path, command)
+
+
+def _connects(sock: socket.socket, path: str) -> bool:
+    """False where a process listens that has taken nobody for so long that its backlog is full: it hangs, or is
+    stopped, which is not to be away."""
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _request(command: str, args: Mapping[str, object]) -> bytes:

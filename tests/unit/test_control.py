@@ -130,6 +130,40 @@ def test_a_silent_process_times_out(short_dir: Path) -> None:
     serving(short_dir / "c", test)
 
 
+def test_a_process_that_hangs_is_not_away_however_often_it_was_asked(short_dir: Path) -> None:
+    """Those who asked before fill its backlog, and the kernel refuses the next ones."""
+    path = str(short_dir / "control")
+    client = ControlClient(path, timeout_s=0.03)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        for _ in range(2):
+            with pytest.raises(TimedOut):
+                client.call("status")
+            with pytest.raises(TimedOut):
+                asyncio.run(client.call_async("status"))
+
+
+def test_a_full_backlog_is_waited_for(short_dir: Path) -> None:
+    path = str(short_dir / "control")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as before:
+        listener.bind(path)
+        listener.listen(0)
+        before.connect(path)
+
+        async def scenario() -> None:
+            asking = asyncio.create_task(ControlClient(path).call_async("status"))
+            await asyncio.sleep(0)
+            listener.accept()[0].close()
+            listener.setblocking(False)
+            answering, _ = await asyncio.get_running_loop().sock_accept(listener)
+            with answering:
+                answering.sendall(b'{"id": 1, "ok": true, "result": {"well": true}}\n')
+                assert await asking == {"well": True}
+
+        asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_nobody_there(short_dir: Path) -> None:
     for client in (ControlClient(str(short_dir / "none")), ControlClient("/" + "x" * 200)):
         with pytest.raises((NotRunning, ConfigError)):
