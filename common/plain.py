@@ -27,6 +27,7 @@ from common.port import (
     QUEUED_MESSAGES,
     RECONNECT_MAX_MS,
     RECONNECT_MS,
+    SILENT,
     Frame,
     Watcher,
 )
@@ -86,9 +87,7 @@ class Connection:
         else:  # TCP finds the size of its buffers itself, as long as nobody sets it
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._loop.add_reader(connected, self._readable)
-        self._timeout = self._loop.call_later(
-            HANDSHAKE_TIMEOUT_MS / 1000, self._break, "the peer did not finish ZeroMQ's handshake in time"
-        )
+        self._timeout = self._loop.call_later(HANDSHAKE_TIMEOUT_MS / 1000, self._break, SILENT)
         self._put([zmtp.greeting() + zmtp.ready(socket_type)])
 
     def send(self, frames: Sequence[Frame]) -> bool:
@@ -317,8 +316,12 @@ async def _connected_to(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> 
     dialing = socket.socket(family, socket.SOCK_STREAM)
     try:
         dialing.setblocking(False)
-        async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
-            await loop.sock_connect(dialing, where)  # type: ignore[arg-type]
+        if family == socket.AF_UNIX:
+            # at once or not at all: the loop would take a full backlog for a connection
+            dialing.connect(where)  # type: ignore[arg-type]
+        else:
+            async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
+                await loop.sock_connect(dialing, where)  # type: ignore[arg-type]
     except BaseException:
         dialing.close()
         raise

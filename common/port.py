@@ -60,6 +60,8 @@ CONNECT_TIMEOUT_MS: Final = 2000
 link that was cut for 25 s took 13 s to be found whole again."""
 HANDSHAKE_TIMEOUT_MS: Final = 5000
 """The same for a connection whose other direction is cut."""
+SILENT: Final = "the peer did not finish ZeroMQ's handshake in time"
+"""A process that hangs, or a link of which a direction is cut: no stranger, who would hang up."""
 
 log = logging.getLogger("port")
 
@@ -179,6 +181,7 @@ class Dialer(Port):
         self._watcher = watcher
         self._encrypted = keys is not None
         self._handshaken = False
+        self._connected_at = 0.0
         socket = self.socket
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -189,8 +192,9 @@ class Dialer(Port):
             socket.curve_secretkey = keys.secret
             socket.curve_serverkey = keys.peer_public
         self._watch_connections(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
         socket.connect(address)
         self._watch()
@@ -218,12 +222,17 @@ class Dialer(Port):
             except zmq.Again:
                 return
             kind = event["event"]
-            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            if kind == zmq.EVENT_CONNECTED:
+                self._connected_at = self._loop.time()
+            elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._handshaken = True
                 self._watcher.connection_up()
             elif kind == zmq.EVENT_DISCONNECTED and (self._handshaken or not self._encrypted):
                 self._handshaken = False
                 self._watcher.connection_down("the connection broke")
+            elif self._loop.time() - self._connected_at > HANDSHAKE_TIMEOUT_MS / 1000 / 2:
+                # who hangs up does so at once
+                self._watcher.connection_down(SILENT)
             else:
                 # a peer that cannot read what our keys encrypted just hangs up
                 self._watcher.connection_down("the peer's keys do not match ours")

@@ -16,7 +16,7 @@ import zmq
 
 from common.keys import CurveKeys
 from common.plain import PlainDialer
-from common.port import Dialer
+from common.port import SILENT, Dialer
 from common.transport import dial
 from common.wire import Frames
 from primary.contact import State
@@ -60,7 +60,7 @@ class Link:
     @property
     def turned_away(self) -> bool:
         """Whoever listens there hung up whenever we came: a stranger, or one with other keys. A connection that broke
-        once in its handshake, or had stood before, tells nothing."""
+        once in its handshake, or had stood before, tells nothing, and no more does one on which nothing was said."""
         return not self._stood and self._hung_up > 1
 
     def open(self) -> None:
@@ -138,7 +138,7 @@ class Link:
     def connection_down(self, reason: str) -> None:
         """The transport broke; the session decides when to try again."""
         self.trouble = reason
-        self._hung_up += not self._greeted
+        self._hung_up += not self._greeted and reason != SILENT
         if self._greeted:
             self.settle(self.session.disconnected(reason, time.monotonic()))
 
