@@ -71,6 +71,8 @@ class Child:
         self.info: dict[str, Any] | None = None
         """What the process told with its readiness; None before."""
         self._ready_fd = ready_fd
+        self._listening: asyncio.AbstractEventLoop | None = None
+        """The loop that looks at ``_ready_fd``."""
         self._line = bytearray()
 
     @classmethod
@@ -152,6 +154,7 @@ class Child:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self._ready_fd, readable.set)
+        self._listening = loop
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._read_ready():
@@ -162,7 +165,7 @@ class Child:
                 f"The {self.name} process was not ready within {timeout_s:g} s.", hint="Its log may say why."
             ) from error
         finally:
-            loop.remove_reader(self._ready_fd)
+            self._listen_no_more()
         return self._take_ready()
 
     def _read_ready(self) -> bool:
@@ -194,7 +197,15 @@ class Child:
         )
         raise error
 
+    def _listen_no_more(self) -> None:
+        if self._listening is not None:
+            self._listening.remove_reader(self._ready_fd)
+            self._listening = None
+
     def _close_ready(self) -> None:
+        """Whoever stops a child need not wait until nobody waits for its readiness: a closed descriptor that the loop
+        still looks at would hide the next one of its number."""
+        self._listen_no_more()
         if self._ready_fd >= 0:
             os.close(self._ready_fd)
             self._ready_fd = -1

@@ -6,10 +6,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
+import subprocess
 from typing import Any, cast
 
 import pytest
 
+from common.child import Child
 from common.errors import TimedOut
 from common.settings import NodeSettings
 from secondary.exporter import Exporter
@@ -69,3 +72,31 @@ def test_one_that_does_not_start_has_a_successor(monkeypatch: pytest.MonkeyPatch
         await asyncio.wait((keeping,))
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_one_that_is_stopped_while_it_starts_is_waited_for_no_longer_than_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The secondary is told to stop right after its export process died. The number of the ready descriptor goes to the
+    next one that is opened, which is what tells of the process' end."""
+
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    child = Child("guest", subprocess.Popen(["sleep", "60"]), read_fd)
+    monkeypatch.setattr("secondary.exporter.Child.start", lambda _module, _settings: child)
+
+    async def scenario() -> None:
+        made = Exporter(cast(NodeSettings, None))
+        starting = asyncio.create_task(made.start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        try:
+            async with asyncio.timeout(5):
+                await made.stop()
+        finally:
+            child.process.kill()
+            os.close(write_fd)
+        assert child.process.returncode == -signal.SIGTERM
+        await asyncio.wait((starting,))
+        assert starting.cancelled()
+
+    asyncio.run(scenario())
