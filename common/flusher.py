@@ -64,5 +64,8 @@ class Flusher:
             done(code)
 
     def close(self) -> None:
-        """Wait for a flush that runs; no more are taken."""
+        """Wait for a flush that runs; no more are taken, and those that wait for another one fail."""
+        waiting, self._waiting = self._waiting, []
         self._executor.shutdown(wait=True)
+        for done in waiting:
+            done(errno.EIO)

@@ -59,3 +59,26 @@ def test_a_flush_that_fails_fails_those_who_wait() -> None:
     """What they wrote may be among what the kernel lost, and it tells of that only once."""
     failed = [("first", errno.EIO), ("second", errno.EIO), ("third", errno.EIO), ("last", 0)]
     assert run([OSError(errno.EIO, "lost")]) == (failed, 2, 1)
+
+
+def test_who_waits_for_another_flush_at_the_end_is_told_that_there_is_none() -> None:
+    """A client's flush takes longer than a stop waits, and there is one behind it."""
+
+    async def scenario() -> None:
+        flusher = Flusher([disk], lambda _error: None)
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: uncaught.append(context))
+        flusher.request(lambda code: answers.append(("first", code)))
+        await asyncio.to_thread(disk.begun.acquire)
+        flusher.request(lambda code: answers.append(("second", code)))
+        disk.go.release()
+        flusher.close()
+        while len(answers) < 2 and not uncaught:  # noqa: ASYNC110 - a thread answers
+            await asyncio.sleep(0.001)
+
+    disk = Gate()
+    answers: list[tuple[str, int]] = []
+    uncaught: list[dict[str, object]] = []
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+    assert not uncaught
+    assert sorted(answers) == [("first", 0), ("second", errno.EIO)]
+    assert disk.calls == 1
