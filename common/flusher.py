@@ -30,6 +30,8 @@ class Flusher:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._waiting: list[Callable[[int], None]] = []
         self._running = False
+        self._ended = asyncio.Event()
+        self._ended.set()
         self.count = 0
 
     def request(self, done: Callable[[int], None]) -> None:
@@ -41,6 +43,7 @@ class Flusher:
 
     def _start(self) -> None:
         self._running = True
+        self._ended.clear()
         covered, self._waiting = self._waiting, []
         future = self._loop.run_in_executor(self._executor, self._flush_all)
         future.add_done_callback(lambda finished: self._finished(finished, covered))
@@ -62,10 +65,20 @@ class Flusher:
             self._start()
         for done in covered:
             done(code)
+        if not self._running:
+            self._ended.set()
+
+    async def settle(self) -> None:
+        """Before ``close``: until the flush that runs has told how it went. Those that wait for another one fail."""
+        self._turn_away()
+        await self._ended.wait()
+
+    def _turn_away(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            done(errno.EIO)
 
     def close(self) -> None:
         """Wait for a flush that runs; no more are taken, and those that wait for another one fail."""
-        waiting, self._waiting = self._waiting, []
+        self._turn_away()
         self._executor.shutdown(wait=True)
-        for done in waiting:
-            done(errno.EIO)

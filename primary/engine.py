@@ -488,6 +488,7 @@ class Engine:
                 await self.mirror.make_durable()
             except OSError:
                 clean = False
+        await self.mirror.flusher.settle()  # what a flush that still runs may lose is to be noted, too
         try:
             if clean and self._lifecycle.failure is None:
                 await self.record.update_async(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from pathlib import Path
 
 import pytest
 
 from common import config
-from common.disk import DelayDisk, FileDisk
+from common.disk import DelayDisk, DiskLayer, FileDisk
 from common.metadata import Metadata, load, save
 from common.port import zmq_context
 from common.process import Lifecycle
@@ -115,3 +116,38 @@ def test_a_flush_fails_while_it_is_noted_that_an_operator_saw_to_the_one_before(
     noted = load(f"{tmp_path}/metadata")
     assert noted is not None
     assert noted.lost_writes
+
+
+def test_a_flush_fails_while_the_process_stops(tmp_path: Path) -> None:
+    """A client asked for it, and the stop waited for no longer. The next start believed the disk."""
+    settings = settings_with_disk(tmp_path)
+    flushing, gate = threading.Event(), threading.Event()
+
+    class Failing(DiskLayer):
+        def flush(self) -> None:
+            flushing.set()
+            assert gate.wait(10)
+            raise OSError(errno.EIO, "lost")
+
+    async def stop() -> None:
+        record = Record(f"{tmp_path}/metadata", initial_metadata(settings, "primary", [MIB]))
+        record.update()
+        disk = Failing(FileDisk(str(settings.volumes[0].disk)))
+        with zmq_context() as context:
+            engine = Engine(settings, record, [("v", disk)], context, Lifecycle("primary"))
+            engine.start(Silent())
+            engine.serving = True
+            engine.mirror.flush(answers.append)
+            await asyncio.to_thread(flushing.wait, 10)
+            later = threading.Timer(0.05, gate.set)
+            later.start()
+            await engine.close()
+            record.close()
+            later.join()
+
+    answers: list[int] = []
+    asyncio.run(stop())
+    stored = load(f"{tmp_path}/metadata")
+    assert stored is not None
+    assert stored.lost_writes
+    assert answers == [errno.EIO]
