@@ -166,7 +166,11 @@ class Child:
             ) from error
         finally:
             self._listen_no_more()
-        return self._take_ready()
+        if not self._told().get("ready"):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self.wait_async()
+        return self._take_ready(0.0)
 
     def _read_ready(self) -> bool:
         """True once the whole line, or its absence, is known."""
@@ -179,19 +183,26 @@ class Child:
             if not chunk or self._line.endswith(b"\n"):
                 return True
 
-    def _take_ready(self) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
+        """What the child said; empty if it ended without a word."""
+        told: dict[str, Any] = json.loads(self._line) if self._line else {}
+        return told
+
+    def _take_ready(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
+        """``timeout_s``: for the end of one that is not ready."""
         self._close_ready()
-        if not self._line:
-            code = self.process.wait(STOP_TIMEOUT_S)
-            raise OperationFailed(
-                f"The {self.name} process ended before it was ready: {exit_reason(code)}.", hint="Its log says why."
-            )
-        told: dict[str, Any] = json.loads(self._line)
+        told = self._told()
         if told.get("ready"):
             self.info = told
             return told
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_TIMEOUT_S)
+            self.process.wait(timeout_s)
+        if not told:
+            code = self.process.returncode
+            how = exit_reason(code) if code is not None else "it said nothing, and does not end"
+            raise OperationFailed(
+                f"The {self.name} process ended before it was ready: {how}.", hint="Its log says why."
+            )
         error: TandemDiskError = error_from_dict(
             {"sentence": told.get("error"), "hint": told.get("hint"), "exit_code": told.get("exit_code")}
         )

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from common.child import Child
-from common.errors import TimedOut
+from common.errors import TandemDiskError, TimedOut
 from common.settings import NodeSettings
 from secondary.exporter import Exporter
 
@@ -100,3 +100,25 @@ def test_one_that_is_stopped_while_it_starts_is_waited_for_no_longer_than_it_tak
         assert starting.cancelled()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("line", [b'{"error": "No disk.", "hint": "", "exit_code": 5}\n', b""], ids=["told", "silent"])
+def test_the_loop_turns_while_one_that_cannot_start_ends(monkeypatch: pytest.MonkeyPatch, line: bytes) -> None:
+    """A tenth of a second, or for as long as its disk holds it: the primary would take the secondary for dead."""
+    monkeypatch.setattr("common.child.STOP_TIMEOUT_S", 2.0)
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.write(write_fd, line)
+    os.close(write_fd)
+    child = Child("guest", subprocess.Popen(["sleep", "60"]), read_fd)
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().call_later(0.01, child.process.terminate)
+        with pytest.raises(TandemDiskError, match="No disk." if line else "killed by SIGTERM"):
+            await child.wait_ready_async()
+        assert child.process.returncode == -signal.SIGTERM
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        child.process.kill()
+        child.process.wait()
