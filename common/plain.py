@@ -11,9 +11,11 @@ CURVE is libzmq's (common.port): whoever has keys uses that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -301,7 +303,7 @@ async def _connected(loop: asyncio.AbstractEventLoop, address: str) -> socket.so
     if address.startswith("ipc://"):
         found = endpoints(address)
     else:
-        found = await loop.run_in_executor(None, endpoints, address)
+        found = await _looked_up(loop, address)
     trouble = OSError(errno.EADDRNOTAVAIL, "the name has no address")
     for endpoint in found:
         try:
@@ -309,6 +311,32 @@ async def _connected(loop: asyncio.AbstractEventLoop, address: str) -> socket.so
         except OSError as error:  # TimeoutError, too
             trouble = error
     raise trouble
+
+
+async def _looked_up(loop: asyncio.AbstractEventLoop, address: str) -> list[Endpoint]:
+    """``endpoints``, in a thread that nobody waits for: one of the loop's own would hold a stop up for as long as name
+    servers that cannot be reached do."""
+    found: asyncio.Future[list[Endpoint]] = loop.create_future()
+
+    def tell(outcome: list[Endpoint] | Exception) -> None:
+        if found.done():
+            return  # the dialer was closed
+        if isinstance(outcome, Exception):
+            found.set_exception(outcome)
+        else:
+            found.set_result(outcome)
+
+    def look_up() -> None:
+        outcome: list[Endpoint] | Exception
+        try:
+            outcome = endpoints(address)
+        except Exception as error:
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, outcome)
+
+    threading.Thread(target=look_up, name="look-up", daemon=True).start()
+    return await found
 
 
 async def _connected_to(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> socket.socket:

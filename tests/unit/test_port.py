@@ -321,6 +321,29 @@ def test_a_name_may_take_longer_to_look_up_than_a_connection_to_stand(
     run(test)
 
 
+def test_a_stop_does_not_wait_for_a_name_to_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name server can be reached, which takes the look-up half a minute to find out."""
+    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def look_up(_address: str) -> list[Endpoint]:
+        begun.set()
+        gate.wait(5)
+        ended.set()
+        return []
+
+    monkeypatch.setattr("common.plain.endpoints", look_up)
+
+    async def test(context: Context) -> None:
+        dialer = make_dialer("plain", context, "tcp://secondary.example:7420", None, Log())
+        await asyncio.to_thread(begun.wait, DEADLINE_S)
+        dialer.close()
+
+    run(test)
+    assert not ended.is_set()
+    gate.set()
+    assert ended.wait(DEADLINE_S)
+
+
 @contextlib.contextmanager
 def black_hole() -> Iterator[Endpoint]:
     """Who connects there hears nothing."""
