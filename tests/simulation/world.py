@@ -81,6 +81,11 @@ def _worthwhile(thrift: Thrift, _payload: memoryview, pending: int) -> bool:
     return pending == 0
 
 
+def _no_holders(_path: str, _ranges: Any, *, shared: bool = False) -> list[tuple[int, str]]:
+    """All of them are this process."""
+    return []
+
+
 @functools.lru_cache(maxsize=1)
 def _rooms(_loaded: int) -> list[Any]:
     """The product's modules, while ``_loaded`` modules are loaded."""
@@ -174,7 +179,7 @@ class World:
             (common.export.NbdServer, SimServer), (common.control.ControlServer, SimControl),
             (common.child.Child, SimChild),
             (common.control.ControlClient, SimControlClient), (common.metadata.load, self._load),
-            (common.metadata.save, self._save), (secondary.holders.find_holders, lambda _path, _ranges: []),
+            (common.metadata.save, self._save), (secondary.holders.find_holders, _no_holders),
         ]  # fmt: skip
         undo: list[Callable[[], None]] = []
         fakes = {id(real): fake for real, fake in swaps}
