@@ -15,6 +15,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from common.disk import FileDisk
 from common.errors import ConfigError
 from deploy.hosts import require_root, sweep
 from deploy.layout import HOSTS_VARIABLE
@@ -55,6 +56,17 @@ def shm_dir() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="td-", dir=base))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def disk(shm_dir: Path) -> Iterator[FileDisk]:
+    """One of 16 MiB, empty."""
+    path = shm_dir / "disk.raw"
+    path.touch()
+    os.truncate(path, 16 << 20)
+    disk = FileDisk(str(path))
+    yield disk
+    disk.close()
 
 
 @pytest.fixture(autouse=True)

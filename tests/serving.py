@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 from common.batch import Volume
 from common.export import NbdServer
+from common.nbd_client import NbdClient
 from common.settings import ExportSettings
 
 T = TypeVar("T")
@@ -72,3 +74,12 @@ def serving(directory: Path, *volumes: Volume, tcp: bool = False) -> Iterator[Se
     finally:
         thread.join(20)
         assert not thread.is_alive()
+
+
+def raw(served: Served, *, structured: bool = False) -> socket.socket:
+    """A connection in transmission phase whose bytes are the test's business."""
+    client = NbdClient(served.uri(), structured=structured)
+    connection = client._socket.dup()
+    connection.settimeout(20)
+    client._socket.close()
+    return connection

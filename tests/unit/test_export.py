@@ -25,7 +25,7 @@ from common.nbd_client import NbdClient, NbdClientError, list_exports
 from common.nbd_uri import NbdUri
 from common.settings import ExportSettings
 from tests.conftest import wait_until
-from tests.serving import Served, serving
+from tests.serving import Served, raw, serving
 from tests.volumes import HeldVolume, PlainVolume
 
 MIB = 1 << 20
@@ -57,15 +57,6 @@ def contents(disk: FileDisk, offset: int, length: int) -> bytes:
     data = bytearray(length)
     disk.read_into(offset, memoryview(data))
     return bytes(data)
-
-
-def raw(served: Served, *, structured: bool = False) -> socket.socket:
-    """A connection in transmission phase whose bytes are the test's business."""
-    client = NbdClient(served.uri(), structured=structured)
-    connection = client._socket.dup()
-    connection.settimeout(20)
-    client._socket.close()
-    return connection
 
 
 def request(kind: int, offset: int, length: int, cookie: int = 0, flags: int = 0) -> bytes:

@@ -4,10 +4,8 @@ buffers that outlive the clients who filled them."""
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,29 +16,11 @@ from common.disk import FileDisk
 from common.nbd_client import NbdClient
 from common.pool import PooledBuffer
 from tests.conftest import wait_until
-from tests.serving import Served, serving
+from tests.serving import Served, raw, serving
 from tests.volumes import HeldVolume, PlainVolume
 
 MIB = 1 << 20
 REPLY = 16
-
-
-@pytest.fixture
-def disk(shm_dir: Path) -> Iterator[FileDisk]:
-    path = shm_dir / "disk.raw"
-    path.touch()
-    os.truncate(path, 16 * MIB)
-    disk = FileDisk(str(path))
-    yield disk
-    disk.close()
-
-
-def raw(served: Served) -> socket.socket:
-    client = NbdClient(served.uri())
-    connection = client._socket.dup()
-    connection.settimeout(20)
-    client._socket.close()
-    return connection
 
 
 def request(kind: int, offset: int, length: int) -> bytes:

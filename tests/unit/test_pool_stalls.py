@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import struct
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from common import nbd, pool
 from common.disk import FileDisk
 from common.nbd_client import NbdClient
 from tests.conftest import wait_until
-from tests.serving import Served, serving
+from tests.serving import Served, raw, serving
 from tests.volumes import HeldVolume, PlainVolume
 
 MIB = 1 << 20
@@ -30,24 +28,6 @@ def two_large_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "LARGE_COUNT", 2)
     monkeypatch.setattr(pool, "LARGE_SIZE", LARGE * 3 // 2)
     monkeypatch.setattr(pool, "PATIENCE_S", 0.05)
-
-
-@pytest.fixture
-def disk(shm_dir: Path) -> Iterator[FileDisk]:
-    path = shm_dir / "disk.raw"
-    path.touch()
-    os.truncate(path, 16 * MIB)
-    disk = FileDisk(str(path))
-    yield disk
-    disk.close()
-
-
-def raw(served: Served) -> socket.socket:
-    client = NbdClient(served.uri())
-    connection = client._socket.dup()
-    connection.settimeout(20)
-    client._socket.close()
-    return connection
 
 
 def write(offset: int, data: bytes) -> bytes:
