@@ -53,6 +53,10 @@ class Bug:
     invariant: str
     options: dict[str, Any]
 
+    @property
+    def invariants(self) -> list[str]:
+        return self.invariant.split(" or ")
+
 
 @dataclass
 class Found:
@@ -67,8 +71,7 @@ class Found:
     @property
     def good(self) -> bool:
         """The bug was found, by the check that is there for it, and nothing else."""
-        named = BUGS[self.name].invariant.split(" or ")
-        return self.result is not None and self.result.what in named and self.clean is None
+        return self.result is not None and self.result.what in BUGS[self.name].invariants and self.clean is None
 
     def describe(self) -> str:
         """One line."""

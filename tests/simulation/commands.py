@@ -107,6 +107,8 @@ async def a_bit_that_turns_over_in_a_hole_is_named_alone(sim: Simulation) -> Non
     flip(sim, 42)
     found = await verified(sim)
     expect(found["extents"] == [["v0", 42 * SECTOR // 4096 * 4096, 4096]], f"found {found['extents']}")
+    await verified(sim, repair=True)
+    await sim.rest()
 
 
 @scenario()

@@ -537,7 +537,8 @@ async def a_flush_fails_before_a_side_begins_to_lead(sim: Simulation) -> None:
 @scenario(loss="block")
 async def an_operator_decides_against_a_promotion(sim: Simulation) -> None:
     """By reading: a primary that was fenced over a takeover met the other side again as its secondary, called itself
-    protected, and answered EIO to everybody."""
+    protected, and answered EIO to everybody. It ends here: what side b acknowledged meanwhile is thrown away, which no
+    check would believe."""
     await born(sim)
     primary = sim.primary
     assert primary is not None

@@ -7,6 +7,7 @@ failure: most moments of most lives are bad ones. What a command says it has don
     verify       nothing is named that cannot differ; what differed all the time is; what was repaired is right
     switchover   both disks are alike when the roles are swapped
     takeover     what a failover has to keep is checked by the oracle, in either direction
+    restore      a disk that is called exact is; both are alike at rest
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Operator:
         self.busy = False
         self._planted: dict[int, float] = {}
         """Sector -> when its bit turned over."""
-        self._copy: list[Copy] = []
+        self._copy: Copy | None = None
 
     # Commands that take their time
 
@@ -238,14 +239,13 @@ class Operator:
         sim, world = self.sim, self.world
         if sim.options.failover or LEADS & sim.options.commands or world.oracle.promoted:
             return False
-        host = sim.following
-        if not self._copy or sim.chance.random() < 0.4:
+        host, copy = sim.following, self._copy
+        if copy is None or sim.chance.random() < 0.4:
             if host.metadata.stable is None:
                 return False
-            self._copy = [Copy.of(host)]
+            self._copy = Copy.of(host)
             world.trace(f"copied {host.side}")
             return True
-        copy = self._copy[0]
         sim.power(host.side, 1 + sim.chance.random() * 4)
 
         def put_back() -> None:

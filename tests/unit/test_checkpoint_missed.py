@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def drain(pair: Joined, applier: Applier) -> None:
     applier.drain()
 
 
+@contextlib.contextmanager
+def a_reader_in_the_way(pair: Joined, applier: Applier, made: Rig) -> Iterator[None]:
+    """A checkpoint is asked for, and waits."""
+    with attach(made.settings.directory) as view, view.volumes["disk0"].cow_request_begin(0, 1, shared=True):
+        pair.ask("first")
+        drain(pair, applier)
+        assert applier.waits == 1
+        yield
+
+
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110
@@ -179,21 +190,17 @@ async def until(condition: Callable[[], object]) -> None:
 def test_a_reader_that_does_not_let_go_costs_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     async def scene(pair: Joined, applier: Applier, made: Rig) -> None:
         epoch = made.buffer.header.epoch
-        with attach(made.settings.directory) as view:
-            with view.volumes["disk0"].cow_request_begin(0, 1, shared=True):
-                pair.ask("first")
-                drain(pair, applier)
-                assert applier.waits == 1
-                await until(lambda: pair.of(up.CheckpointFailed))
-            assert "held by process" in pair.of(up.CheckpointFailed)[0].sentence
-            assert made.buffer.header.epoch == epoch
-            error = made.buffer.header.get_error()
-            assert error is not None
-            assert error.case is Failure.EMPTYING
-            assert made.buffer.header.failures() == {Failure.EMPTYING: 1}
-            pair.ask("second")
-            drain(pair, applier)
-            await until(lambda: pair.of(up.CheckpointDone))
+        with a_reader_in_the_way(pair, applier, made):
+            await until(lambda: pair.of(up.CheckpointFailed))
+        assert "held by process" in pair.of(up.CheckpointFailed)[0].sentence
+        assert made.buffer.header.epoch == epoch
+        error = made.buffer.header.get_error()
+        assert error is not None
+        assert error.case is Failure.EMPTYING
+        assert made.buffer.header.failures() == {Failure.EMPTYING: 1}
+        pair.ask("second")
+        drain(pair, applier)
+        await until(lambda: pair.of(up.CheckpointDone))
         assert pair.secondary.connected
         assert made.buffer.header.epoch == epoch + 1
         assert made.buffer.header.get_error() is None
@@ -205,14 +212,10 @@ def test_a_reader_that_does_not_let_go_costs_a_checkpoint_and_nothing_else(tmp_p
 def test_a_flush_that_fails_while_a_checkpoint_waits_for_a_reader_ends_it(tmp_path: Path) -> None:
     async def scene(pair: Joined, applier: Applier, made: Rig) -> None:
         epoch = made.buffer.header.epoch
-        with attach(made.settings.directory) as view:
-            with view.volumes["disk0"].cow_request_begin(0, 1, shared=True):
-                pair.ask("first")
-                drain(pair, applier)
-                assert applier.waits == 1
-                with pytest.raises(OSError, match="no flush"):  # in the thread of another one, say
-                    applier.flush()
-            await until(lambda: pair.of(up.Cut) or pair.of(up.CheckpointDone))
+        with a_reader_in_the_way(pair, applier, made):
+            with pytest.raises(OSError, match="no flush"):  # in the thread of another one, say
+                applier.flush()
+        await until(lambda: pair.of(up.Cut) or pair.of(up.CheckpointDone))
         assert made.buffer.header.epoch == epoch, "a checkpoint of a disk that lost writes"
         assert not pair.of(up.CheckpointDone)
         assert not pair.secondary.position.exact
